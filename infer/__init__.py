@@ -1,0 +1,1 @@
+"""Command lines over s2d_jax: generate, bench, export."""

