@@ -1,0 +1,223 @@
+"""Frozen configurations that refuse bad values at construction, with the value and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+FAMILIES = ("llama", "qwen2")
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one line with the value, what was expected, the remedy.
+
+    Command lines print it without a traceback and exit with status 2.
+    """
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency scaling of RoPE (`rope_type: llama3` in a Hugging Face config).
+
+    Wavelengths longer than `original_max_position / low_freq_factor` are stretched by `factor`,
+    those shorter than `original_max_position / high_freq_factor` are kept, those between are blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer of the Llama or Qwen2 family.
+
+    Raises:
+        UserError: if a value is impossible, naming it and the remedy.
+    """
+
+    family: str
+    vocab_size: int
+    embed_dim: int
+    ffw_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    max_context: int
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _require(
+            self.family in FAMILIES,
+            f"family={self.family!r} is not supported; use one of {', '.join(FAMILIES)}",
+        )
+        for name in (
+            *("vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads"),
+            *("num_kv_heads", "head_dim", "max_context"),
+        ):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name}={value} must be at least 1; check the model's config.json")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+            "check the model's config.json",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} must be even for RoPE; check the model's config.json",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """Where a sorted draft can be left, and its default thresholds.
+
+    Attributes:
+        exit_layers: layer counts after which the shared norm and head may read the state, ascending.
+        exit_thresholds: confidence above which a token leaves, one per exit; the last exit always accepts, so its threshold is 0.
+
+    Raises:
+        UserError: for unsorted exits, a wrong number of thresholds, or values outside [0, 1].
+    """
+
+    exit_layers: tuple[int, ...]
+    exit_thresholds: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        exits = self.exit_layers
+        _require(
+            len(exits) > 0 and min(exits) >= 1 and list(exits) == sorted(set(exits)),
+            f"exit_layers={exits} must be ascending positive layer counts; for example 6, 9, 12",
+        )
+        if not self.exit_thresholds:
+            defaults = (0.5,) * (len(exits) - 1) + (0.0,)
+            object.__setattr__(self, "exit_thresholds", defaults)
+        check_thresholds(exits, self.exit_thresholds)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raises UserError if an exit lies deeper than the draft's `num_layers`."""
+        _require(
+            self.exit_layers[-1] <= num_layers,
+            f"exit_layers={self.exit_layers} exceeds num_layers={num_layers}; drop the deepest exit",
+        )
+
+
+def check_thresholds(exits: tuple[int, ...], thresholds: tuple[float, ...]) -> None:
+    """Raises UserError unless there is one threshold in [0, 1] per exit and the last one is 0."""
+    _require(
+        len(thresholds) == len(exits),
+        f"exit_thresholds={thresholds} has {len(thresholds)} values for {len(exits)} exits {exits}; give one per exit",
+    )
+    _require(
+        all(0.0 <= t <= 1.0 for t in thresholds),
+        f"exit_thresholds={thresholds} must lie in [0, 1]: they are probabilities",
+    )
+    _require(
+        thresholds[-1] == 0.0,
+        f"exit_thresholds={thresholds}: the last exit always accepts; set its threshold to 0",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled. `temperature=0` is greedy.
+
+    Filters act in this order, as in Hugging Face generation: temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: >= 0; 0 takes the argmax.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set whose probability reaches it; 1 keeps all.
+        min_p: drop tokens below `min_p` times the largest probability; 0 keeps all.
+        max_new_tokens: at most this many tokens are emitted.
+        seed: the request's own random seed.
+        stop_token_ids: further ids that end the request, beside the model's own.
+        ignore_eos: go on after the model's own end-of-sequence tokens (for measurements).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 128
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        _require(self.temperature >= 0, f"temperature={self.temperature} must be 0 or more; 0 is greedy")
+        _require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 is off")
+        _require(0 <= self.min_p < 1, f"min_p={self.min_p} must be in [0, 1); 0 is off")
+        _require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        _require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2**31)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """What is compiled into a decoder, and the defaults of what is not.
+
+    Attributes:
+        exits: the draft's exits to use. One exit k is the fixed-exit policy ("SoFT Lk + SD"), several are threshold exits
+            ("S2D"). None takes all exits of the draft.
+        exit_thresholds: one per used exit; None takes the draft's own. Not compiled in.
+        num_draft_tokens: tokens drafted per round at the start, or always with the "fixed" rule.
+        draft_length_rule: "fixed", or "heuristic": per row, +2 when all drafted tokens were accepted, else -1, at least 1
+            (Hugging Face's schedule of that name).
+        max_draft_tokens: the cap of the heuristic; the verified width is one more.
+        draft_sampling: "sample" draws drafted tokens from the exit's own distribution q; "argmax" drafts its mode and
+            verifies with a one-hot q. Both are lossless.
+        verify_width: without a draft, how many positions one target pass computes; the width-matched reference of identity
+            tests sets it to the `verify_width` of the decoder that it checks. None is 1: the fastest plain decoding.
+        catch_up_width: how many waiting tokens one pass of deeper layers takes in.
+    """
+
+    exits: tuple[int, ...] | None = None
+    exit_thresholds: tuple[float, ...] | None = None
+    num_draft_tokens: int = 5
+    draft_length_rule: Literal["fixed", "heuristic"] = "fixed"
+    max_draft_tokens: int = 10
+    draft_sampling: Literal["sample", "argmax"] = "sample"
+    verify_width: int | None = None
+    catch_up_width: int = 4
+
+    def __post_init__(self):
+        _require(
+            self.draft_length_rule in ("fixed", "heuristic"),
+            f"draft_length_rule={self.draft_length_rule!r} is unknown; use fixed or heuristic",
+        )
+        _require(
+            self.draft_sampling in ("sample", "argmax"),
+            f"draft_sampling={self.draft_sampling!r} is unknown; use sample or argmax",
+        )
+        for name in ("num_draft_tokens", "max_draft_tokens", "catch_up_width"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name}={value} must be at least 1")
+        _require(
+            self.draft_length_rule == "fixed" or self.num_draft_tokens <= self.max_draft_tokens,
+            f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.max_draft_tokens}; raise the cap",
+        )
+        _require(
+            self.verify_width is None or self.verify_width >= 1,
+            f"verify_width={self.verify_width} must be at least 1",
+        )
+        if self.exits is not None:
+            DraftConfig(self.exits, self.exit_thresholds or ())
+
+    @property
+    def draft_width(self) -> int:
+        """G: the most tokens that one round may draft."""
+        return self.num_draft_tokens if self.draft_length_rule == "fixed" else self.max_draft_tokens

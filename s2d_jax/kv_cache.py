@@ -1,0 +1,87 @@
+"""Key/value caches with one length per row: append, advance, rewind; and per-row window access.
+
+A cache never moves its entries. Positions at or beyond a row's length hold garbage that the next append overwrites, so rewinding
+is clipping a length.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+# Up to this many rows, one dynamic_update_slice per row is the fastest in-place write; beyond, a scatter compiles sooner.
+_UNROLLED_ROWS = 16
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of some consecutive layers.
+
+    Attributes:
+        keys: one `[B, K, S, H]` array per layer (rotary positions already applied).
+        values: one `[B, K, S, H]` array per layer.
+        length_B: int32 `[B]`, how many positions of each row are valid.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @classmethod
+    def create(
+        cls, num_layers, batch, num_kv_heads, capacity, head_dim, *, dtype, mesh=None
+    ) -> KVCache:
+        """An empty cache; with a `mesh`, K/V heads are split over its tensor axis."""
+
+        def zeros():
+            array = jnp.zeros((batch, num_kv_heads, capacity, head_dim), dtype)
+            if mesh is not None:
+                heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+                array = jax.lax.with_sharding_constraint(array, heads)
+            return array
+
+        return cls(
+            keys=tuple(zeros() for _ in range(num_layers)),
+            values=tuple(zeros() for _ in range(num_layers)),
+            length_B=jnp.zeros(batch, jnp.int32),
+        )
+
+    def positions(self, width: int) -> jax.Array:
+        """int32 `[B, width]`: the positions that the next `width` tokens of each row take."""
+        return self.length_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+
+    def rewind(self, length_B: jax.Array) -> KVCache:
+        """Clips every row to at most `length_B`."""
+        return self.replace(length_B=jnp.minimum(self.length_B, length_B))
+
+    def advance_to(self, length_B: jax.Array) -> KVCache:
+        """Declares the positions below `length_B` valid; the caller has written them."""
+        return self.replace(length_B=length_B)
+
+
+def write_window(buffer: jax.Array, window: jax.Array, start_B: jax.Array, *, axis: int):
+    """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis), in place."""
+    if buffer.shape[0] > _UNROLLED_ROWS:
+
+        def write(row, values, start):
+            return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)
+
+        return jax.vmap(write)(buffer, window.astype(buffer.dtype), start_B)
+    zero = jnp.int32(0)
+    for row in range(buffer.shape[0]):
+        starts = [zero] * buffer.ndim
+        starts[0], starts[axis] = jnp.int32(row), start_B[row]
+        values = window[row : row + 1].astype(buffer.dtype)
+        buffer = jax.lax.dynamic_update_slice(buffer, values, starts)
+    return buffer
+
+
+def read_window(buffer: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
+    """`[B, width, ...]`: the entries of each row of `buffer` (`[B, S, ...]`) from `start_B` on."""
+
+    def read(row, start):
+        return jax.lax.dynamic_slice_in_dim(row, start, width)
+
+    return jax.vmap(read)(buffer, start_B)
