@@ -1,0 +1,89 @@
+"""Any model of the same vocabulary as the draft, at its full depth."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.drafters.chain import PENDING_WIDTH, ChainConfig, fit_vocabulary, propose_chain
+from s2d_jax.kv_cache import KVCache, read_window
+from s2d_jax.model import Transformer
+
+
+@flax.struct.dataclass
+class IndependentState:
+    """Attributes:
+    cache: of all layers of the draft.
+    drafted_B: int32, tokens drafted by each row.
+    passes: int32, how often the draft was run (prefill left out).
+    """
+
+    cache: KVCache
+    drafted_B: jax.Array
+    passes: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class IndependentDrafter:
+    """Drafts with a whole model.
+
+    Attributes:
+        model: the draft.
+        chain: what every chain drafter needs.
+    """
+
+    model: Transformer
+    chain: ChainConfig
+
+    @property
+    def width(self) -> int:
+        return self.chain.width
+
+    @property
+    def margin(self) -> int:
+        return self.chain.width + PENDING_WIDTH
+
+    def _apply(self, params, method, *args):
+        return self.model.apply({"params": params}, *args, method=method)
+
+    def _run(self, params, cache, tokens_BT):
+        h_BTD = self._apply(params, "embed", tokens_BT)
+        depth = self.model.config.num_layers
+        return self._apply(params, "run_blocks", h_BTD, cache, 0, depth)
+
+    def init(self, params, tokens_BC, length_B, prompt_width):
+        c, (B, capacity) = self.model.config, tokens_BC.shape
+        cache = KVCache.create(
+            *(c.num_layers, B, c.num_kv_heads, capacity, c.head_dim), dtype=self.model.dtype
+        )
+        _, cache = self._run(params, cache, tokens_BC[:, :prompt_width])
+        zeros_B = jnp.zeros(B, jnp.int32)
+        return IndependentState(cache.advance_to(length_B), zeros_B, jnp.int32(0))
+
+    def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
+        def step(state, tokens_BC, end_B, live_B):
+            cache = state.cache
+            waiting_BT = read_window(tokens_BC, cache.length_B, PENDING_WIDTH)
+            h_BTD, cache = self._run(params, cache, waiting_BT)
+            at_B11 = jnp.clip(end_B - 1 - cache.length_B, 0, PENDING_WIDTH - 1)[:, None, None]
+            last_BD = jnp.take_along_axis(h_BTD, at_B11, axis=1)[:, 0]
+            logits_BV = self._apply(params, "logits", last_BD)
+            state = IndependentState(
+                cache=cache.advance_to(jnp.where(live_B, end_B, cache.length_B)),
+                drafted_B=state.drafted_B + live_B.astype(jnp.int32),
+                passes=state.passes + 1,
+            )
+            return fit_vocabulary(logits_BV, self.chain.vocab_size), state
+
+        return propose_chain(
+            *(self.chain, step, state, tokens_BC, length_B, num_draft_B, key_B, request)
+        )
+
+    def rewind(self, state, length_B):
+        return state.replace(cache=state.cache.rewind(length_B))
+
+    def stats(self, state):
+        return {"exit_counts": state.drafted_B[:, None], "segment_passes": state.passes[None]}

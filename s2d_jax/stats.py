@@ -1,0 +1,86 @@
+"""What a generation reports about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationStats:
+    """Counts of one row, or summed over rows; prefill (its target pass and the token that it emits) is left out of the rates.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        emitted_tokens: new tokens, prefill's included.
+        target_forwards: target passes after prefill.
+        draft_forwards: runs of each of the draft's segments for the whole batch, `{exit layer: runs}`.
+        drafted_tokens: tokens proposed.
+        accepted_tokens: tokens proposed and accepted (also those that were cut off behind a stop token).
+        drafted_per_depth: rounds that drafted at least 1, 2, ... tokens.
+        accepted_per_depth: rounds that accepted at least 1, 2, ... tokens.
+        exit_histogram: drafted tokens by the layer they left at.
+        seconds: wall time of the call by phase: `compile`, `total` (without compile), and `prefill`, `decode` when asked for.
+    """
+
+    prompt_tokens: int
+    emitted_tokens: int
+    target_forwards: int
+    draft_forwards: dict[int, int]
+    drafted_tokens: int
+    accepted_tokens: int
+    drafted_per_depth: tuple[int, ...]
+    accepted_per_depth: tuple[int, ...]
+    exit_histogram: dict[int, int]
+    seconds: dict[str, float]
+    rows: int = 1
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """MAT: tokens emitted per target pass, the bonus or correction token included; autoregressive is 1."""
+        return (self.emitted_tokens - self.rows) / max(self.target_forwards, 1)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; 0 when nothing was drafted."""
+        return self.accepted_tokens / max(self.drafted_tokens, 1)
+
+    @property
+    def acceptance_per_depth(self) -> tuple[float, ...]:
+        """Among rounds that drafted a token at this depth, the share that accepted it."""
+        pairs = zip(self.accepted_per_depth, self.drafted_per_depth, strict=True)
+        return tuple(accepted / max(drafted, 1) for accepted, drafted in pairs)
+
+
+def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
+    """Adds rows of one call, whose draft runs and seconds are shared; or calls, whose runs and seconds add up.
+
+    Rows of one call carry the same `draft_forwards` and `seconds` objects, which are then counted once.
+    """
+    calls = list({id(row.seconds): row for row in rows}.values())
+
+    def total(name):
+        return sum(getattr(row, name) for row in rows)
+
+    def columns(name):
+        return tuple(sum(column) for column in zip(*(getattr(row, name) for row in rows), strict=True))
+
+    return GenerationStats(
+        **{name: total(name) for name in _SUMMED},
+        drafted_per_depth=columns("drafted_per_depth"),
+        accepted_per_depth=columns("accepted_per_depth"),
+        exit_histogram=_add_dicts([row.exit_histogram for row in rows]),
+        draft_forwards=_add_dicts([call.draft_forwards for call in calls]),
+        seconds=_add_dicts([call.seconds for call in calls]),
+    )
+
+
+_SUMMED = (
+    *("prompt_tokens", "emitted_tokens", "target_forwards"),
+    *("drafted_tokens", "accepted_tokens", "rows"),
+)
+
+
+def _add_dicts(dicts: Sequence[dict]) -> dict:
+    keys = dict.fromkeys(key for entry in dicts for key in entry)
+    return {key: sum(entry.get(key, 0) for entry in dicts) for key in keys}
