@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import tyro
+from rich.console import Console
 
 from s2d_jax.config import UserError
 
@@ -17,27 +19,54 @@ Args = TypeVar("Args")
 
 
 def run_command_line(args_type: type[Args], run: Callable[[Args], None]) -> None:
-    """Parses `sys.argv` into `args_type` and runs; a mistake of the user's exits 2 with one line."""
+    """Parses `sys.argv` into `args_type` and runs; a user's mistake exits 2 with one line."""
     try:
-        run(tyro.cli(args_type, config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)))
+        run(_parse(args_type))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
     except OSError as error:
-        print(f"error: {error}; check the path, its permissions and the disk", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error}; check the path, its permissions and the disk", 2)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; nothing half-written was left", 130)
+
+
+def _parse(args_type: type[Args]) -> Args:
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(args_type, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{_unboxed(message.getvalue())}; --help lists the flags") from None
+
+
+def _unboxed(box: str) -> str:
+    """The first paragraph inside the box that tyro draws around a mistake."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
+    paragraph = "\n".join(lines).split("─" * 10)[0]
+    return " ".join(paragraph.split())
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` and renames it at the end, or removes it on an error."""
+    """Yields a temporary name beside `path`; renames it at the end, or removes it on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def screen(*, stderr: bool = False) -> Console:
+    """A console of at most 100 columns, and of exactly 100 where there is no terminal."""
+    console = Console(stderr=stderr, highlight=False)
+    width = min(100, console.width) if console.is_terminal else 100
+    return Console(stderr=stderr, highlight=False, width=width)

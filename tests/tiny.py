@@ -38,8 +38,8 @@ def tiny_qwen2_config(vocab_size: int = 64, num_layers: int = 4, **changes) -> M
 def tiny_params(config: ModelConfig, seed: int = 0, spread: float = 1.0):
     """Random f32 parameters of `config`.
 
-    `spread` multiplies the matrices: above 1 the distributions become peaked and the exits disagree,
-    as in a trained model; at 1 they are nearly uniform.
+    `spread` multiplies the matrices: above 1 the distributions become peaked and the exits
+    disagree, as in a trained model; at 1 they are nearly uniform.
     """
     from s2d_jax.model import init_params
 

@@ -1,0 +1,75 @@
+# `make demo` and `make test` need Python 3.11 and make; everything else is set up by the first run.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --progress-bar off
+
+DEMO := runs/demo
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+ANSWERS := $(DEMO)/answers.jsonl
+RUN := $(DEMO)/run
+DRAFT := $(DEMO)/export
+TABLE := $(DEMO)/bench/report.md
+
+# Compiled programs are kept between the steps of the demo and between runs.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax-cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+
+.DELETE_ON_ERROR:
+.PHONY: demo demo-clean test lint format clean
+
+demo: $(TABLE)
+	@echo "The table above is in $(TABLE). 'make demo-clean' forgets the answers, the draft and it."
+
+$(MODEL): | $(VENV)/.demo
+	$(PY) -m infer.demo_model $(@D)
+
+$(ANSWERS): configs/demo_prompts_train.jsonl | $(MODEL)
+	$(PY) -m infer.generate --target $(MODEL) --prompts $< --out $@ \
+	    --batch-size 16 --max-new-tokens 112
+
+$(RUN)/.trained: $(ANSWERS) configs/smollm2_demo.yaml
+	rm -rf $(RUN)
+	$(PY) -m train.main --config configs/smollm2_demo.yaml
+	@touch $@
+
+$(DRAFT)/sorted_draft.json: $(RUN)/.trained
+	rm -rf $(DRAFT)
+	$(PY) -m infer.export --run $(RUN) --out $(DRAFT)
+	@touch $@
+
+$(TABLE): $(DRAFT)/sorted_draft.json configs/demo_prompts_eval.jsonl
+	$(PY) -m infer.bench --target $(MODEL) --draft $(DRAFT) \
+	    --questions configs/demo_prompts_eval.jsonl --max-questions 12 --max-new-tokens 64 \
+	    --methods ar,sd@6,sd@9,sd@12,s2d --out $(@D)
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+lint: $(VENV)/.test
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright
+
+format: $(VENV)/.test
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is too old; give Python 3.11 or later: make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(PY)
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(PY)
+	$(INSTALL) -e '.[demo,test]'
+	@touch $@
+
+demo-clean:
+	rm -rf $(DEMO)
+
+clean: demo-clean
+	rm -rf $(VENV)

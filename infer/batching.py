@@ -1,0 +1,65 @@
+"""Many prompts through a decoder in batches of similar length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from s2d_jax.config import SamplingParams
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.stats import GenerationStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came back for one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    stats: GenerationStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompt numbers that go together; `padding` rows repeat the first prompt for one token."""
+
+    indices: tuple[int, ...]
+    padding: int
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
+    """Sorts prompts by length and cuts them into batches of one size, so that it compiles once."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups = [tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    full = batch_size if len(groups) > 1 else len(order)
+    return [Batch(group, full - len(group)) for group in groups]
+
+
+def answer_all(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[list[int]],
+    sampling: Sequence[SamplingParams],
+    batch_size: int,
+    on_batch: Callable[[int, GenerationStats], None],
+) -> list[Answer]:
+    """Answers every prompt, in the order given.
+
+    Args:
+        decoder: the engine.
+        prompts: token ids.
+        sampling: one per prompt.
+        batch_size: rows per call.
+        on_batch: told after each batch how many prompts it held, and its stats.
+    """
+    answers: dict[int, Answer] = {}
+    for batch in plan_batches([len(prompt) for prompt in prompts], batch_size):
+        rows = [prompts[i] for i in batch.indices]
+        params = [sampling[i] for i in batch.indices]
+        rows += rows[:1] * batch.padding
+        params += [dataclasses.replace(params[0], max_new_tokens=1)] * batch.padding
+        result = decoder.generate(rows, params)
+        for row, index in enumerate(batch.indices):
+            token_ids = tuple(result.token_ids[row])
+            answers[index] = Answer(result.texts[row], token_ids, result.row_stats[row])
+        on_batch(len(batch.indices), result.stats)
+    return [answers[i] for i in range(len(prompts))]

@@ -1,0 +1,16 @@
+"""Numbers as short text."""
+
+from __future__ import annotations
+
+
+def shares(histogram: dict[int, int]) -> str:
+    """`{6: 80, 12: 20}` as "6: 80%  12: 20%"; "-" when it is empty."""
+    total = sum(histogram.values())
+    if total == 0:
+        return "-"
+    return "  ".join(f"{key}: {count / total:.0%}" for key, count in sorted(histogram.items()))
+
+
+def rates(values: tuple[float, ...] | list[float]) -> str:
+    """Acceptance per depth as ".81 .64 .5"; "-" when it is empty."""
+    return " ".join(f"{value:.2f}".removeprefix("0") for value in values) or "-"

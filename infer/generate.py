@@ -1,0 +1,189 @@
+"""Answers prompts: `python -m infer.generate --target DIR --draft DIR --prompt "..."`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.rule import Rule
+from rich.table import Table
+
+from infer.batching import Answer, answer_all
+from infer.cli import run_command_line, screen, written_whole
+from infer.formats import shares
+from infer.loading import load_target, tokenizer_of
+from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, require_targets
+from infer.questions import Question, encode, read_questions
+from s2d_jax.config import UserError
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.pretrained import Model, load_draft
+from s2d_jax.stats import GenerationStats, sum_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Answer prompts with one or several targets in turn, drafting with one draft."""
+
+    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Model directory, hub id or .gguf file; several are used in turn."""
+    draft: str | None = None
+    """Exported sorted draft, or any model with the same vocabulary. Without it: plain decoding."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A prompt; several are answered together in a batch."""
+    prompts: Path | None = None
+    """JSONL with prompt, turns or messages per row, or .txt with a prompt per line."""
+    out: Path | None = None
+    """Write the answers here as JSONL, which train.main reads. Default: show them."""
+    raw: bool = False
+    """Continue the bare text instead of putting it through the chat template."""
+    batch_size: int = 8
+    """Prompts decoded together."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
+    drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"batch-size {self.batch_size} must be at least 1")
+
+
+def main() -> None:
+    run_command_line(Args, generate)
+
+
+def generate(args: Args) -> None:
+    """Answers all prompts with each target; writes `args.out` whole or not at all."""
+    require_targets(args.target)
+    questions, console = _questions(args), screen()
+    args.sampling.params()
+    config = args.drafting.config()
+    draft = load_draft(args.draft, dtype=args.compute.jax_dtype) if args.draft else None
+    if draft is None and (config.exits or config.exit_thresholds):
+        raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
+    rows = []
+    for path in args.target:
+        target = load_target(path, args.compute.jax_dtype)
+        decoder = SpeculativeDecoder(target, draft, config)
+        start = time.perf_counter()
+        conversations = _converse(args, decoder, target, questions)
+        seconds = time.perf_counter() - start
+        rows += [
+            _row(args, path, question, answers)
+            for question, answers in zip(questions, conversations, strict=True)
+        ]
+        if args.out is None:
+            _show_answers(console, questions, conversations)
+        flat = [answer.stats for answers in conversations for answer in answers]
+        _show_stats(console, path, sum_stats(flat), seconds)
+    if args.out is not None:
+        with written_whole(args.out) as partial:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            partial.write_text("".join(lines), encoding="utf-8")
+        console.print(f"{len(rows)} answers written to {args.out}", soft_wrap=True)
+
+
+def _questions(args: Args) -> list[Question]:
+    given = [Question(i, "", (text,)) for i, text in enumerate(args.prompt, start=1)]
+    if args.prompts is not None:
+        given += read_questions(args.prompts)
+    if not given:
+        raise UserError("nothing to answer; give --prompt TEXT or --prompts FILE.jsonl")
+    return given
+
+
+def _converse(
+    args: Args, decoder: SpeculativeDecoder, target: Model, questions: list[Question]
+) -> list[list[Answer]]:
+    """All answers of each question: every first turn, then every second turn, and so on."""
+    conversations: list[list[Answer]] = [[] for _ in questions]
+    tokenizer = tokenizer_of(target)
+    with _progress() as progress:
+        task = progress.add_task("answering", total=sum(len(q.turns) for q in questions), speed="")
+        start, done_tokens = time.perf_counter(), 0
+
+        def on_batch(count, stats):
+            nonlocal done_tokens
+            done_tokens += stats.emitted_tokens
+            speed = f"{done_tokens / (time.perf_counter() - start):.0f} tok/s"
+            progress.update(task, advance=count, speed=speed)
+
+        for turn in range(max(len(question.turns) for question in questions)):
+            active = [i for i, question in enumerate(questions) if turn < len(question.turns)]
+            prompts = []
+            for i in active:
+                messages = questions[i].messages([answer.text for answer in conversations[i]])
+                prompts.append(encode(tokenizer, messages, raw=args.raw))
+            sampling = [args.sampling.params(i) for i in active]
+            answers = answer_all(decoder, prompts, sampling, args.batch_size, on_batch)
+            for i, answer in zip(active, answers, strict=True):
+                conversations[i].append(answer)
+    return conversations
+
+
+def _progress() -> Progress:
+    return Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.fields[speed]}"), TextColumn("ETA"), TimeRemainingColumn()),
+        console=screen(stderr=True),
+    )
+
+
+def _row(args: Args, target: str, question: Question, answers: list[Answer]) -> dict:
+    texts, stats = [answer.text for answer in answers], sum_stats([a.stats for a in answers])
+    row = {
+        "question_id": question.question_id,
+        "category": question.category,
+        "target": target,
+        "draft": args.draft,
+        "prompt": question.turns[0],
+        "response": texts[0],
+        "messages": question.messages(texts),
+        "new_tokens": [len(answer.token_ids) for answer in answers],
+        "stats": {
+            "mean_acceptance_length": round(stats.mean_acceptance_length, 4),
+            "target_forwards": stats.target_forwards,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+            "exit_histogram": stats.exit_histogram,
+        },
+    }
+    if len(texts) > 1:
+        row["responses"] = texts
+    return row
+
+
+def _show_answers(
+    console: Console, questions: list[Question], conversations: list[list[Answer]]
+) -> None:
+    for question, answers in zip(questions, conversations, strict=True):
+        for turn, answer in zip(question.turns, answers, strict=True):
+            if len(questions) > 1 or len(question.turns) > 1:
+                console.print(Rule(turn.splitlines()[0][:90], align="left", style="dim"))
+            console.print(answer.text, markup=False, soft_wrap=True)
+
+
+def _show_stats(console: Console, target: str, stats: GenerationStats, seconds: float) -> None:
+    table = Table(title=f"target {target}", title_justify="left")
+    row = {
+        "new tokens": f"{stats.emitted_tokens:,}",
+        "seconds": f"{seconds:.1f}",
+        "compiling": f"{stats.seconds['compile']:.1f}",
+        "tokens/s": f"{stats.emitted_tokens / stats.seconds['total']:.1f}",
+        "target passes": f"{stats.target_forwards:,}",
+        "MAT": f"{stats.mean_acceptance_length:.2f}",
+        "accepted": f"{stats.draft_acceptance_rate:.0%}" if stats.drafted_tokens else "-",
+        "left at exit": shares(stats.exit_histogram),
+    }
+    for name in row:
+        table.add_column(name, justify="right")
+    table.add_row(*row.values())
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The ways of decoding that a benchmark compares, by the names users type."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from infer.options import DraftingOptions
+from s2d_jax.config import UserError
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.pretrained import Draft, Model
+
+BASELINE = "ar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A decoder with its name on the command line and in the tables."""
+
+    name: str
+    label: str
+    decoder: SpeculativeDecoder
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """Splits "ar,sd@6,s2d"; the baseline comes first, and is added if it is missing.
+
+    Raises:
+        UserError: for an unknown name, or one given twice.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if not re.fullmatch(r"ar|draft|s2d|sd@\d+", name):
+            raise UserError(
+                f"method {name!r} is unknown; use ar, draft, s2d, or sd@K with an exit K"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"method {name!r} is given twice in {text}; name it once")
+    return (BASELINE, *(name for name in names if name != BASELINE))
+
+
+def build_methods(
+    names: tuple[str, ...],
+    target: Model,
+    draft: Draft | None,
+    independent: Model | None,
+    options: DraftingOptions,
+) -> list[Method]:
+    """Decoders of one target for all names; they share its weights and the draft's.
+
+    Raises:
+        UserError: if a method needs a draft or an exit that there is not.
+    """
+    return [_build(name, target, draft, independent, options) for name in names]
+
+
+def _build(name, target, draft, independent, options: DraftingOptions) -> Method:
+    if name == BASELINE:
+        return Method(name, "Autoregressive", SpeculativeDecoder(target))
+    if name == "draft" and independent is not None:
+        config = options.config(exits=None, exit_thresholds=None)
+        label = f"{Path(independent.source).stem} + SD"
+        return Method(name, label, SpeculativeDecoder(target, independent, config))
+    if draft is None:
+        raise UserError(f"method {name!r} needs a draft; give --draft DIR")
+    if name == "s2d":
+        return Method(name, "SoFT + S2D", SpeculativeDecoder(target, draft, options.config()))
+    if name == "draft":
+        whole = Model(draft.config, draft.params, draft.tokenizer, draft.source)
+        config = options.config(exits=None, exit_thresholds=None)
+        return Method(name, "whole draft + SD", SpeculativeDecoder(target, whole, config))
+    exit_layer, exits = int(name.removeprefix("sd@")), draft.draft_config.exit_layers
+    if exit_layer not in exits:
+        have = ", ".join(f"sd@{e}" for e in exits)
+        raise UserError(f"method {name!r}: {draft.source} has no exit {exit_layer}; use {have}")
+    config = options.config(exits=(exit_layer,), exit_thresholds=(0.0,))
+    return Method(name, f"SoFT L{exit_layer} + SD", SpeculativeDecoder(target, draft, config))

@@ -1,0 +1,89 @@
+"""Flags that `infer.generate` and `infer.bench` share, as dataclasses for tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from s2d_jax.config import DecodeConfig, SamplingParams, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    min_p: float = 0.0
+    """Drop tokens below this fraction of the largest probability."""
+    seed: int = 0
+    """Prompt number i is sampled with seed + i, whichever batch it is in."""
+    max_new_tokens: int = 256
+    """At most this many tokens per answer."""
+
+    def params(self, index: int = 0) -> SamplingParams:
+        """The sampling parameters of prompt number `index`. Raises UserError for a bad value."""
+        values = dataclasses.asdict(self)
+        return SamplingParams(**{**values, "seed": self.seed + index})
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftingOptions:
+    """How tokens are drafted."""
+
+    exits: str | None = None
+    """The draft's exits to use, such as 6,9,12; one exit is the fixed-exit policy. Default: all."""
+    exit_thresholds: str | None = None
+    """Confidence above which a token leaves, one per exit, the last 0, such as .5,.5,0."""
+    num_draft_tokens: int = 5
+    """Tokens drafted per round (at the start, with the heuristic rule)."""
+    draft_length_rule: Literal["fixed", "heuristic"] = "fixed"
+    """heuristic: +2 after a round that accepted everything, else -1."""
+    max_draft_tokens: int = 10
+    """The heuristic never drafts more."""
+    draft_sampling: Literal["sample", "argmax"] = "sample"
+    """At temperatures above 0: draft a sample of the exit's distribution, or its mode."""
+
+    def config(self, **changes) -> DecodeConfig:
+        """The decode configuration; `changes` replaces fields. Raises UserError for a bad value."""
+        values = dataclasses.asdict(self)
+        values["exits"] = parse_numbers("exits", self.exits, int)
+        values["exit_thresholds"] = parse_numbers("exit-thresholds", self.exit_thresholds, float)
+        return DecodeConfig(**{**values, **changes})
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeOptions:
+    """How numbers are kept."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; float32 is the fastest on a CPU."""
+
+    @property
+    def jax_dtype(self):
+        return jnp.dtype(self.dtype)
+
+
+def parse_numbers(flag: str, text: str | None, number: type) -> tuple | None:
+    """Parses "6,9,12" into a tuple of `number`; None stays None. Raises UserError."""
+    if text is None:
+        return None
+    try:
+        return tuple(number(part) for part in text.split(","))
+    except ValueError:
+        example = "6,9,12" if number is int else "0.5,0.5,0"
+        raise UserError(
+            f"--{flag} {text!r} is not a list of numbers; write it like {example}"
+        ) from None
+
+
+def require_targets(targets: tuple[str, ...]) -> None:
+    """Raises UserError unless at least one target was given."""
+    if not targets:
+        raise UserError("no --target was given; give a model directory or a .gguf file")
