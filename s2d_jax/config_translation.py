@@ -1,0 +1,277 @@
+"""Model shapes in other people's words: Hugging Face `config.json` (both ways) and GGUF metadata (in).
+
+Whatever these formats can say and this library cannot compute is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2d_jax.config import ModelConfig, RopeScaling, UserError
+from s2d_jax.gguf_reader import GGUFFile
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+GGUF_ARCHITECTURES = ("llama", "qwen2")
+
+# What transformers assumes when a config.json leaves a key out.
+_HF_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+# Features of the two families that change the arithmetic: key, is it switched on, what may stand there.
+_HF_UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("quantization_config", bool, "export the model unquantised (f32, bf16 or f16)"),
+    ("attention_bias", bool, "only false can be computed (Qwen2's q/k/v bias needs no key)"),
+    ("mlp_bias", bool, "only false can be computed"),
+    ("use_sliding_window", bool, "only false can be computed"),
+    ("layer_types", lambda kinds: set(kinds or ()) - {"full_attention"}, "only full_attention"),
+    ("hidden_act", lambda name: name not in (None, "silu"), "only silu can be computed"),
+    ("partial_rotary_factor", lambda part: part not in (None, 1, 1.0), "only 1 can be computed"),
+)
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    """An id, a list of ids or None, as a tuple."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def merged_ids(*groups: Any) -> tuple[int, ...]:
+    """The ids of all groups (an id, a list, or None each), without repeats, in order of appearance."""
+    return tuple(dict.fromkeys(i for group in groups for i in _ids(group)))
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
+
+
+def saved_eos_token_ids(directory: Path) -> tuple[int, ...]:
+    """What config.json and generation_config.json call the end of a sequence, where they exist."""
+    files = [directory / name for name in ("config.json", "generation_config.json")]
+    return merged_ids(*(read_json(file).get("eos_token_id") for file in files if file.exists()))
+
+
+def _integer(raw: Mapping[str, Any], key: str, default: Any = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"config.json: {key}={value!r} must be an integer; complete the config")
+    return value
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """A `config.json`, parsed, of transformers 4 or 5.
+
+    Raises:
+        UserError: for another architecture, an option that changes the arithmetic, or a missing key.
+    """
+    architectures = raw.get("architectures") or [raw.get("model_type")]
+    by_type = {family: family for family in ARCHITECTURES.values()}
+    family = (ARCHITECTURES | by_type).get(architectures[0])
+    if family is None:
+        raise UserError(
+            f"architecture {architectures[0]!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
+        )
+    for key, is_on, allowed in _HF_UNSUPPORTED:
+        if is_on(raw.get(key)):
+            raise UserError(f"config.json: {key}={raw[key]!r} is not supported; {allowed}")
+    num_heads = _integer(raw, "num_attention_heads")
+    embed_dim = _integer(raw, "hidden_size")
+    filled = {**_HF_DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
+    theta, scaling = _rope_from_hf(filled)
+    return ModelConfig(
+        family=family,
+        vocab_size=_integer(raw, "vocab_size"),
+        embed_dim=embed_dim,
+        ffw_dim=_integer(raw, "intermediate_size"),
+        num_layers=_integer(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_integer(raw, "num_key_value_heads", num_heads),
+        head_dim=_integer(raw, "head_dim", embed_dim // max(num_heads, 1)),
+        norm_eps=float(filled["rms_norm_eps"]),
+        rope_theta=theta,
+        max_context=_integer(filled, "max_position_embeddings"),
+        rope_scaling=scaling,
+        qkv_bias=family == "qwen2",
+        tie_embeddings=bool(filled["tie_word_embeddings"]),
+        bos_token_id=next(iter(_ids(raw.get("bos_token_id"))), None),
+        eos_token_ids=_ids(raw.get("eos_token_id")),
+    )
+
+
+def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    theta = float(rope.get("rope_theta", raw["rope_theta"]))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(
+            f"config.json: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1 can be computed"
+        )
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(
+            f"RoPE scaling {kind!r} is not supported; use a model with default or llama3"
+        )
+    missing = [key for key in LLAMA3_KEYS if key not in rope]
+    if missing:
+        raise UserError(
+            f"config.json: RoPE scaling llama3 lacks {', '.join(missing)}; complete the config"
+        )
+    factor, low, high, original = (rope[key] for key in LLAMA3_KEYS)
+    return theta, RopeScaling(float(factor), float(low), float(high), int(original))
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of `config`; both the keys of transformers 5 and those of 4 and vLLM.
+
+    Args:
+        dtype: name of the weights' dtype, such as "float32".
+    """
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        values = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_position)
+        rope = {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, values, strict=True))}
+    architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
+    eos = config.eos_token_ids
+    family_keys = (
+        {"attention_bias": False, "mlp_bias": False}
+        if config.family == "llama"
+        else {"use_sliding_window": False}
+    )
+    return {
+        "architectures": [architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.ffw_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_context,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if config.rope_scaling else None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        **family_keys,
+    }
+
+
+def config_from_gguf(file: GGUFFile) -> ModelConfig:
+    """The shape of the model in a GGUF file.
+
+    Raises:
+        UserError: for another architecture, an option that changes the arithmetic, or a missing key.
+    """
+    family = file.metadata.get("general.architecture")
+    if family not in GGUF_ARCHITECTURES:
+        raise UserError(
+            f"{file.path}: architecture {family!r} is not supported; use one of {', '.join(GGUF_ARCHITECTURES)}"
+        )
+
+    def get(key: str, default: Any = None) -> Any:
+        value = file.metadata.get(f"{family}.{key}", default)
+        if value is None or isinstance(value, list):
+            raise UserError(
+                f"{file.path}: {family}.{key}={value!r} is not supported; one number is expected"
+            )
+        return value
+
+    embed_dim, num_heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", embed_dim // num_heads)
+    for key, wanted in (
+        ("attention.value_length", head_dim),
+        ("rope.dimension_count", head_dim),
+        ("attention.sliding_window", 0),
+        ("expert_count", 0),
+        ("rope.scaling.type", "none"),
+    ):
+        if (value := get(key, wanted)) != wanted:
+            raise UserError(
+                f"{file.path}: {family}.{key}={value!r} is not supported; only {wanted!r}"
+            )
+    theta = float(get("rope.freq_base", _HF_DEFAULTS["rope_theta"]))
+    if "token_embd.weight" not in file.tensors:
+        raise UserError(f"{file.path} lacks tensor token_embd.weight; fetch the complete file")
+    tokenizer = {
+        key: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")
+    }
+    return ModelConfig(
+        family=family,
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        embed_dim=embed_dim,
+        ffw_dim=get("feed_forward_length"),
+        num_layers=get("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=get("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        # Stored as f32; the shortest decimal that rounds to it is what the model was made with.
+        norm_eps=float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
+        rope_theta=theta,
+        max_context=get("context_length"),
+        rope_scaling=_rope_scaling_from_gguf(file, head_dim, theta),
+        qkv_bias=family == "qwen2",
+        tie_embeddings="output.weight" not in file.tensors,
+        bos_token_id=tokenizer["bos"],
+        eos_token_ids=merged_ids(tokenizer["eos"], tokenizer["eot"]),
+    )
+
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def llama3_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """f32 `[H/2]` by which llama.cpp divides the rotation frequencies of a Llama-3 model.
+
+    Source: `LlamaModel.generate_extra_tensors` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling.original_max_position * frequency / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
+
+
+def _rope_scaling_from_gguf(file: GGUFFile, head_dim: int, theta: float) -> RopeScaling | None:
+    """Llama-3 files carry the scaling as a tensor of factors, not as its four numbers.
+
+    All released Llama-3 models share three of the four; the fourth is the largest factor.
+    """
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    factors = file.tensor(ROPE_FACTORS)
+    scaling = RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
+    expected = llama3_factors(head_dim, theta, scaling)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise UserError(
+            f"{file.path}: RoPE scaling in {ROPE_FACTORS} is not supported; only Llama-3's (low 1, high 4, context 8192)"
+        )
+    return scaling

@@ -1,0 +1,316 @@
+"""Weights in: a Hugging Face directory, a hub id or a GGUF file becomes a `Model`, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from s2d_jax.config import DraftConfig, ModelConfig, UserError
+from s2d_jax.config_translation import (
+    ROPE_FACTORS,
+    config_from_gguf,
+    config_from_hf,
+    merged_ids,
+    read_json,
+    saved_eos_token_ids,
+)
+from s2d_jax.gguf_reader import GGUFFile
+from s2d_jax.model import Params, abstract_params, logical_axes
+from s2d_jax.sharding import params_sharding
+from s2d_jax.tokenizer import TOKENIZER_FILES, Tokenizer
+from s2d_jax.weight_names import (
+    EMBEDDING,
+    LM_HEAD,
+    WeightName,
+    get_weight,
+    set_weight,
+    weight_names,
+)
+
+SORTED_DRAFT = "sorted_draft.json"
+SORTED_DRAFT_FORMAT = 1
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A transformer that can decode.
+
+    Attributes:
+        config: its shape.
+        params: nested dict of arrays; matrices are `[out, in]`.
+        tokenizer: None for a directory without one.
+        source: where it came from, for messages and reports.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft(Model):
+    """A model whose states may be read at several depths through its one norm and head."""
+
+    draft_config: DraftConfig
+
+
+class WeightSource(Protocol):
+    """Tensors by name: `shapes` says what there is, `read` gives one as NumPy."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class SafetensorsFiles:
+    """The tensors of one or several safetensors files.
+
+    Raises:
+        UserError: for a truncated file, or a dtype other than F32, F16 and BF16.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._handles: dict[str, Any] = {}
+        for path in paths:
+            try:
+                # NumPy knows bfloat16 here because jax registers ml_dtypes on import.
+                handle = safetensors.safe_open(path, framework="np")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{path} is truncated or damaged ({error}); fetch it again"
+                ) from error
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                tensor = handle.get_slice(name)
+                if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise UserError(
+                        f"{path}: tensor {name} has dtype {tensor.get_dtype()}; only F32, F16 and BF16 weights can be read"
+                    )
+                self.shapes[name] = tuple(tensor.get_shape())
+                self._handles[name] = handle
+
+    def read(self, name: str) -> np.ndarray:
+        return self._handles[name].get_tensor(name)
+
+
+class GGUFWeights:
+    """The tensors of a GGUF file, with the rows of q and k in the order of Hugging Face."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig):
+        self._file = file
+        self._heads_of = {}
+        if config.family == "llama":
+            self._heads_of = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+        self.shapes = {
+            name: info.shape for name, info in file.tensors.items() if name != ROPE_FACTORS
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        weight = self._file.tensor(name)
+        num_heads = self._heads_of.get(name.split(".")[-2])
+        return weight if num_heads is None else unpermute_rope_rows(weight, num_heads)
+
+
+def unpermute_rope_rows(weight_OI: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undoes llama.cpp's interleaving of the two halves of each head's rows.
+
+    GGUF files of the Llama architecture rotate neighbouring rows `(0, 1), (2, 3), ...`; Hugging Face and this library
+    rotate row `i` with row `i + H/2`.
+
+    >>> unpermute_rope_rows(np.array([[0], [2], [1], [3]]), num_heads=1).ravel().tolist()
+    [0, 1, 2, 3]
+    """
+    halves = weight_OI.reshape(num_heads, -1, 2, *weight_OI.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight_OI.shape)
+
+
+def _check_shapes(
+    source: WeightSource,
+    names: tuple[WeightName, ...],
+    name_of: Callable[[WeightName], str],
+    expected: Params,
+    where: str,
+) -> None:
+    wanted = {name_of(name): tuple(get_weight(expected, name).shape) for name in names}
+    if missing := [name for name in wanted if name not in source.shapes]:
+        raise UserError(
+            f"{where} lacks {len(missing)} tensors, the first is {missing[0]}; fetch the complete model"
+        )
+    if unexpected := sorted(set(source.shapes) - set(wanted)):
+        raise UserError(
+            f"{where} holds {len(unexpected)} tensors that its architecture does not have, the first is {unexpected[0]}; "
+            "such a model is not supported"
+        )
+    for name, shape in wanted.items():
+        if source.shapes[name] != shape:
+            raise UserError(
+                f"{where}: tensor {name} has shape {source.shapes[name]}, the config asks for {shape}; correct the config"
+            )
+
+
+def _load_params(
+    source: WeightSource,
+    name_of: Callable[[WeightName], str],
+    config: ModelConfig,
+    where: str,
+    dtype: Any,
+    mesh: jax.sharding.Mesh | None,
+) -> Params:
+    """Reads, converts and places one tensor after another, so that only one is held twice."""
+    names = weight_names(config)
+    _check_shapes(source, names, name_of, abstract_params(config, dtype), where)
+    placement = None if mesh is None else params_sharding(config, logical_axes(config), mesh)
+    params: Params = {}
+    for name in names:
+        array = np.asarray(source.read(name_of(name))).astype(dtype, copy=False)
+        sharding = None if placement is None else get_weight(placement, name)
+        set_weight(params, name, jax.device_put(array, sharding))
+    return params
+
+
+def _safetensors_paths(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        paths = [directory / name for name in names]
+        if absent := [path.name for path in paths if not path.exists()]:
+            raise UserError(
+                f"{directory} lacks {', '.join(absent)}, named in {index.name}; fetch the complete model"
+            )
+        return paths
+    single = directory / "model.safetensors"
+    if single.exists():
+        return [single]
+    if list(directory.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{directory} holds only PyTorch .bin weights; convert them with transformers' save_pretrained to safetensors"
+        )
+    raise UserError(f"{directory} holds no model.safetensors; give a Hugging Face directory")
+
+
+def _drop_redundant(source: SafetensorsFiles, config: ModelConfig, where: str) -> None:
+    """Forgets tensors that repeat what the config says: RoPE tables of old files, a tied head."""
+    for name in [name for name in source.shapes if name.endswith(".rotary_emb.inv_freq")]:
+        del source.shapes[name]
+    if config.tie_embeddings and LM_HEAD.hf in source.shapes and EMBEDDING.hf in source.shapes:
+        if not np.array_equal(source.read(LM_HEAD.hf), source.read(EMBEDDING.hf)):
+            raise UserError(
+                f"{where}: tie_word_embeddings is true but {LM_HEAD.hf} differs from the embedding; "
+                "set it to false in config.json"
+            )
+        del source.shapes[LM_HEAD.hf]
+
+
+def _load_directory(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
+    if not (directory / "config.json").exists():
+        ggufs = sorted(path.name for path in directory.glob("*.gguf"))
+        remedy = f"give the path of {ggufs[0]}" if ggufs else "give a Hugging Face directory"
+        raise UserError(f"{directory} has no config.json; {remedy}")
+    config = config_from_hf(read_json(directory / "config.json"))
+    config = dataclasses.replace(config, eos_token_ids=saved_eos_token_ids(directory))
+    has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
+    tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None
+    source = SafetensorsFiles(_safetensors_paths(directory))
+    _drop_redundant(source, config, str(directory))
+    params = _load_params(source, lambda name: name.hf, config, str(directory), dtype, mesh)
+    return Model(config, params, tokenizer, str(directory))
+
+
+def _load_gguf(path: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
+    file = GGUFFile(path)
+    config = config_from_gguf(file)
+    source = GGUFWeights(file, config)
+    params = _load_params(source, lambda name: name.gguf, config, str(path), dtype, mesh)
+    return Model(config, params, Tokenizer.from_gguf(file), str(path))
+
+
+def _fetch(name: str) -> Path:
+    """Downloads a model of the Hugging Face hub, or finds it in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is no local path and could not be fetched from the hub ({reason}); give a directory or a .gguf file"
+        ) from error
+
+
+def _locate(path: str | Path) -> Path:
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and local.suffix != ".gguf":
+        return _fetch(str(path))
+    raise UserError(
+        f"{path} does not exist; give a Hugging Face directory, a hub id or a .gguf file"
+    )
+
+
+def load_model(
+    path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> Model:
+    """Reads a Llama or Qwen2 model.
+
+    Args:
+        path: a directory with config.json and safetensors, a hub id such as `org/name`, or a `.gguf` file.
+        dtype: of all parameters.
+        mesh: places every tensor by `s2d_jax.sharding`; None leaves them on the default device.
+
+    Raises:
+        UserError: if the path holds no supported, complete model.
+    """
+    local = _locate(path)
+    model = (_load_directory if local.is_dir() else _load_gguf)(local, dtype, mesh)
+    tokenizer, config = model.tokenizer, model.config
+    if tokenizer is not None:
+        eos = merged_ids(config.eos_token_ids, tokenizer.stop_token_ids)
+        config = dataclasses.replace(config, eos_token_ids=eos)
+    return dataclasses.replace(model, config=config, source=str(path))
+
+
+def load_draft(
+    path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> Draft:
+    """Reads an exported sorted draft; any other model becomes a draft whose only exit is its last layer.
+
+    Args:
+        path, dtype, mesh: as for `load_model`.
+
+    Raises:
+        UserError: as `load_model`, and if an exit is deeper than the draft.
+    """
+    model = load_model(path, dtype=dtype, mesh=mesh)
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    file = _locate(path) / SORTED_DRAFT
+    if not file.exists():
+        return Draft(**fields, draft_config=DraftConfig((model.config.num_layers,)))
+    draft_config = _draft_config(file)
+    draft_config.check_depth(model.config.num_layers)
+    return Draft(**fields, draft_config=draft_config)
+
+
+def _draft_config(file: Path) -> DraftConfig:
+    raw = read_json(file)
+    if raw.get("format") != SORTED_DRAFT_FORMAT:
+        raise UserError(
+            f"{file}: format {raw.get('format')!r} is unknown, {SORTED_DRAFT_FORMAT} is expected; export the draft again"
+        )
+    if raw.get("vocabulary_subset") is not None:
+        raise UserError(
+            f"{file}: a vocabulary_subset is not supported; export the draft without one"
+        )
+    if "exit_layers" not in raw:
+        raise UserError(f"{file} lacks exit_layers; export the draft again")
+    return DraftConfig(tuple(raw["exit_layers"]), tuple(raw.get("exit_thresholds", ())))

@@ -1,0 +1,194 @@
+"""Text to tokens and back, chat templates, and whether two models speak of the same tokens.
+
+The only place that touches Hugging Face tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from s2d_jax.config import UserError
+from s2d_jax.config_translation import merged_ids, saved_eos_token_ids
+from s2d_jax.gguf_reader import GGUFFile
+from s2d_jax.gguf_tokenizer import tokenizer_from_gguf
+
+# transformers advises to install PyTorch when it is imported; nothing here needs it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+# Special tokens that end an answer in the supported families, beside the tokenizer's own EOS.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
+
+# Names of entries that only fill a vocabulary up, as in `[PAD151665]` or `<|reserved_special_token_3|>`.
+_PADDING = re.compile(r"pad|unused|dummy|reserved|extra", re.IGNORECASE)
+
+VICUNA_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+    "{% else %}"
+    '{% set system = "A chat between a curious user and an artificial intelligence assistant. " ~ '
+    '"The assistant gives helpful, detailed, and polite answers to the user\'s questions." %}'
+    "{% set turns = messages %}"
+    "{% endif %}"
+    "{{ system }}"
+    "{% for message in turns %}"
+    "{% if message['role'] == 'user' %}{{ ' USER: ' ~ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ASSISTANT: ' ~ message['content'] ~ eos_token }}"
+    "{% else %}{{ raise_exception('role ' ~ message['role'] ~ ' is unknown') }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer with a chat template and the tokens that end an answer.
+
+    Args:
+        fast: a tokenizer of transformers.
+        stop_token_ids: ids that end an answer, beside its EOS and the usual end-of-turn tokens.
+
+    Attributes:
+        chat_template: the tokenizer's own Jinja template, else Vicuna's.
+        stop_token_ids: all ids that end an answer.
+    """
+
+    def __init__(self, fast: Any, stop_token_ids: Sequence[int] = ()):
+        self._fast = fast
+        self.chat_template: str = fast.chat_template or VICUNA_TEMPLATE
+        special = {str(t): i for i, t in fast.added_tokens_decoder.items() if t.special}
+        end_of_turn = [special[token] for token in END_OF_TURN if token in special]
+        self.stop_token_ids = merged_ids(fast.eos_token_id, stop_token_ids, end_of_turn)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Reads the tokenizer of a Hugging Face directory, or what `save` wrote.
+
+        Raises:
+            UserError: if transformers cannot read one.
+        """
+        try:
+            fast = AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(
+                f"{directory} holds no readable tokenizer ({reason}); add its tokenizer.json"
+            ) from error
+        return cls(fast, saved_eos_token_ids(Path(directory)))
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
+        """Builds the tokenizer that a GGUF file describes; torch is not needed.
+
+        Raises:
+            UserError: for an unsupported kind of tokenizer.
+        """
+        backend, special_tokens = tokenizer_from_gguf(file)
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            clean_up_tokenization_spaces=False,
+            chat_template=file.metadata.get("tokenizer.chat_template"),
+            **special_tokens,
+        )
+        ids = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
+        return cls(fast, merged_ids(*ids))
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written in it are recognised."""
+        return self._fast.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids beyond the vocabulary are left out."""
+        return self._fast.decode(
+            [int(i) for i in ids],
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as one string, in the words of the chat template.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": text}` in order.
+            add_generation_prompt: end with the header of an answer.
+
+        Raises:
+            UserError: if the template refuses the conversation.
+        """
+        try:
+            return self._fast.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=self.chat_template,
+            )
+        except (jinja2.TemplateError, TypeError, IndexError) as error:
+            raise UserError(
+                f"the chat template refuses the conversation ({error}); give messages with role and content"
+            ) from error
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of `render_chat`; the template itself writes BOS where the model wants it."""
+        return self.encode(self.render_chat(messages, add_generation_prompt))
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's string -> its id."""
+        return self._fast.get_vocab()
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json (with the chat template) and, for the stop tokens, generation_config.json."""
+        directory = Path(directory)
+        own_template = self._fast.chat_template
+        self._fast.chat_template = self.chat_template
+        try:
+            self._fast.save_pretrained(str(directory), save_jinja_files=False)
+        finally:
+            self._fast.chat_template = own_template
+        file = directory / "tokenizer_config.json"
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        # Readable by transformers 4 and 5 alike, and both then take tokenizer.json as it stands.
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        generation = {"eos_token_id": list(self.stop_token_ids)}
+        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
+    """Makes sure that an id means the same token to both models.
+
+    One vocabulary may have more entries at its end when they are padding.
+
+    Raises:
+        UserError: showing the first id whose tokens differ.
+    """
+    target_tokens, draft_tokens = (
+        {i: token for token, i in tokenizer.vocabulary().items()} for tokenizer in (target, draft)
+    )
+    if target_tokens == draft_tokens:
+        return
+    shared = min(max(target_tokens, default=0), max(draft_tokens, default=0))
+    for i in sorted(target_tokens.keys() | draft_tokens.keys()):
+        ours, theirs = target_tokens.get(i), draft_tokens.get(i)
+        if ours == theirs:
+            continue
+        extra = ours if theirs is None else theirs
+        if i > shared and extra is not None and _PADDING.search(extra):
+            continue
+        raise UserError(
+            f"target and draft have different tokenizers: id {i} is {ours!r} to the target and {theirs!r} to the draft; "
+            "use a draft trained for this target's vocabulary"
+        )
