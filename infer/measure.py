@@ -118,7 +118,7 @@ def _answer(
     stats, identical = [], True
     for _ in question.turns:
         prompt = encode(tokenizer_of(target), question.messages(answers), raw=raw)
-        result = _warm_run(method.decoder, prompt, params)
+        result = warm_run(method.decoder, prompt, params)
         answers.append(result.texts[0])
         stats.append(result.stats)
         if reference is not None:
@@ -134,7 +134,7 @@ def _answer(
     )
 
 
-def _warm_run(
+def warm_run(
     decoder: SpeculativeDecoder, prompt: list[int], params: SamplingParams
 ) -> GenerationResult:
     """A run of compiled and warm programs: one that had to compile is the warm-up, and repeated."""

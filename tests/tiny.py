@@ -11,6 +11,17 @@ from s2d_jax.config import DraftConfig, ModelConfig
 
 ENUMERABLE_VOCAB = 8
 
+TINY_TEXTS = (
+    "the quick brown fox jumps over the lazy dog",
+    "one two three four five six seven eight nine ten",
+    "user asks and assistant answers",
+)
+
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def tiny_config(vocab_size: int = 64, num_layers: int = 4, **changes) -> ModelConfig:
     """A Llama-family config of a few thousand parameters; `changes` replaces any field."""
@@ -85,7 +96,7 @@ def enumerable_draft(exit_layers: tuple[int, ...] = (1, 2), *, seed: int = 1, sp
     return tiny_draft(ENUMERABLE_VOCAB, exit_layers, seed=seed, spread=spread)
 
 
-def tiny_tokenizer(vocab_size: int = 64, *, chat: bool = True):
+def tiny_tokenizer(vocab_size: int = 64, *, chat: bool = True, texts: tuple[str, ...] = TINY_TEXTS):
     """A byte-level `Tokenizer` trained in memory; with `vocab_size` at least 262 it is lossless."""
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -103,22 +114,10 @@ def tiny_tokenizer(vocab_size: int = 64, *, chat: bool = True):
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if vocab_size >= 262 else [],
     )
-    rust.train_from_iterator(TINY_TEXTS, trainer)
+    rust.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=rust, eos_token="<|im_end|>", bos_token="<|endoftext|>"
     )
     if chat:
         fast.chat_template = TINY_CHAT_TEMPLATE
     return Tokenizer(fast)
-
-
-TINY_TEXTS = (
-    "the quick brown fox jumps over the lazy dog",
-    "one two three four five six seven eight nine ten",
-    "user asks and assistant answers",
-)
-
-TINY_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)

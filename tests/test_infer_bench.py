@@ -1,0 +1,180 @@
+"""`python -m infer.bench` on tiny models, and its arithmetic on made-up samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from infer_tiny import failing_run, run, save_tiny_models
+
+from infer import bench
+from infer.formats import rates, shares
+from infer.measure import Sample, warm_run
+from infer.methods import parse_methods
+from infer.report import make_rows
+from s2d_jax.config import SamplingParams, UserError
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.pretrained import load_model
+from s2d_jax.stats import GenerationStats
+
+QUESTIONS = (
+    {"question_id": 81, "category": "writing", "turns": ["one two", "three"]},
+    {"question_id": 82, "category": "maths", "turns": ["the quick brown fox"], "reference": ["4"]},
+)
+ROW_KEYS = {
+    *("method", "target", "temperature", "tokens_per_second", "speedup", "mean_acceptance_length"),
+    *("accepted_per_depth", "exit_histogram", "identical_to_baseline", "prompts", "new_tokens"),
+    *("seconds_by_phase", "decode_only_speedup"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return path
+
+
+@pytest.mark.slow
+def test_two_targets_are_measured_with_one_loaded_draft(
+    models, questions, tmp_path, monkeypatch, capsys
+):
+    loaded, load_draft = [], bench.load_draft
+
+    def counting(path, **kwargs):
+        loaded.append(path)
+        return load_draft(path, **kwargs)
+
+    monkeypatch.setattr(bench, "load_draft", counting)
+    out = tmp_path / "out"
+    targets = ("--target", models.small, "--target", models.large)
+    flags = ("--draft", models.draft, "--questions", questions, "--out", out)
+    methods = ("--methods", "ar,sd@1,s2d", "--max-new-tokens", 8, "--raw")
+    run(bench.main, monkeypatch, *targets, *flags, *methods)
+
+    assert loaded == [models.draft]
+    report = json.loads((out / "report.json").read_text())
+    assert {"cpu", "cores", "threads", "jax", "dtype", "commit"} <= set(report["environment"])
+    rows = report["rows"]
+    assert [row["method"] for row in rows] == ["ar", "sd@1", "s2d"] * 2
+    assert [row["target"] for row in rows] == [models.small] * 3 + [models.large] * 3
+    for row in rows:
+        assert set(row) >= ROW_KEYS
+        assert row["identical_to_baseline"] is True
+        assert row["prompts"] == 2
+        assert row["mean_acceptance_length"] >= 1
+        assert {"prefill", "decode"} <= set(row["seconds_by_phase"])
+        assert set(row["categories"]) == {"writing", "maths"}
+    assert all(row["speedup"] == 1 == row["decode_only_speedup"] for row in rows[::3])
+    assert all(row["exit_histogram"].keys() == {"1", "2"} for row in rows[2::3])
+    assert len({row["new_tokens"] for row in rows[:3]}) == 1
+    for name in ("report.md", "samples.jsonl", "speedup.png", "exits.png", "acceptance.png"):
+        assert (out / name).stat().st_size > 0
+    assert not [path for path in out.iterdir() if "partial" in path.name]
+    shown = capsys.readouterr().out
+    assert "SoFT + S2D" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+def test_an_independent_draft_and_sampling(models, questions, tmp_path, monkeypatch):
+    flags = ("--independent-draft", models.small, "--questions", questions, "--max-questions", 1)
+    rest = ("--methods", "draft", "--temperature", 1, "--max-new-tokens", 8, "--raw")
+    rest += ("--out", tmp_path)
+    run(bench.main, monkeypatch, "--target", models.large, *flags, *rest)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["ar", "draft"]
+    assert rows[1]["label"] == "small + SD"
+    assert rows[1]["identical_to_baseline"] is None
+
+
+def test_a_run_that_compiled_is_repeated(models):
+    decoder = SpeculativeDecoder(load_model(models.small))
+    for _ in range(2):
+        result = warm_run(decoder, [5, 6, 7], SamplingParams(max_new_tokens=3))
+        assert result.stats.seconds["compile"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--target", "{small}", "--methods", "ar,fast"), "method 'fast' is unknown; use ar,"),
+        (("--target", "{small}", "--methods", "s2d,s2d"), "method 's2d' is given twice"),
+        (("--target", "{small}", "--methods", "s2d"), "method 's2d' needs a draft"),
+        (("--methods", "ar"), "no --target was given"),
+        (("--target", "{small}", "--categories", "poems"), "category 'poems' is not in"),
+        (("--target", "{small}", "--repeats", "0"), "repeats 0"),
+        (
+            ("--target", "{small}", "--draft", "{draft}", "--methods", "sd@4"),
+            "has no exit 4; use sd@1, sd@2",
+        ),
+        (("--target", "{small}", "--draft", "{stranger}"), "different tokenizers"),
+    ],
+)
+def test_mistakes_get_one_line(models, questions, tmp_path, monkeypatch, capsys, flags, message):
+    filled = [flag.format(**vars(models)) for flag in flags]
+    out = tmp_path / "out"
+    line = failing_run(
+        bench.main, monkeypatch, capsys, *filled, "--questions", questions, "--out", out
+    )
+    assert message in line
+    assert not out.exists()
+
+
+def sample(method, question_id, seconds, emitted, passes, identical=True):
+    stats = GenerationStats(
+        prompt_tokens=5,
+        emitted_tokens=emitted,
+        target_forwards=passes,
+        draft_forwards={6: 8},
+        drafted_tokens=10,
+        accepted_tokens=6,
+        drafted_per_depth=(5, 5),
+        accepted_per_depth=(4, 2),
+        exit_histogram={6: 10},
+        seconds={"compile": 0.0, "total": seconds, "prefill": 1.0, "decode": seconds - 1.0},
+    )
+    return Sample(method, question_id, "", stats, ("text",), identical)
+
+
+def test_speedup_is_the_ratio_of_mean_speeds():
+    samples = [
+        sample("ar", 1, 11.0, 11, 10),
+        sample("ar", 2, 6.0, 21, 20),
+        sample("s2d", 1, 6.0, 11, 5),
+        sample("s2d", 2, 3.0, 21, 5, identical=False),
+    ]
+    methods = [SimpleNamespace(name=name, label=name) for name in ("ar", "s2d")]
+    plain, fast = make_rows("t", 0.0, methods, samples)
+    assert plain["tokens_per_second"] == pytest.approx((1 + 21 / 6) / 2)
+    assert fast["speedup"] == pytest.approx((11 / 6 + 7) / (1 + 21 / 6))
+    # After prefill, whose second and whose token are left out.
+    assert fast["decode_only_speedup"] == pytest.approx((10 / 5 + 20 / 2) / (10 / 10 + 20 / 5))
+    assert fast["mean_acceptance_length"] == pytest.approx((10 + 20) / 10)
+    assert fast["accepted_per_depth"] == pytest.approx([0.8, 0.4])
+    assert fast["seconds_by_phase"] == {"prefill": 2.0, "decode": 7.0}
+    assert fast["exit_histogram"] == {6: 20}
+    assert plain["identical_to_baseline"] is True
+    assert fast["identical_to_baseline"] is False
+    assert fast["prompts_not_identical"] == [2]
+    unchecked = [dataclasses.replace(s, identical=None) for s in samples]
+    assert make_rows("t", 1.0, methods, unchecked)[1]["identical_to_baseline"] is None
+
+
+def test_the_baseline_comes_first_and_is_always_there():
+    assert parse_methods("s2d, sd@6") == ("ar", "s2d", "sd@6")
+    assert parse_methods("s2d,ar") == ("ar", "s2d")
+    with pytest.raises(UserError, match="method '' is unknown"):
+        parse_methods("ar,")
+
+
+def test_numbers_as_text():
+    assert shares({9: 1, 6: 3}) == "6: 75%  9: 25%"
+    assert shares({6: 0}) == shares({}) == "-"
+    assert rates((0.8, 1.0)) == ".80 1.00"
