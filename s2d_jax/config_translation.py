@@ -32,7 +32,11 @@ _HF_UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("attention_bias", bool, "only false can be computed (Qwen2's q/k/v bias needs no key)"),
     ("mlp_bias", bool, "only false can be computed"),
     ("use_sliding_window", bool, "only false can be computed"),
-    ("layer_types", lambda kinds: set(kinds or ()) - {"full_attention"}, "only full_attention"),
+    (
+        "layer_types",
+        lambda kinds: bool(set(kinds or ()) - {"full_attention"}),
+        "only full_attention",
+    ),
     ("hidden_act", lambda name: name not in (None, "silu"), "only silu can be computed"),
     ("partial_rotary_factor", lambda part: part not in (None, 1, 1.0), "only 1 can be computed"),
 )
@@ -83,12 +87,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: for another architecture, an option that changes the arithmetic, or a missing key.
     """
-    architectures = raw.get("architectures") or [raw.get("model_type")]
+    architecture = str((raw.get("architectures") or [raw.get("model_type")])[0])
     by_type = {family: family for family in ARCHITECTURES.values()}
-    family = (ARCHITECTURES | by_type).get(architectures[0])
+    family = (ARCHITECTURES | by_type).get(architecture)
     if family is None:
         raise UserError(
-            f"architecture {architectures[0]!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
+            f"architecture {architecture!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
         )
     for key, is_on, allowed in _HF_UNSUPPORTED:
         if is_on(raw.get(key)):

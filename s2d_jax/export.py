@@ -112,7 +112,12 @@ def _replaced_at_once(out: Path) -> Iterator[Path]:
         yield partial
         if out.exists():
             out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise UserError(f"{out} was not written: {reason}; nothing was left behind") from error

@@ -67,7 +67,8 @@ class Draft(Model):
 class WeightSource(Protocol):
     """Tensors by name: `shapes` says what there is, `read` gives one as NumPy."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 

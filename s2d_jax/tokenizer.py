@@ -21,7 +21,7 @@ from s2d_jax.gguf_tokenizer import tokenizer_from_gguf
 
 # transformers advises to install PyTorch when it is imported; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -150,7 +150,10 @@ class Tokenizer:
         return self._fast.get_vocab()
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json (with the chat template) and, for the stop tokens, generation_config.json."""
+        """Writes what `from_directory` reads.
+
+        That is tokenizer.json, tokenizer_config.json (with the chat template) and, for the stop tokens, generation_config.json.
+        """
         directory = Path(directory)
         own_template = self._fast.chat_template
         self._fast.chat_template = self.chat_template

@@ -251,7 +251,7 @@ def tiny_gguf_vocabulary(size: int = 64) -> dict[str, object]:
         "ggml.pre": "gpt-2",
         "ggml.tokens": [*letters, '!"', "Ġ", "<|im_start|>", "<|im_end|>"],
         "ggml.token_type": [1] * (size - 2) + [3, 3],
-        "ggml.merges": ["! \""],
+        "ggml.merges": ['! "'],
         "ggml.bos_token_id": size - 2,
         "ggml.eos_token_id": size - 1,
     }

@@ -18,7 +18,6 @@ from hf_tiny import (
     CASES,
     expect_user_error,
     first_divergent_layer,
-    hf_logits,
     hf_model,
     hf_states,
     our_logits,
