@@ -11,7 +11,7 @@ RUN := $(DEMO)/run
 DRAFT := $(DEMO)/export
 TABLE := $(DEMO)/bench/report.md
 
-# Compiled programs are kept between the steps of the demo and between runs.
+# Compiled programs are kept: the second run of a step or of the tests does not compile again.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax-cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
@@ -26,7 +26,7 @@ $(MODEL): | $(VENV)/.demo
 
 $(ANSWERS): configs/demo_prompts_train.jsonl | $(MODEL)
 	$(PY) -m infer.generate --target $(MODEL) --prompts $< --out $@ \
-	    --batch-size 16 --max-new-tokens 112
+	    --batch-size 16 --max-new-tokens 96
 
 $(RUN)/.trained: $(ANSWERS) configs/smollm2_demo.yaml
 	rm -rf $(RUN)
@@ -49,7 +49,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 format: $(VENV)/.test
 	$(PY) -m ruff format .
@@ -61,10 +61,12 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(PY)
+	@echo 'Installing (about two minutes, once)'
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(PY)
+	@echo 'Installing with test tools (a few minutes, once)'
 	$(INSTALL) -e '.[demo,test]'
 	@touch $@
 

@@ -6,12 +6,12 @@ import datetime
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
-import jaxlib
 
 
 def environment(dtype: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def environment(dtype: str) -> dict[str, Any]:
         "devices": [device.device_kind for device in jax.devices()],
         "dtype": dtype,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": metadata.version("jaxlib"),
         "flax": flax.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -24,6 +24,7 @@ class Sample:
         question_id, category: of the question.
         stats: summed over the turns.
         answers: text per turn.
+        compile_seconds: spent on programs that this run was the first to need; not in `stats`.
         identical: whether all tokens equal the width-matched greedy reference's; None if not asked.
     """
 
@@ -32,6 +33,7 @@ class Sample:
     category: str
     stats: GenerationStats
     answers: tuple[str, ...]
+    compile_seconds: float
     identical: bool | None
 
     @property
@@ -115,10 +117,11 @@ def _answer(
     reference: Reference | None,
 ) -> Sample:
     answers: list[str] = []
-    stats, identical = [], True
+    stats, compile_seconds, identical = [], 0.0, True
     for _ in question.turns:
         prompt = encode(tokenizer_of(target), question.messages(answers), raw=raw)
-        result = warm_run(method.decoder, prompt, params)
+        result, spent = warm_run(method.decoder, prompt, params)
+        compile_seconds += spent
         answers.append(result.texts[0])
         stats.append(result.stats)
         if reference is not None:
@@ -130,15 +133,20 @@ def _answer(
         category=question.category,
         stats=sum_stats(stats),
         answers=tuple(answers),
+        compile_seconds=compile_seconds,
         identical=None if reference is None else identical,
     )
 
 
 def warm_run(
     decoder: SpeculativeDecoder, prompt: list[int], params: SamplingParams
-) -> GenerationResult:
-    """A run of compiled and warm programs: one that had to compile is the warm-up, and repeated."""
+) -> tuple[GenerationResult, float]:
+    """A run of compiled and warm programs, and the seconds that compiling them took.
+
+    A run that had to compile is the warm-up, and is repeated.
+    """
     result = decoder.generate([prompt], [params], time_phases=True)
-    if result.stats.seconds["compile"] > 0:
+    compile_seconds = result.stats.seconds["compile"]
+    if compile_seconds > 0:
         result = decoder.generate([prompt], [params], time_phases=True)
-    return result
+    return result, compile_seconds

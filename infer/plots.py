@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from infer.cli import written_whole
 from infer.report import short_name, targets_of
@@ -81,6 +82,6 @@ def _acceptance(rows: list[Row]) -> Figure:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("drafted token")
     axes.set_ylabel("accepted, of those drafted")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7)
     return figure

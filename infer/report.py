@@ -62,6 +62,7 @@ def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
         "accepted_tokens": stats.accepted_tokens,
         "mean_draft_length": stats.drafted_tokens / max(stats.target_forwards, 1),
         "seconds_by_phase": phases,
+        "compile_seconds": sum(sample.compile_seconds for sample in samples),
     }
 
 

@@ -96,9 +96,13 @@ def test_an_independent_draft_and_sampling(models, questions, tmp_path, monkeypa
 
 def test_a_run_that_compiled_is_repeated(models):
     decoder = SpeculativeDecoder(load_model(models.small))
+    compiled = []
     for _ in range(2):
-        result = warm_run(decoder, [5, 6, 7], SamplingParams(max_new_tokens=3))
+        result, seconds = warm_run(decoder, [5, 6, 7], SamplingParams(max_new_tokens=3))
         assert result.stats.seconds["compile"] == 0
+        compiled.append(seconds)
+    assert compiled[0] > 0
+    assert compiled[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def sample(method, question_id, seconds, emitted, passes, identical=True):
         exit_histogram={6: 10},
         seconds={"compile": 0.0, "total": seconds, "prefill": 1.0, "decode": seconds - 1.0},
     )
-    return Sample(method, question_id, "", stats, ("text",), identical)
+    return Sample(method, question_id, "", stats, ("text",), 2.0, identical)
 
 
 def test_speedup_is_the_ratio_of_mean_speeds():
@@ -159,6 +163,7 @@ def test_speedup_is_the_ratio_of_mean_speeds():
     assert fast["mean_acceptance_length"] == pytest.approx((10 + 20) / 10)
     assert fast["accepted_per_depth"] == pytest.approx([0.8, 0.4])
     assert fast["seconds_by_phase"] == {"prefill": 2.0, "decode": 7.0}
+    assert fast["compile_seconds"] == 4
     assert fast["exit_histogram"] == {6: 20}
     assert plain["identical_to_baseline"] is True
     assert fast["identical_to_baseline"] is False
