@@ -1,0 +1,216 @@
+"""Training runs on disk: what the draft is, and Orbax checkpoints that restore onto any mesh.
+
+```
+run_dir/
+  config.yaml  metrics.jsonl                 written by `train`
+  model_config.json  draft_config.json       the draft's shape and exits
+  tokenizer files
+  checkpoints/00000200/{params, opt_state}
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from s2d_jax.config import DraftConfig, ModelConfig, RopeScaling, UserError
+from s2d_jax.model import abstract_params, logical_axes
+from s2d_jax.pretrained import Draft
+from s2d_jax.sharding import params_sharding
+from s2d_jax.tokenizer import Tokenizer
+
+CHECKPOINTS = "checkpoints"
+_MODEL_CONFIG = "model_config.json"
+_DRAFT_CONFIG = "draft_config.json"
+
+
+def write_run(
+    run_dir: Path, config: ModelConfig, draft_config: DraftConfig, tokenizer: Tokenizer
+) -> None:
+    """Writes what a draft is beside its weights: its shape, its exits, its tokenizer."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run_dir)
+    for name, value in ((_MODEL_CONFIG, config), (_DRAFT_CONFIG, draft_config)):
+        write_text(run_dir / name, json.dumps(dataclasses.asdict(value), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:
+    """The draft's shape and exits, as `write_run` left them.
+
+    Raises:
+        UserError: if `run_dir` is not the directory of a training run.
+    """
+    values = []
+    for name in (_MODEL_CONFIG, _DRAFT_CONFIG):
+        try:
+            values.append(json.loads((run_dir / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            raise UserError(
+                f"{run_dir} holds no readable {name}; give the directory of a training run"
+            ) from None
+    model, draft = values
+    if model["rope_scaling"] is not None:
+        model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
+    model["eos_token_ids"] = tuple(model["eos_token_ids"])
+    exits, thresholds = draft["exit_layers"], draft["exit_thresholds"]
+    return ModelConfig(**model), DraftConfig(tuple(exits), tuple(thresholds))
+
+
+def load_run(
+    run_dir: str | Path, step: int | None = None, *, dtype: Any = jnp.float32, mesh=None
+) -> Draft:
+    """The draft of a training run.
+
+    Args:
+        run_dir: written by `python -m train.main`.
+        step: which checkpoint; None takes the newest.
+        dtype: of the parameters.
+        mesh: places them by `s2d_jax.sharding`; None puts them on the default device.
+
+    Raises:
+        UserError: if there is no such run or checkpoint.
+    """
+    run_dir = Path(run_dir)
+    config, draft_config = read_run(run_dir)
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
+    with contextlib.closing(checkpoints):
+        step = checkpoints.find(step)
+        abstract = abstract_params(config, dtype)
+        if mesh is None:
+            one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shardings = jax.tree.map(lambda _: one_device, abstract)
+        else:
+            shardings = params_sharding(config, logical_axes(config), mesh)
+        params = checkpoints.restore(step, params=placed(abstract, shardings))["params"]
+    tokenizer = Tokenizer.from_directory(run_dir)
+    return Draft(config, params, tokenizer, f"{run_dir} step {step}", draft_config)
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+    """`abstract` with each leaf's sharding: what Orbax restores onto."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+
+
+class Checkpoints:
+    """The numbered checkpoints of a run; the newest `keep` stay.
+
+    A save runs in the background. It appears under its own name only once it is complete, so a killed or failed save leaves the
+    earlier ones as they were; its remains are removed when a run is opened for writing (`keep` given).
+    """
+
+    def __init__(self, directory: Path, keep: int | None = None):
+        self._directory = directory
+        policy = ocp.training.preservation_policies
+        self._checkpointer = None
+        if keep is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        if directory.is_dir():
+            self._checkpointer = ocp.training.Checkpointer(
+                directory.absolute(),
+                preservation_policy=policy.LatestN(keep) if keep else policy.PreserveAll(),
+                cleanup_tmp_directories=keep is not None,
+            )
+
+    @property
+    def steps(self) -> list[int]:
+        """The complete checkpoints, oldest first."""
+        if self._checkpointer is None:
+            return []
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def find(self, step: int | None) -> int:
+        """`step`, or the newest one.
+
+        Raises:
+            UserError: if it does not exist.
+        """
+        steps = self.steps
+        if not steps:
+            raise UserError(f"{self._directory} holds no checkpoint; train first")
+        if step is not None and step not in steps:
+            have = ", ".join(map(str, steps))
+            raise UserError(f"step={step} is not in {self._directory}; it holds {have}")
+        return steps[-1] if step is None else step
+
+    def save(self, step: int, metadata: dict[str, Any], **trees: Any) -> None:
+        """Starts to save named trees of arrays, after waiting for the save before.
+
+        Raises:
+            UserError: if this or the save before fails, for example on a full disk.
+        """
+        assert self._checkpointer is not None
+        with self._explained():
+            self._checkpointer.wait()
+            self._checkpointer.save_checkpointables_async(
+                step, trees, force=True, custom_metadata=metadata
+            )
+
+    def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
+        """The named trees of a checkpoint, shaped and placed as the `jax.ShapeDtypeStruct`s given."""
+        assert self._checkpointer is not None
+        return self._checkpointer.load_checkpointables(step, abstract)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given beside the arrays."""
+        assert self._checkpointer is not None
+        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+
+    def wait(self) -> None:
+        """Returns once the last save is on disk.
+
+        Raises:
+            UserError: if it failed.
+        """
+        if self._checkpointer is not None:
+            with self._explained():
+                self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits, and frees Orbax's threads."""
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            kept = f"checkpoints {self.steps} are intact" if self.steps else "none was saved before"
+            remedy = "free some space" if cause.errno == errno.ENOSPC else "check the directory"
+            raise UserError(
+                f"saving to {self._directory} failed: {cause.strerror or cause}; {kept}; {remedy} and resume"
+            ) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind an exception of Orbax's, if there is one."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

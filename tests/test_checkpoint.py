@@ -1,0 +1,119 @@
+"""Checkpoints: complete or absent, restored onto any mesh, and clear about what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_params, tiny_tokenizer
+
+from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, load_run, placed, read_run, write_run
+from s2d_jax.config import DraftConfig, RopeScaling, UserError
+from s2d_jax.model import abstract_params, logical_axes
+from s2d_jax.sharding import MeshConfig, make_mesh, params_sharding
+
+CONFIG = tiny_config(
+    num_layers=2,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 128),
+    eos_token_ids=(1, 2),
+    tie_embeddings=True,
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run with checkpoints 3, 5 and 9, of which two are kept."""
+    write_run(tmp_path / "run", CONFIG, DraftConfig((1, 2), (0.7, 0.0)), tiny_tokenizer(64))
+    with contextlib.closing(Checkpoints(tmp_path / "run" / CHECKPOINTS, keep=2)) as checkpoints:
+        for step in (3, 5, 9):
+            params = jax.tree.map(lambda x: x * jnp.float32(step), tiny_params(CONFIG))  # noqa: B023
+            checkpoints.save(step, {"elapsed_seconds": step / 2}, params=params)
+        checkpoints.wait()
+    return tmp_path / "run"
+
+
+def test_the_description_of_a_run_reads_back_equal(run_dir):
+    assert read_run(run_dir) == (CONFIG, DraftConfig((1, 2), (0.7, 0.0)))
+
+
+def test_the_newest_checkpoints_are_kept_with_their_metadata(run_dir):
+    with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS)) as checkpoints:
+        assert checkpoints.steps == [5, 9]
+        assert checkpoints.metadata(5) == {"elapsed_seconds": 2.5}
+
+
+@pytest.mark.parametrize("step", [5, 9, None])
+def test_a_draft_is_what_was_saved(run_dir, step):
+    draft = load_run(run_dir, step)
+    expected = jax.tree.map(lambda x: x * jnp.float32(step or 9), tiny_params(CONFIG))
+    jax.tree.map(np.testing.assert_array_equal, draft.params, expected)
+    assert draft.config == CONFIG
+    assert draft.draft_config == DraftConfig((1, 2), (0.7, 0.0))
+    assert draft.source == f"{run_dir} step {step or 9}"
+
+
+def test_restores_onto_a_mesh(run_dir):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    draft = load_run(run_dir, mesh=mesh)
+    expected = params_sharding(CONFIG, logical_axes(CONFIG), mesh)
+    assert jax.tree.map(lambda x: x.sharding, draft.params) == expected
+    jax.tree.map(np.testing.assert_array_equal, draft.params, load_run(run_dir).params)
+
+
+def test_a_killed_save_is_not_listed_and_is_cleaned_up(run_dir):
+    remains = run_dir / CHECKPOINTS / "12.orbax-checkpoint-tmp-1"
+    remains.mkdir()
+    (remains / "half").write_text("")
+    assert load_run(run_dir).source.endswith("step 9")
+    with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS, keep=2)) as checkpoints:
+        assert checkpoints.steps == [5, 9]
+    assert not remains.exists()
+
+
+def test_a_save_that_fails_in_the_background_is_told_in_one_line(run_dir, monkeypatch):
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS, keep=2)
+
+    def full_disk():
+        raise RuntimeError("save failed") from OSError(28, "No space left on device")
+
+    with contextlib.closing(checkpoints), monkeypatch.context() as patch:
+        patch.setattr(checkpoints._checkpointer, "wait", full_disk)
+        with pytest.raises(
+            UserError, match=r"No space left on device; checkpoints \[5, 9\] are"
+        ) as error:
+            checkpoints.wait()
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_named(run_dir, tmp_path):
+    with pytest.raises(UserError, match=r"step=4 is not in .*checkpoints; it holds 5, 9"):
+        load_run(run_dir, 4)
+    with pytest.raises(
+        UserError, match=r"nowhere holds no readable model_config.json; give the dir"
+    ):
+        load_run(tmp_path / "nowhere")
+    write_run(tmp_path / "new", CONFIG, DraftConfig((2,)), tiny_tokenizer(64))
+    with pytest.raises(UserError, match=r"checkpoints holds no checkpoint; train first"):
+        load_run(tmp_path / "new")
+    assert not (tmp_path / "new" / CHECKPOINTS).exists()
+
+
+def test_optimizer_state_survives_with_its_types(tmp_path):
+    import optax
+
+    params = tiny_params(dataclasses.replace(CONFIG, rope_scaling=None))
+    state = optax.adam(1e-3).init(params)
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, state)
+    with contextlib.closing(Checkpoints(tmp_path / "c", keep=1)) as checkpoints:
+        checkpoints.save(1, {}, params=params, opt_state=state)
+        checkpoints.wait()
+        abstract = jax.eval_shape(lambda: state)
+        restored = checkpoints.restore(1, opt_state=placed(abstract, shardings))["opt_state"]
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert abstract_params(CONFIG).keys() == params.keys()

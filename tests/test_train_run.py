@@ -1,0 +1,278 @@
+"""Whole runs of `train.main` on a tiny model: what they write, how they resume, how they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_params, tiny_tokenizer
+
+from s2d_jax.checkpoint import load_run
+from s2d_jax.config import DraftConfig
+from s2d_jax.export import export_draft
+from s2d_jax.model import Transformer
+from s2d_jax.pretrained import Draft, load_draft
+from train.config import load_config
+from train.main import main
+
+VOCAB = 300
+EXITS = ["1", "2", "3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of one shape share their compiled step."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A directory with a tiny model of 4 layers, its tokenizer, conversations and a config."""
+    directory = tmp_path_factory.mktemp("source")
+    config = tiny_config(VOCAB, num_layers=4)
+    model = Draft(config, tiny_params(config), tiny_tokenizer(VOCAB), "tiny", DraftConfig((4,)))
+    export_draft(model, directory / "model", {})
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rng = np.random.default_rng(0)
+    with open(directory / "chat.jsonl", "w") as file:
+        for _ in range(60):
+            start = int(rng.integers(0, 8))
+            messages = [
+                {"role": "user", "content": words[start]},
+                {"role": "assistant", "content": " ".join(words[start : start + 3])},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    (directory / "run.yaml").write_text(
+        f"""
+model: {{path: {directory / "model"}, num_layers: 3, compute_dtype: float32, remat: false}}
+data: {{paths: [{directory / "chat.jsonl"}], max_length: 48, held_out_fraction: 0.1}}
+draft: {{exit_layers: [1, 2, 3]}}
+optim: {{learning_rate: 1e-2}}
+train: {{batch_size: 4, max_steps: 8, checkpoint_every: 4, eval_every: 4, keep_checkpoints: 2}}
+"""
+    )
+    return directory
+
+
+def launch(source, run_dir, *overrides: str) -> int:
+    config = str(source / "run.yaml")
+    return main(["--config", config, "--train.run-dir", str(run_dir), *map(str, overrides)])
+
+
+def metrics(run_dir, held_out: bool = False):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row.get("held_out", False) == held_out]
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert launch(source, run_dir) == 0
+    return run_dir
+
+
+def test_a_run_leaves_all_that_describes_it(source, finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        *("config.yaml", "model_config.json", "draft_config.json", "data.json"),
+        *("tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "checkpoints", "rows"),
+    }
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["4", "8"]
+    assert load_config(finished / "config.yaml").train.run_dir == str(finished)
+    assert not list(finished.rglob("*partial*"))
+
+
+def test_metrics_tell_loss_and_accuracy_per_exit(finished):
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for row in rows:
+        assert list(row["loss_per_exit"]) == list(row["accuracy_per_exit"]) == EXITS
+        assert row["loss"] == pytest.approx(np.mean(list(row["loss_per_exit"].values())), rel=1e-4)
+        assert row["learning_rate"] > 0
+        assert row["grad_norm"] > 0
+        assert row["tokens_per_second"] > 0
+    held_out = metrics(finished, held_out=True)
+    assert [row["step"] for row in held_out] == [0, 4, 8]
+    assert held_out[-1]["loss"] < 0.8 * held_out[0]["loss"]
+    assert list(held_out[0]["accuracy_per_exit"]) == EXITS
+
+
+def test_without_a_terminal_there_are_lines_with_loss_and_time_left(source, tmp_path, capsys):
+    assert launch(source, tmp_path / "run", "--train.max-steps", 2) == 0
+    text = capsys.readouterr().out
+    assert "60 conversations (0 skipped, 0 truncated, 0 dropped) -> " in text
+    assert "tok/s  loss " in text
+    assert "0 s left" in text
+    assert "held-out loss" in text
+    assert f"trained: {tmp_path / 'run'}" in text
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    with interrupted_at(5):
+        assert launch(source, run_dir) == 130
+    # The run was killed after the checkpoint of step 4 and before that of step 8.
+    assert load_run(run_dir).source.endswith("step 4")
+    assert launch(source, run_dir, "--train.resume", "True") == 0
+    for got, expected in zip(metrics(run_dir), metrics(finished), strict=True):
+        for name in (
+            "step",
+            "loss",
+            "loss_per_exit",
+            "accuracy_per_exit",
+            "learning_rate",
+            "grad_norm",
+        ):
+            assert got[name] == expected[name]
+    assert metrics(run_dir, held_out=True) == metrics(finished, held_out=True)
+    jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, load_run(finished).params)
+
+
+def test_a_run_resumes_on_another_mesh(source, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    with interrupted_at(5):
+        assert launch(source, run_dir) == 130
+    mesh = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
+    assert launch(source, run_dir, "--train.resume", "True", *mesh) == 0
+    losses = [[row["loss"] for row in metrics(path)] for path in (run_dir, finished)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@contextlib.contextmanager
+def interrupted_at(step: int):
+    """Ctrl-C while step `step` is reported."""
+    from train.progress import ProgressReport
+
+    def update(self, share, row):
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressReport, "update", update)
+        yield
+
+
+def test_load_run_reads_each_exit_of_the_trained_draft(finished):
+    draft = load_run(finished)
+    assert draft.draft_config == DraftConfig((1, 2, 3))
+    assert draft.config.num_layers == 3
+    assert draft.tokenizer.encode("one two") == tiny_tokenizer(VOCAB).encode("one two")
+    earlier = load_run(finished, 4, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(earlier.params)} == {np.dtype("bfloat16")}
+    assert earlier.source.endswith("step 4")
+
+
+def test_export_writes_what_load_draft_reads(finished, tmp_path, monkeypatch, capsys):
+    from infer import export
+
+    arguments = ["export", "--run", str(finished), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    export.main()
+    assert "with exits 1, 2, 3 to" in capsys.readouterr().out
+    trained, exported = load_run(finished), load_draft(tmp_path / "out")
+    assert exported.draft_config == trained.draft_config
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    logits = [
+        Transformer(draft.config).apply({"params": draft.params}, tokens)
+        for draft in (trained, exported)
+    ]
+    np.testing.assert_array_equal(*logits)
+    provenance = json.loads((tmp_path / "out" / "sorted_draft.json").read_text())["provenance"]
+    assert provenance["run"].endswith("step 8")
+    assert provenance["config"]["optim"]["learning_rate"] == 1e-2
+
+
+def test_minutes_end_a_run_and_its_schedule(source, tmp_path):
+    run_dir = tmp_path / "run"
+    minutes = ("--train.max-steps", 100_000, "--train.max-minutes", 0.02)
+    assert launch(source, run_dir, *minutes, "--train.eval-every", 100_000) == 0
+    rows = metrics(run_dir)
+    assert 3 < len(rows) < 10_000
+    assert rows[-1]["elapsed_seconds"] >= 1.0
+    assert rows[-1]["learning_rate"] < 0.2 * max(row["learning_rate"] for row in rows)
+    assert load_run(run_dir).source.endswith(f"step {rows[-1]['step']}")
+
+
+def one_error(capsys) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(source, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert launch(source, run_dir, "--train.max-steps", 4) == 0
+    good = load_run(run_dir).params
+    capsys.readouterr()
+    explode = ("--train.resume", "True", "--optim.learning-rate", "1e30")
+    assert launch(source, run_dir, *explode) == 2
+    message = one_error(capsys)
+    assert "loss=nan" in message
+    assert "at step 6: training stopped; the last good checkpoint is step 4; resume" in message
+    assert "lower --optim.learning-rate" in message
+    jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, good)
+    assert launch(source, run_dir, "--train.resume", "True") == 0
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, 9))
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(source, tmp_path, capsys, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    run_dir = tmp_path / "run"
+    assert launch(source, run_dir, "--train.max-steps", 4) == 0
+    capsys.readouterr()
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full_disk)
+        assert launch(source, run_dir, "--train.resume", "True") == 2
+    message = one_error(capsys)
+    assert (
+        "No space left on device; checkpoints [4] are intact; free some space and resume" in message
+    )
+    assert launch(source, run_dir, "--train.resume", "True") == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--model.num-layers", "None"), "ends before the draft's 4 layers; add exit 4, or set"),
+        (("--model.num-layers", "None", "--draft.exit-layers", "2", "5"), "exceeds num_layers=4"),
+        (("--model.num-layers", "5", "--draft.exit-layers", "5"), "num_layers=5 must be between 1"),
+        (("--data.max-length", "512"), "data.max_length=512 exceeds the model's context of 256"),
+        (("--train.batch-size", "64"), "train.batch_size=64 exceeds the"),
+        (("--mesh.fsdp", "4", "--mesh.data", "4", "--train.batch-size", "16"), "needs 16 devices"),
+        (("--mesh.tensor", "4"), "num_kv_heads=2 does not divide by mesh axis tensor=4"),
+        (("--data.paths", "nowhere.json"), "nowhere.json: No such file or directory"),
+        (("--train.resume", "True"), "holds no checkpoint; train first"),
+    ],
+)
+def test_a_bad_run_is_refused_in_one_line_and_leaves_nothing(
+    source, tmp_path, capsys, overrides, message
+):
+    assert launch(source, tmp_path / "run", *overrides) == 2
+    assert message in one_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten_and_keeps_its_data_when_resumed(
+    source, finished, capsys
+):
+    assert launch(source, finished) == 2
+    assert "holds checkpoints [4, 8]; add --train.resume True, or choose" in one_error(capsys)
+    assert launch(source, finished, "--train.resume", "True", "--train.seed", 3) == 2
+    assert "train.seed=3 differs from 0 in" in one_error(capsys)

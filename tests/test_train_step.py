@@ -1,0 +1,180 @@
+"""The compiled step: what it optimises, and that it does not depend on mesh, accumulation or rematerialisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_params
+
+from s2d_jax.config import UserError
+from s2d_jax.model import Transformer
+from s2d_jax.sharding import MeshConfig, make_mesh
+from train.config import (
+    Config,
+    DataSection,
+    DraftSection,
+    ModelSection,
+    OptimSection,
+    TrainSection,
+)
+from train.optimizer import learning_rate
+from train.step import Batch, Trainer
+
+ROWS, LENGTH = 8, 12
+ONE_DEVICE = MeshConfig()
+MODEL = tiny_config(num_layers=3, num_kv_heads=4)
+
+
+def config(mesh=ONE_DEVICE, **train) -> Config:
+    return Config(
+        model=ModelSection(path="tiny", compute_dtype="float32", remat=False),
+        data=DataSection(paths=("none",), max_length=LENGTH),
+        draft=DraftSection(exit_layers=(1, 2, 3), exit_weights=(1.0, 2.0, 1.0)),
+        optim=OptimSection(learning_rate=1e-2, weight_decay=0.1),
+        mesh=mesh,
+        train=TrainSection(batch_size=ROWS, loss_chunk=5, **train),
+    )
+
+
+def arrays():
+    """Rows of two documents and some padding."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, MODEL.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    segments = np.repeat([[1] * 5 + [2] * 5 + [0] * 2], ROWS, axis=0).astype(np.int32)
+    positions = np.repeat([[*range(5), *range(5), 0, 1]], ROWS, axis=0).astype(np.int32)
+    weights = (rng.random((ROWS, LENGTH)) < 0.6).astype(np.float32)
+    weights[:, [4, 9, 10, 11]] = 0
+    return Batch(tokens, np.roll(tokens, -1, axis=1), weights, positions, segments)
+
+
+def run(config: Config, steps: int = 3):
+    """Metrics of some steps and the final parameters, on the host."""
+    trainer = Trainer(config, MODEL, make_mesh(config.mesh))
+    batch = jax.device_put(arrays(), trainer.batch_sharding)
+    state = trainer.init_state(tiny_params(MODEL))
+    step = trainer.compile_step(state, batch)
+    history = []
+    for index in range(steps):
+        state, metrics = step(state, batch, jnp.float32((index + 1) / (steps + 1)))
+        history.append(jax.device_get(metrics))
+    return history, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(config())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        config(mesh=MeshConfig(data=8)),
+        config(mesh=MeshConfig(fsdp=8)),
+        config(mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
+        config(mesh=MeshConfig(fsdp=2, tensor=4), accumulate=2),
+        config(accumulate=4),
+    ],
+    ids=["data", "fsdp", "all axes", "sharded and accumulated", "accumulated"],
+)
+def test_losses_and_parameters_equal_one_devices(one_device, other):
+    history, params = run(other)
+    for got, expected in zip(history, one_device[0], strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, one_device[1])
+
+
+def test_remat_changes_nothing(one_device):
+    plain = config()
+    remat = dataclasses.replace(plain, model=dataclasses.replace(plain.model, remat=True))
+    history, params = run(remat)
+    expected = [m["loss"] for m in one_device[0]]
+    np.testing.assert_allclose([m["loss"] for m in history], expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, one_device[1])
+
+
+def test_loss_is_the_weighted_mean_of_what_each_exit_reads(one_device):
+    batch, params = arrays(), tiny_params(MODEL)
+    model = Transformer(MODEL)
+    hiddens = model.apply(
+        {"params": params},
+        batch.tokens_BT,
+        exit_layers=(1, 2, 3),
+        positions_BT=batch.positions_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        method="exit_hiddens",
+    )
+    losses, accuracies = [], []
+    for h in hiddens:
+        logits = np.asarray(model.apply({"params": params}, h, method="logits"), np.float64)
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        picked = np.take_along_axis(log_probs, batch.targets_BT[..., None], -1)[..., 0]
+        losses.append(-(picked * batch.weights_BT).sum() / batch.weights_BT.sum())
+        correct = logits.argmax(-1) == batch.targets_BT
+        accuracies.append((correct * batch.weights_BT).sum() / batch.weights_BT.sum())
+    metrics = one_device[0][0]
+    np.testing.assert_allclose(metrics["loss_E"], losses, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy_E"], accuracies, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.average(losses, weights=[1, 2, 1]), rtol=1e-5)
+    assert metrics["tokens"] == ROWS * 10
+
+
+def test_no_attention_across_documents():
+    """A packed document's loss equals its loss alone."""
+    batch, trainer = arrays(), Trainer(config(), MODEL, make_mesh(MeshConfig()))
+    params = jax.device_put(tiny_params(MODEL), trainer.state_sharding.params)
+    second = dataclasses.replace(batch, weights_BT=batch.weights_BT * (batch.segment_ids_BT == 2))
+    alone = jax.tree.map(lambda x: np.pad(x[:, 5:10], ((0, 0), (0, LENGTH - 5))), second)
+    evaluate = trainer.compile_eval(params, jax.device_put(batch, trainer.batch_sharding))
+    packed_sums, counted = evaluate(params, jax.device_put(second, trainer.batch_sharding))
+    alone_sums, _ = evaluate(params, jax.device_put(alone, trainer.batch_sharding))
+    assert counted > 0
+    np.testing.assert_allclose(packed_sums.loss_E, alone_sums.loss_E, rtol=1e-5)
+
+
+def test_training_learns_and_clips(one_device):
+    history, _ = run(config(), steps=30)
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    assert np.isfinite([m["grad_norm"] for m in history]).all()
+
+
+def test_bfloat16_computes_over_float32_masters(one_device):
+    plain = config()
+    half = dataclasses.replace(
+        plain, model=dataclasses.replace(plain.model, compute_dtype="bfloat16")
+    )
+    history, params = run(half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    expected = [m["loss"] for m in one_device[0]]
+    np.testing.assert_allclose([m["loss"] for m in history], expected, rtol=1e-2)
+
+
+def test_the_state_is_donated_and_sharded():
+    trainer = Trainer(
+        config(MeshConfig(data=2, fsdp=2, tensor=2)), MODEL, make_mesh(MeshConfig(2, 2, 2))
+    )
+    state = trainer.init_state(tiny_params(MODEL))
+    batch = jax.device_put(arrays(), trainer.batch_sharding)
+    kernel = state.params["layers_0"]["attn"]["q_proj"]["kernel"]
+    moment = state.opt_state[1].mu["layers_0"]["attn"]["q_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (16, 16)
+    assert moment.sharding == kernel.sharding
+    trainer.compile_step(state, batch)(state, batch, jnp.float32(0.5))
+    assert kernel.is_deleted()
+    assert moment.is_deleted()
+
+
+def test_schedule_warms_up_and_follows_a_cosine():
+    section = OptimSection(learning_rate=2.0, warmup_fraction=0.1, final_fraction=0.1)
+    rates = [float(learning_rate(jnp.float32(p), section)) for p in (0.05, 0.1, 0.55, 1.0, 1.5)]
+    middle = 2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert rates == pytest.approx([1.0, 2.0, middle, 0.2, 0.2], rel=1e-5)
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+    with pytest.raises(UserError, match="needs 16 devices, 8 are present"):
+        make_mesh(MeshConfig(data=16))

@@ -1,0 +1,1 @@
+"""Sorted Fine-Tuning (SoFT): from conversations to checkpoints."""

@@ -1,0 +1,359 @@
+"""The configuration of a run: frozen sections, strict YAML that holds differences only, overrides from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from s2d_jax.config import DraftConfig, UserError
+from s2d_jax.sharding import MeshConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model that the draft starts from, and how it is computed."""
+
+    path: str
+    """Hugging Face directory or hub id, or a .gguf file."""
+    num_layers: int | None = None
+    """The draft is the first this many layers; None takes the whole model."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Activations and products; master weights, loss and optimizer stay f32."""
+    remat: bool = True
+    """Recompute each layer in the backward pass: less memory, a third more work."""
+
+    def __post_init__(self):
+        _require(bool(self.path), "model.path is empty; give a model directory, hub id or .gguf")
+        _require(
+            self.num_layers is None or self.num_layers >= 1,
+            f"model.num_layers={self.num_layers} must be at least 1, or None for the whole model",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftSection:
+    """Where the draft can be left."""
+
+    exit_layers: tuple[int, ...] = (6, 9, 12)
+    """Layer counts after which the shared norm and head read the state."""
+    exit_weights: tuple[float, ...] = ()
+    """Weight of each exit's loss, one per exit; empty means equal."""
+    exit_thresholds: tuple[float, ...] = ()
+    """Default confidence thresholds stored with the draft; empty means 0.5, ..., 0."""
+
+    def __post_init__(self):
+        self.draft_config()
+        weights = self.loss_weights
+        _require(
+            len(weights) == len(self.exit_layers),
+            f"draft.exit_weights={weights} has {len(weights)} values for {len(self.exit_layers)} "
+            f"exits {self.exit_layers}; give one per exit",
+        )
+        _require(
+            min(weights) >= 0 and sum(weights) > 0,
+            f"draft.exit_weights={weights} must be 0 or more and not all 0",
+        )
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """One weight per exit."""
+        return self.exit_weights or (1.0,) * len(self.exit_layers)
+
+    def draft_config(self) -> DraftConfig:
+        """The exits and thresholds in the form that is stored with the draft."""
+        return DraftConfig(self.exit_layers, self.exit_thresholds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Conversations, and how they become rows."""
+
+    paths: tuple[str, ...]
+    """ShareGPT JSON or {"messages": [...]} JSONL files, told apart by content."""
+    max_length: int = 2048
+    """Tokens per packed row; longer conversations are truncated and counted."""
+    held_out_fraction: float = 0.01
+    """Share of the rows kept for evaluation; 0 keeps none."""
+    num_proc: int = 1
+    """Processes that tokenize."""
+
+    def __post_init__(self):
+        _require(len(self.paths) > 0, "data.paths is empty; give at least one conversation file")
+        _require(self.max_length >= 2, f"data.max_length={self.max_length} must be at least 2")
+        _require(
+            0 <= self.held_out_fraction < 1,
+            f"data.held_out_fraction={self.held_out_fraction} must be in [0, 1)",
+        )
+        _require(self.num_proc >= 1, f"data.num_proc={self.num_proc} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """AdamW under a cosine schedule with linear warm-up. The defaults are the paper's."""
+
+    learning_rate: float = 2e-5
+    """Peak rate."""
+    final_fraction: float = 0.0
+    """The cosine ends at this share of the peak."""
+    warmup_fraction: float = 0.04
+    """Share of the run in which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """Applied to matrices, not to norms and biases."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    """The gradient's global norm is clipped to this."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            value = getattr(self, name)
+            _require(value > 0, f"optim.{name}={value} must be above 0")
+        for name in ("final_fraction", "warmup_fraction", "beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name}={value} must be in [0, 1)")
+        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How long, how large the steps, and what is written when. The defaults are the paper's."""
+
+    run_dir: str = "runs/soft"
+    """Receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
+    resume: bool = False
+    """Go on from the newest checkpoint of run_dir."""
+    batch_size: int = 128
+    """Packed rows per step, over all devices."""
+    accumulate: int = 1
+    """Each step is computed in this many equal parts: less memory, the same gradient."""
+    epochs: float = 3.0
+    """Passes over the rows; max_steps overrides it."""
+    max_steps: int | None = None
+    """Stop after this many steps."""
+    max_minutes: float | None = None
+    """Stop after this many minutes (compilation apart); the schedule then follows whichever is further, steps or time."""
+    loss_chunk: int = 256
+    """Positions per row whose logits are held at once."""
+    seed: int = 0
+    """Orders the rows and chooses those held out."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between evaluations on the held-out rows."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; there is one at the end as well."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+
+    def __post_init__(self):
+        _require(bool(self.run_dir), "train.run_dir is empty; give a directory")
+        for name in (
+            *("batch_size", "accumulate", "loss_chunk", "log_every"),
+            *("eval_every", "checkpoint_every", "keep_checkpoints"),
+        ):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}={value} must be at least 1")
+        for name in ("epochs", "max_steps", "max_minutes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"train.{name}={value} must be above 0")
+        _require(0 <= self.seed < 2**31, f"train.seed={self.seed} must be in [0, 2**31)")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} does not divide into "
+            f"train.accumulate={self.accumulate} parts; choose a divisor",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run. Every field can be overridden: `--optim.learning-rate 1e-4`."""
+
+    model: ModelSection
+    data: DataSection
+    draft: DraftSection = DraftSection()
+    optim: OptimSection = OptimSection()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainSection = TrainSection()
+
+    def __post_init__(self):
+        if self.model.num_layers is not None:
+            self.check_exits(self.model.num_layers)
+        shards = self.mesh.data * self.mesh.fsdp
+        part = self.train.batch_size // self.train.accumulate
+        _require(
+            part % shards == 0,
+            f"train.batch_size={self.train.batch_size} / train.accumulate={self.train.accumulate} "
+            f"= {part} rows do not divide over mesh.data x mesh.fsdp = {shards}; choose a multiple",
+        )
+
+    def check_exits(self, num_layers: int) -> None:
+        """Raises UserError unless the deepest exit is the draft's last layer: deeper layers would never learn anything."""
+        self.draft.draft_config().check_depth(num_layers)
+        deepest = self.draft.exit_layers[-1]
+        _require(
+            deepest == num_layers,
+            f"draft.exit_layers={self.draft.exit_layers} ends before the draft's {num_layers} layers; "
+            f"add exit {num_layers}, or set model.num_layers to {deepest}",
+        )
+
+    def to_yaml(self) -> str:
+        """Every field, in the form that `load_config` reads."""
+        plain = dataclasses.asdict(self, dict_factory=_plain_dict)
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _plain_dict(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-5` as a string; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads a YAML file of differences from the defaults.
+
+    Raises:
+        UserError: for a file that cannot be read, an unknown key, a wrong type or a bad value.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give --config an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        return _build(Config, {} if values is None else values, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _build(section: type, values: Any, prefix: str) -> Any:
+    """A dataclass from plain YAML values, strictly."""
+    where = prefix.rstrip(".") or "the file"
+    _require(isinstance(values, dict), f"{where} must hold `key: value` pairs, not {_kind(values)}")
+    hints = typing.get_type_hints(section)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}? " if close else ""
+            raise UserError(f"unknown key {prefix}{key}; {hint}known keys: {', '.join(hints)}")
+    for field in dataclasses.fields(section):
+        required = field.default is dataclasses.MISSING
+        _require(
+            not required or field.name in values,
+            f"{prefix}{field.name} is missing; it has no default",
+        )
+    return section(
+        **{key: _typed(hints[key], value, prefix + key) for key, value in values.items()}
+    )
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """`value` as `hint`, or UserError; an int is taken where a float is asked for."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{name}.")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        return _typed(args[0], value, name)
+    if origin is Literal:
+        _require(value in args, f"{name}={value!r} is unknown; use one of {', '.join(args)}")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list), f"{name}={value!r} must be a list, not {_kind(value)}")
+        return tuple(_typed(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, f"{name}={value!r} must be {_NAMES[hint]}, not {_kind(value)}")
+    return value
+
+
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS = {**_NAMES, list: "a list", dict: "a section", type(None): "empty"}
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def parse_command_line(arguments: list[str], prog: str) -> Config:
+    """The configuration of `--config FILE --section.field value ...`; prints help for `--help` and exits.
+
+    Raises:
+        UserError: for anything wrong in the file or on the command line.
+    """
+    path, overrides = _split_config_flag(arguments)
+    wants_help = "-h" in overrides or "--help" in overrides
+    if path is None and not wants_help:
+        raise UserError(
+            "--config is missing; give a YAML file, for example configs/smollm2_demo.yaml"
+        )
+    default = tyro.MISSING_NONPROP if path is None else load_config(path)
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(
+                Config,
+                default=default,
+                args=overrides,
+                prog=f"{prog} --config FILE",
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(message.getvalue())) from None
+
+
+def _split_config_flag(arguments: list[str]) -> tuple[str | None, list[str]]:
+    rest, path = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            path = next(remaining, None)
+            _require(path is not None, "--config is the last word; give it a YAML file")
+        elif argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return path, rest
+
+
+def _one_line(box: str) -> str:
+    """The message inside the box that tyro draws, in colour, Unicode or ASCII, with its first suggestion."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│| ") for line in plain.splitlines()[1:]]  # the first line is the title
+    blocks = itertools.groupby(lines, key=lambda line: set(line) <= set("─-╰╯"))
+    texts = [list(block) for is_rule, block in blocks if not is_rule]
+    message = " ".join(" ".join(texts[0]).split()) if texts else "the command line is not valid"
+    suggestions = [line.split()[0] for line in lines if re.match(r"--\w", line)]
+    if "Perhaps you meant" in plain and suggestions:
+        message += f"; did you mean {suggestions[0]}?"
+    # tyro names the section before an error of ours, which names it already.
+    return re.sub(r"^Error parsing (\w+: )?", "", message)

@@ -1,0 +1,88 @@
+"""What a run tells while it trains: metrics.jsonl, and a progress bar or, without a terminal, a line now and then."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class MetricsFile:
+    """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`."""
+
+    def __init__(self, path: Path, *, last_step: int):
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A killed run may leave half a line at the end.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends `row` at once, so that it can be followed while the run goes on."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressReport:
+    """A bar with ETA, tokens per second and the loss of each exit; plain lines where there is no terminal.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or Console()
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> ProgressReport:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("training", total=1.0, numbers="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self, share: float, row: dict[str, Any]) -> None:
+        """Shows a line of metrics; `share` of the run is over."""
+        numbers = f"step {row['step']}  {row['tokens_per_second']:,.0f} tok/s  {losses(row)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, numbers=numbers)
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or share >= 1:
+            self._last_line = now
+            left = row["elapsed_seconds"] * (1 - share) / share
+            self.say(f"{share:4.0%}  {numbers}  {left:,.0f} s left")
+
+
+def losses(row: dict[str, Any]) -> str:
+    """`loss 2.31 (6: 2.60, 9: 2.25, 12: 2.08)`."""
+    exits = ", ".join(f"{layer}: {loss:.3f}" for layer, loss in row["loss_per_exit"].items())
+    return f"loss {row['loss']:.3f} ({exits})"
