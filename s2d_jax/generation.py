@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError, check_thresholds
 from s2d_jax.decoder import Decoder, DecodeState, HeuristicLength, Target, fixed_length
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
@@ -70,7 +71,6 @@ class SpeculativeDecoder:
             "target": target.params,
             "draft": {} if draft is None else self._place(draft.params),
         }
-        self._compiled = {}
 
     @property
     def verify_width(self) -> int:
@@ -97,20 +97,15 @@ class SpeculativeDecoder:
             UserError: for an empty prompt, or one that fills the target's context.
         """
         prompt_ids = [self._encode(prompt) for prompt in prompts]
-        rows = self._per_row(sampling, len(prompt_ids))
-        decoder, request, tokens_BC, length_B, width = self._prepare(prompt_ids, rows)
-        key = (decoder, tokens_BC.shape, width)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(decoder, request, tokens_BC, length_B, width)
-        prefill, run, compile_seconds = self._compiled[key]
-        self._compiled[key] = (prefill, run, 0.0)
+        decoder, width, args = self.prepare(prompt_ids, sampling)
+        (prefill, run), compile_seconds = programs(decoder, width, args)
 
         started = time.perf_counter()
-        state = prefill(self._params, request, tokens_BC, length_B)
+        state = prefill(*args)
         if time_phases:
             jax.block_until_ready(state)
         prefilled = time.perf_counter()
-        state = run(self._params, request, state)
+        state = run(*args[:2], state)
         counters = decoder.drafter.stats(state.draft_state)
         fetched, counters = jax.device_get((_without_caches(state), counters))
         ended = time.perf_counter()
@@ -140,8 +135,10 @@ class SpeculativeDecoder:
             raise UserError(f"{len(sampling)} sampling parameters for {count} prompts; give one each, or one for all")
         return list(sampling)
 
-    def _prepare(self, prompt_ids, rows: list[SamplingParams]):
-        """Static decoder and padded arrays for one call."""
+    def prepare(self, prompts, sampling) -> tuple[Decoder, int, tuple]:
+        """What `generate` would run: the static decoder, the prompt width, and the arrays `(params, request, tokens_BC, length_B)`."""
+        prompt_ids = [self._encode(prompt) for prompt in prompts]
+        rows = self._per_row(sampling, len(prompt_ids))
         greedy = all(row.temperature == 0.0 for row in rows)
         decoder = self._decoder(greedy)
         lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
@@ -162,8 +159,8 @@ class SpeculativeDecoder:
             stop_ids_BN=jnp.asarray([self._stop_ids(row) for row in rows], jnp.int32),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
         )
-        request, tokens_BC, length_B = self._place((request, jnp.asarray(tokens), jnp.asarray(lengths)))
-        return decoder, request, tokens_BC, length_B, width
+        arrays = self._place((request, jnp.asarray(tokens), jnp.asarray(lengths)))
+        return decoder, width, (self._params, *arrays)
 
     def _stop_ids(self, row: SamplingParams) -> list[int]:
         own = set() if row.ignore_eos else set(self.target.config.eos_token_ids)
@@ -200,24 +197,6 @@ class SpeculativeDecoder:
 
     def _place(self, tree):
         return tree if self.mesh is None else jax.device_put(tree, replicated(self.mesh))
-
-    def _compile(self, decoder: Decoder, request, tokens_BC, length_B, width: int):
-        """The two programs of a bucket, and how long compiling them took."""
-        started = time.perf_counter()
-
-        def prefill(params, request, tokens_BC, length_B):
-            return decoder.prefill(params, request, tokens_BC, length_B, width)
-
-        args = (self._params, request, tokens_BC, length_B)
-        compiled_prefill = jax.jit(prefill).lower(*args).compile()
-        state = jax.eval_shape(prefill, *args)
-        state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            *(state, compiled_prefill.output_shardings),
-        )
-        loop = jax.jit(decoder.run, donate_argnums=2)
-        compiled_run = loop.lower(self._params, request, state).compile()
-        return compiled_prefill, compiled_run, time.perf_counter() - started
 
     def _result(self, prompt_ids, state: DecodeState, counters, seconds) -> GenerationResult:
         exits = self.exits

@@ -84,15 +84,24 @@ def attention(q_BTNH, k_BKSH, v_BKSH, mask_BTS) -> jax.Array:
         `[B, T, N * H]` in the dtype of the queries.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum(
-        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+    K, S = k_BKSH.shape[1:3]
+    G = N // K
+    # The queries that share a key head are the rows (M = G * T) of one product per row and key head.
+    q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores_BKMS = jnp.einsum(
+        "BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32
     ) / math.sqrt(H)
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
-    mixed = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH, preferred_element_type=jnp.float32)
-    return mixed.astype(q_BTNH.dtype).reshape(B, T, N * H)
+    scores_BKGTS = scores_BKMS.reshape(B, K, G, T, S)
+    scores_BKGTS = jnp.where(
+        mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min
+    )
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    weights_BKMS = weights_BKGTS.reshape(B, K, G * T, S)
+    mixed_BKMH = jnp.einsum(
+        "BKMS,BKSH->BKMH", weights_BKMS, v_BKSH, preferred_element_type=jnp.float32
+    )
+    mixed_BTKGH = mixed_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+    return mixed_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N * H)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,267 @@
+"""The engine: greedy identity, stop conditions, independence of rows, and what the compiled loop must not contain."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_draft, tiny_model, tiny_params
+
+from s2d_jax import generation
+from s2d_jax.compilation import compile_programs
+from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.pretrained import Draft, Model
+
+PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50], [33, 4, 21, 60, 2], [1]]
+GREEDY = SamplingParams(max_new_tokens=40)
+EXITS = (1, 2, 4)
+
+
+def _noisy(params, scale, seed=9):
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
+    return jax.tree.map(lambda x: x + scale * jax.random.normal(next(keys), x.shape), params)
+
+
+@pytest.fixture(scope="module")
+def target() -> Model:
+    return tiny_model(num_layers=4, spread=6.0)
+
+
+@pytest.fixture(scope="module")
+def draft(target) -> Draft:
+    """The target with noise: often right, sometimes wrong, with exits that disagree."""
+    params = _noisy(target.params, 0.03)
+    return Draft(target.config, params, None, "noisy", DraftConfig(EXITS, (0.1, 0.1, 0.0)))
+
+
+def _reference(target, decoder, prompts, sampling=GREEDY):
+    plain = SpeculativeDecoder(target, None, DecodeConfig(verify_width=decoder.verify_width))
+    return plain.generate(prompts, sampling)
+
+
+POLICIES = {
+    "s2d": DecodeConfig(),
+    "s2d heuristic": DecodeConfig(draft_length_rule="heuristic", max_draft_tokens=6),
+    "s2d two exits": DecodeConfig(exits=(1, 4), num_draft_tokens=3),
+    "sd@1": DecodeConfig(exits=(1,)),
+    "sd@2 wide": DecodeConfig(exits=(2,), num_draft_tokens=7),
+    "independent": DecodeConfig(exits=(4,)),
+    "argmax": DecodeConfig(draft_sampling="argmax"),
+    "never early": DecodeConfig(exit_thresholds=(1.0, 1.0, 0.0)),
+    "always first": DecodeConfig(exit_thresholds=(0.0, 0.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_greedy_equals_the_width_matched_reference(target, draft, policy, batch):
+    decoder = SpeculativeDecoder(target, draft, POLICIES[policy])
+    result = decoder.generate(PROMPTS[:batch], GREEDY)
+    assert result.token_ids == _reference(target, decoder, PROMPTS[:batch]).token_ids
+    assert all(len(ids) == GREEDY.max_new_tokens for ids in result.token_ids)
+    assert result.stats.drafted_tokens == sum(result.stats.exit_histogram.values())
+
+
+def test_exits_are_really_mixed(target, draft):
+    """The identity tests would prove little if every token left at one exit."""
+    stats = SpeculativeDecoder(target, draft).generate(PROMPTS, GREEDY).stats
+    assert min(stats.exit_histogram.values()) > 0.02 * stats.drafted_tokens
+    assert stats.mean_acceptance_length > 1.5
+
+
+def test_thresholds_at_their_limits(target, draft):
+    never = SpeculativeDecoder(target, draft, POLICIES["never early"]).generate(PROMPTS, GREEDY)
+    first = SpeculativeDecoder(target, draft, POLICIES["always first"]).generate(PROMPTS, GREEDY)
+    assert never.stats.exit_histogram[1] == never.stats.exit_histogram[2] == 0
+    assert first.stats.exit_histogram[2] == first.stats.exit_histogram[4] == 0
+    assert first.stats.draft_forwards[2] == first.stats.draft_forwards[4] == 0
+
+
+def test_the_target_as_its_own_draft_is_always_accepted(target):
+    stats = SpeculativeDecoder(target, target).generate(PROMPTS[:1], GREEDY).stats
+    # 39 tokens after prefill's: six rounds of 6, then one of 3 (2 drafted, cut by the token budget).
+    assert (stats.target_forwards, stats.accepted_tokens) == (7, stats.drafted_tokens)
+    assert stats.mean_acceptance_length == pytest.approx(39 / 7)
+
+
+def test_mean_acceptance_length_leaves_prefill_out(target):
+    stats = SpeculativeDecoder(target).generate(PROMPTS, GREEDY).stats
+    assert stats.mean_acceptance_length == 1.0
+    assert stats.emitted_tokens == 4 * 40
+    assert stats.target_forwards == 4 * 39
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_neighbours(target, draft, temperature):
+    """Same batch width, other neighbours: the same tokens."""
+    rows = [SamplingParams(temperature=temperature, seed=s, max_new_tokens=30) for s in range(4)]
+    decoder = SpeculativeDecoder(target, draft)
+    together = decoder.generate(PROMPTS, rows)
+    short = [dataclasses.replace(row, max_new_tokens=1) for row in rows[1:]]
+    alone = decoder.generate([PROMPTS[0], [2], [2], [2]], [rows[0], *short])
+    moved = decoder.generate([*PROMPTS[1:], PROMPTS[0]], [*rows[1:], rows[0]])
+    assert together.token_ids[0] == alone.token_ids[0] == moved.token_ids[3]
+
+
+def test_rows_have_their_own_sampling(target, draft):
+    """A greedy row in a sampled batch is greedy; the seed decides the others."""
+    decoder = SpeculativeDecoder(target, draft)
+    hot = SamplingParams(temperature=1.0, seed=3, max_new_tokens=20)
+    cold = SamplingParams(max_new_tokens=20)
+    one = decoder.generate([PROMPTS[1]] * 4, [hot, cold, hot, dataclasses.replace(hot, seed=4)])
+    greedy = _reference(target, decoder, [PROMPTS[1]] * 4, cold)
+    assert one.token_ids[1] == greedy.token_ids[0]
+    assert one.token_ids[0] == one.token_ids[2] != one.token_ids[3]
+
+
+def test_one_sampling_for_all_gives_each_row_its_seed(target):
+    hot = SamplingParams(temperature=1.0, max_new_tokens=20)
+    ids = SpeculativeDecoder(target).generate([PROMPTS[0]] * 2, hot).token_ids
+    assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_tokens_end_a_row_and_are_kept(target, draft, temperature):
+    free = SamplingParams(temperature=temperature, max_new_tokens=30)
+    decoder = SpeculativeDecoder(target, draft)
+    ids = decoder.generate(PROMPTS[1:2], free).token_ids[0]
+    stop = ids[9]
+    cut = dataclasses.replace(free, stop_token_ids=(stop,))
+    result = decoder.generate(PROMPTS[1:2], cut)
+    assert result.token_ids[0] == ids[: ids.index(stop) + 1]
+
+
+def test_the_models_own_end_of_sequence(target, draft):
+    ids = SpeculativeDecoder(target, draft).generate(PROMPTS[:1], GREEDY).token_ids[0]
+    config = dataclasses.replace(target.config, eos_token_ids=(ids[4],))
+    ending = dataclasses.replace(target, config=config)
+    decoder = SpeculativeDecoder(ending, draft)
+    stopped = decoder.generate(PROMPTS[:1], GREEDY).token_ids[0]
+    assert stopped == ids[: ids.index(ids[4]) + 1]
+    ignoring = dataclasses.replace(GREEDY, ignore_eos=True)
+    assert decoder.generate(PROMPTS[:1], ignoring).token_ids[0] == ids
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3])
+def test_few_new_tokens(target, draft, new_tokens):
+    sampling = SamplingParams(max_new_tokens=new_tokens)
+    result = SpeculativeDecoder(target, draft).generate(PROMPTS, sampling)
+    assert [len(ids) for ids in result.token_ids] == [new_tokens] * 4
+
+
+def test_generation_ends_at_the_context(draft):
+    config = tiny_config(num_layers=4, max_context=20)
+    small = Model(config, tiny_params(config, spread=6.0), None, "small")
+    result = SpeculativeDecoder(small, draft).generate([list(range(1, 16))], GREEDY)
+    assert len(result.token_ids[0]) == 5
+
+
+def test_drafts_with_a_smaller_or_larger_vocabulary(target):
+    """Padded vocabularies: ids that the draft lacks have q = 0, ids that the target lacks are never drafted."""
+    for vocab_size in (56, 80):
+        other = tiny_model(vocab_size, 2, spread=6.0, seed=3)
+        for sampling in (GREEDY, SamplingParams(temperature=1.0, max_new_tokens=40)):
+            decoder = _without_vocabulary_check(target, other)
+            ids = decoder.generate(PROMPTS, sampling).token_ids
+            assert max(max(row) for row in ids) < 64
+        decoder = _without_vocabulary_check(target, other)
+        greedy = decoder.generate(PROMPTS, GREEDY).token_ids
+        assert greedy == _reference(target, decoder, PROMPTS).token_ids
+
+
+def _without_vocabulary_check(target, draft):
+    """Tiny models have no tokenizers that could show that only padding differs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "_check_vocabularies", lambda target, draft: None)
+        return SpeculativeDecoder(target, draft)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("policy", ["s2d", "independent"])
+def test_no_cache_is_copied_in_the_compiled_round(target, draft, policy, greedy):
+    decoder = SpeculativeDecoder(target, draft, POLICIES[policy])
+    sampling = SamplingParams(temperature=0.0 if greedy else 1.0, max_new_tokens=30)
+    static, width, args = decoder.prepare(PROMPTS, sampling)
+    run = compile_programs(static, width, args).run
+    text, c = run.as_text(), target.config
+    # 32 prompt positions + 30 tokens + margin 64 -> capacity 128
+    kept = {
+        "keys and values": f"f32[4,{c.num_kv_heads},128,{c.head_dim}]",
+        "segment entries": f"f32[4,128,{c.embed_dim}]",
+        "draft probabilities": f"f32[4,5,{c.vocab_size}]",
+    }
+    assert kept["keys and values"] in text
+    for what, shape in kept.items():
+        copies = re.findall(rf"= {re.escape(shape)}\S* copy\(", text)
+        assert not copies, f"{len(copies)} copies of {what}"
+    cache_bytes = 2 * 4 * 4 * c.num_kv_heads * 128 * c.head_dim * 4
+    assert run.memory_analysis().alias_size_in_bytes >= 2 * cache_bytes
+
+
+def test_the_copy_test_can_fail():
+    """The pattern finds a copy in text as XLA writes it."""
+    text = "  %copy.3 = f32[4,2,128,8]{3,2,1,0} copy(%param.1)"
+    assert re.findall(r"= f32\[4,2,128,8\]\S* copy\(", text)
+
+
+def test_a_second_prompt_of_the_bucket_compiles_nothing(target, draft):
+    decoder = SpeculativeDecoder(target, draft)
+    first = decoder.generate([[1, 2, 3]], GREEDY)
+    assert first.stats.seconds["compile"] > 0
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if "compile" in event else None
+    )
+    try:
+        other = SamplingParams(max_new_tokens=33, stop_token_ids=(63,))
+        second = decoder.generate([list(range(20))], other)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert second.stats.seconds["compile"] == 0
+    assert not [event for event in compilations if "backend_compile" in event]
+
+
+def test_the_host_is_asked_once_per_call(target, draft, monkeypatch):
+    decoder = SpeculativeDecoder(target, draft)
+    decoder.generate(PROMPTS, GREEDY)
+    fetches = []
+    original = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetches.append(1) or original(tree))
+    with jax.transfer_guard_device_to_host("disallow_explicit"):
+        pass  # the guard is a no-op on CPU, where arrays are host memory; counting is what holds
+    decoder.generate(PROMPTS, GREEDY)
+    assert len(fetches) == 1
+
+
+def test_bad_requests_say_what_is_wrong(target, draft):
+    decoder = SpeculativeDecoder(target, draft)
+    with pytest.raises(UserError, match=r"a prompt is empty; give at least one token"):
+        decoder.generate([[]], GREEDY)
+    with pytest.raises(UserError, match=r"a prompt has 300 tokens, the target's context is 256; shorten"):
+        decoder.generate([[1] * 300], GREEDY)
+    with pytest.raises(UserError, match=r"1 sampling parameters for 4 prompts; give one each"):
+        decoder.generate(PROMPTS, [GREEDY])
+    with pytest.raises(UserError, match=r"the draft has no exit at \[3\]; it has \(1, 2, 4\)"):
+        SpeculativeDecoder(target, draft, DecodeConfig(exits=(3,)))
+    with pytest.raises(UserError, match=r"vocab_size=32 differs from the target's 64"):
+        SpeculativeDecoder(target, tiny_draft(32, (1, 2)))
+    with pytest.raises(UserError, match=r"is text, but tiny seed 0 has no tokenizer; give token ids"):
+        decoder.generate(["hello"], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 32), (32, 32), (33, 48), (49, 64), (65, 96), (1000, 1024), (1025, 1536)]
+)
+def test_buckets(length, expected):
+    assert generation.bucket(length) == expected
+
+
+def test_seeds_are_reproducible(target, draft):
+    hot = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, max_new_tokens=25)
+    runs = [SpeculativeDecoder(target, draft).generate(PROMPTS, hot).token_ids for _ in range(2)]
+    assert runs[0] == runs[1]
+    np.testing.assert_array_less(-1, np.concatenate(runs[0]))

@@ -1,0 +1,176 @@
+"""Sampled output follows the target's distribution exactly: chi-square against enumeration, in every drafting mode.
+
+False-alarm rate: each of the modes is tested at ALPHA / number of modes (Bonferroni), so a correct decoder fails the whole file
+with probability at most ALPHA; seeds are fixed, so it then fails always or never.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_transformer import all_depths, logits
+from scipy import stats
+from tiny import enumerable_draft, enumerable_model
+
+from s2d_jax.config import SamplingParams
+from s2d_jax.decoder import Decoder, HeuristicLength, Target, fixed_length
+from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, chain
+from s2d_jax.drafters.chain import ChainConfig
+from s2d_jax.model import Transformer
+from s2d_jax.proposal import Request
+from s2d_jax.sampling import SamplingArrays
+
+SAMPLES, BATCH = 200_000, 50_000
+ALPHA = 1e-4
+VOCAB, EMITTED, WIDTH = 8, 3, 2
+PROMPT = (3, 1, 4, 1, 5)
+
+PLAIN = SamplingParams(temperature=1.0)
+FILTERED = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, min_p=0.03)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    policy: str  # none, independent, fixed, thresholds
+    sampled: bool = True
+    heuristic: bool = False
+    sampling: SamplingParams = PLAIN
+
+    def __str__(self):
+        parts = [self.policy, "sampled" if self.sampled else "argmax"]
+        parts += ["heuristic"] * self.heuristic + ["filtered"] * (self.sampling is FILTERED)
+        return "-".join(parts)
+
+
+MODES = [
+    Mode("none"),
+    Mode("none", sampling=FILTERED),
+    *(Mode(policy, sampled) for policy in ("independent", "fixed", "thresholds") for sampled in (True, False)),
+    *(Mode("thresholds", sampled, sampling=FILTERED) for sampled in (True, False)),
+    *(Mode("thresholds", sampled, heuristic=True) for sampled in (True, False)),
+    Mode("fixed", heuristic=True, sampling=FILTERED),
+]
+
+
+def _decoder(mode: Mode, target, draft) -> Decoder:
+    config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled)
+    model = Transformer(draft.config)
+    drafter = {
+        "none": NoDrafter(0),
+        "independent": IndependentDrafter(model, config),
+        "fixed": SortedDrafter(model, (1,), config, 2),
+        "thresholds": SortedDrafter(model, draft.draft_config.exit_layers, config, 2),
+    }[mode.policy]
+    rule = HeuristicLength(WIDTH) if mode.heuristic else fixed_length
+    # A first draft of one token makes the third emitted token a bonus token.
+    first = 1 if mode.heuristic else WIDTH
+    return Decoder(Target(Transformer(target.config)), drafter, False, rule, first)
+
+
+@functools.cache
+def _models():
+    # A spread of 14 gives logits of standard deviation 1.5: distributions that differ, with confidences from .2 to .9.
+    return enumerable_model(seed=0, spread=14.0), enumerable_draft((1, 2, 3), seed=1, spread=14.0)
+
+
+def _emitted_counts(mode: Mode) -> np.ndarray:
+    """Counts `[8, 8, 8]` of the first three tokens of 200,000 continuations."""
+    target, draft = _models()
+    decoder = _decoder(mode, target, draft)
+    params = {"target": target.params, "draft": draft.params if mode.policy != "none" else {}}
+    width = len(PROMPT)
+    capacity = width + EMITTED + 1 + decoder.margin
+    tokens_BC = jnp.zeros((BATCH, capacity), jnp.int32).at[:, :width].set(jnp.array([PROMPT]))
+    length_B = jnp.full((BATCH,), width, jnp.int32)
+
+    @jax.jit
+    def generate(params, first_seed):
+        request = Request(
+            sampling=SamplingArrays.stack([mode.sampling] * BATCH),
+            key_B=jax.vmap(jax.random.key)(first_seed + jnp.arange(BATCH, dtype=jnp.uint32)),
+            # Room for one more, so that the first round may draft at its full length.
+            max_length_B=length_B + EMITTED + 1,
+            stop_ids_BN=jnp.full((BATCH, 1), -1, jnp.int32),
+            exit_threshold_E=jnp.array([0.55, 0.6, 0.0][: 3 if mode.policy == "thresholds" else 1]),
+        )
+        state = decoder.prefill(params, request, tokens_BC, length_B, width)
+        state = decoder.run(params, request, state)
+        return state.tokens_BC[:, width : width + EMITTED], decoder.drafter.stats(state.draft_state)
+
+    counts = np.zeros((VOCAB,) * EMITTED, np.int64)
+    for call in range(SAMPLES // BATCH):
+        emitted, drafted = jax.device_get(generate(params, jnp.uint32(call * BATCH)))
+        np.add.at(counts, tuple(emitted.T), 1)
+    if mode.policy == "thresholds":  # the test means nothing unless every exit is used
+        assert (drafted["exit_counts"].sum(axis=0) > 0.05 * drafted["exit_counts"].sum()).all()
+    return counts
+
+
+def _filtered(row: np.ndarray, sampling: SamplingParams) -> np.ndarray:
+    """Temperature, top-k, top-p, min-p by sorting, as Hugging Face does it."""
+    probs = np.exp(row / sampling.temperature - (row / sampling.temperature).max())
+    probs /= probs.sum()
+    order = np.argsort(-probs)
+    if sampling.top_k:
+        probs[order[sampling.top_k :]] = 0
+        probs /= probs.sum()
+    if sampling.top_p < 1:
+        before = np.cumsum(probs[order]) - probs[order]
+        probs[order[before >= sampling.top_p]] = 0
+        probs /= probs.sum()
+    probs[probs < sampling.min_p * probs.max()] = 0
+    return probs / probs.sum()
+
+
+@functools.cache
+def _exact(sampling: SamplingParams) -> np.ndarray:
+    """The joint distribution `[8, 8, 8]` of the next three tokens, by enumeration in NumPy."""
+    target, _ = _models()
+    params = jax.tree.map(np.asarray, target.params)
+
+    def next_probs(tokens):
+        state = all_depths(target.config, params, tokens)[0][-1]
+        return _filtered(logits(target.config, params, state)[-1], sampling)
+
+    joint = np.zeros((VOCAB,) * EMITTED)
+    first = next_probs(PROMPT)
+    for a in range(VOCAB):
+        second = next_probs((*PROMPT, a))
+        for b in range(VOCAB):
+            joint[a, b] = first[a] * second[b] * next_probs((*PROMPT, a, b))
+    return joint
+
+
+def _p_value(counts: np.ndarray, exact: np.ndarray) -> float:
+    """Chi-square with cells of fewer than 10 expected samples pooled; impossible tokens must not appear."""
+    counts, expected = counts.ravel(), exact.ravel() * counts.sum()
+    assert counts[expected == 0].sum() == 0, "a token of probability 0 was emitted"
+    sparse = expected < 10
+    counts = np.append(counts[~sparse], counts[sparse].sum())
+    expected = np.append(expected[~sparse], expected[sparse].sum())
+    if expected[-1] == 0:
+        counts, expected = counts[:-1], expected[:-1]
+    return stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_emitted_tokens_follow_the_target(mode):
+    assert _p_value(_emitted_counts(mode), _exact(mode.sampling)) > ALPHA / len(MODES)
+
+
+@pytest.mark.slow
+def test_soft_q_for_argmax_drafts_is_caught(monkeypatch):
+    """The known wrong rule (draft the mode, test it with the soft q) must fail this very test."""
+
+    def choose_wrongly(config, logits_BV, request, key_B):
+        probs_BV = chain.probabilities(logits_BV[:, None], request.sampling)[:, 0]
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), probs_BV
+
+    monkeypatch.setattr(chain, "_choose", choose_wrongly)
+    assert _p_value(_emitted_counts(Mode("thresholds")), _exact(PLAIN)) < ALPHA / len(MODES)
