@@ -7,14 +7,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from infer.cli import run_command_line, screen, written_whole
 from infer.environment import environment
 from infer.loading import load_target
-from infer.measure import Sample, measure
+from infer.measure import Sample, measure, round_shares
 from infer.methods import BASELINE, Method, build_methods, parse_methods
 from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, require_targets
 from infer.plots import write_plots
@@ -48,6 +47,8 @@ class Args:
     """Runs of each method on each prompt."""
     raw: bool = False
     """Leave the chat template out."""
+    phase_questions: int = 0
+    """Split the time of a round (draft, verify, rest) on this many of the first questions."""
     skip_identity_check: bool = False
     """Do not compare greedy tokens with the width-matched reference."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
@@ -57,6 +58,8 @@ class Args:
     def __post_init__(self):
         if self.repeats < 1:
             raise UserError(f"repeats {self.repeats} must be at least 1")
+        if self.phase_questions < 0:
+            raise UserError(f"phase-questions {self.phase_questions} must be 0 or more")
 
 
 def main() -> None:
@@ -83,10 +86,15 @@ def bench(args: Args) -> None:
         target = load_target(path, dtype)
         methods = build_methods(names, target, draft, independent, args.drafting)
         own = _measure(args, target, methods, questions)
-        rows += make_rows(path, args.sampling.temperature, methods, own)
+        shares = {
+            method.name: round_shares(
+                *(target, method, questions[: args.phase_questions], args.sampling), raw=args.raw
+            )
+            for method in methods
+        }
+        rows += make_rows(path, args.sampling.temperature, methods, own, shares)
         samples += [_sample_row(path, sample) for sample in own]
         del target, methods
-        jax.clear_caches()
     settings = _settings(args, questions)
     write_report(args.out, environment(args.compute.dtype), settings, rows)
     with written_whole(args.out / "samples.jsonl") as partial:

@@ -11,6 +11,7 @@ from infer.options import SamplingOptions
 from infer.questions import Question, encode
 from s2d_jax.config import DecodeConfig, SamplingParams
 from s2d_jax.generation import GenerationResult, SpeculativeDecoder
+from s2d_jax.phases import phase_seconds
 from s2d_jax.pretrained import Model
 from s2d_jax.stats import GenerationStats, sum_stats
 
@@ -150,3 +151,21 @@ def warm_run(
     if compile_seconds > 0:
         result = decoder.generate([prompt], [params], time_phases=True)
     return result, compile_seconds
+
+
+def round_shares(
+    target: Model,
+    method: Method,
+    questions: Sequence[Question],
+    sampling: SamplingOptions,
+    *,
+    raw: bool,
+) -> dict[str, float]:
+    """Shares of a round's time that drafting, verification and the rest take, over first turns."""
+    seconds = dict.fromkeys(("draft", "verify", "rest"), 0.0)
+    for number, question in enumerate(questions):
+        prompt = encode(tokenizer_of(target), question.messages([]), raw=raw)
+        spent = phase_seconds(method.decoder, [prompt], [sampling.params(number)])
+        seconds = {phase: total + spent[phase] for phase, total in seconds.items()}
+    whole = sum(seconds.values())
+    return {phase: total / whole for phase, total in seconds.items()} if whole else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,21 @@ Row = dict[str, Any]
 
 
 def make_rows(
-    target: str, temperature: float, methods: Sequence[Method], samples: Sequence[Sample]
+    target: str,
+    temperature: float,
+    methods: Sequence[Method],
+    samples: Sequence[Sample],
+    shares_by_method: Mapping[str, dict[str, float]],
 ) -> list[Row]:
-    """One row per method of one target; speedups are over the baseline's samples."""
+    """One row per method of one target.
+
+    Args:
+        target: its path.
+        temperature: of all samples.
+        methods: in the order of the rows; speedups are over the baseline's samples.
+        samples: of all methods.
+        shares_by_method: of a round's time by phase; empty when that was not measured.
+    """
     by_method = {m.name: [s for s in samples if s.method == m.name] for m in methods}
     baseline = by_method[BASELINE]
     return [
@@ -33,16 +45,25 @@ def make_rows(
             "target": target,
             "temperature": temperature,
             **_figures(by_method[method.name], baseline),
+            "seconds_by_phase": _phases(
+                by_method[method.name], shares_by_method.get(method.name, {})
+            ),
             "categories": _by_category(by_method[method.name], baseline),
         }
         for method in methods
     ]
 
 
+def _phases(samples: Sequence[Sample], round_shares: dict[str, float]) -> dict[str, float]:
+    """Seconds of prefill and decode, and of the parts of decode where their shares are known."""
+    seconds = sum_stats([sample.stats for sample in samples]).seconds
+    known = {phase: seconds[phase] for phase in ("prefill", "decode")}
+    return known | {phase: share * known["decode"] for phase, share in round_shares.items()}
+
+
 def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
     stats = sum_stats([sample.stats for sample in samples])
     identical = [sample.identical for sample in samples]
-    phases = {k: v for k, v in stats.seconds.items() if k not in ("compile", "total")}
     return {
         "tokens_per_second": _mean_speed(samples),
         "speedup": _mean_speed(samples) / _mean_speed(baseline),
@@ -61,7 +82,6 @@ def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,
         "mean_draft_length": stats.drafted_tokens / max(stats.target_forwards, 1),
-        "seconds_by_phase": phases,
         "compile_seconds": sum(sample.compile_seconds for sample in samples),
     }
 

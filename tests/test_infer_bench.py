@@ -86,11 +86,14 @@ def test_two_targets_are_measured_with_one_loaded_draft(
 def test_an_independent_draft_and_sampling(models, questions, tmp_path, monkeypatch):
     flags = ("--independent-draft", models.small, "--questions", questions, "--max-questions", 1)
     rest = ("--methods", "draft", "--temperature", 1, "--max-new-tokens", 8, "--raw")
-    rest += ("--out", tmp_path)
+    rest += ("--out", tmp_path, "--phase-questions", 1)
     run(bench.main, monkeypatch, "--target", models.large, *flags, *rest)
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["ar", "draft"]
     assert rows[1]["label"] == "small + SD"
+    phases = rows[1]["seconds_by_phase"]
+    assert phases.keys() == {"prefill", "decode", "draft", "verify", "rest"}
+    assert phases["draft"] + phases["verify"] + phases["rest"] == pytest.approx(phases["decode"])
     assert rows[1]["identical_to_baseline"] is None
 
 
@@ -98,7 +101,7 @@ def test_a_run_that_compiled_is_repeated(models):
     decoder = SpeculativeDecoder(load_model(models.small))
     compiled = []
     for _ in range(2):
-        result, seconds = warm_run(decoder, [5, 6, 7], SamplingParams(max_new_tokens=3))
+        result, seconds = warm_run(decoder, [5] * 70, SamplingParams(max_new_tokens=3))
         assert result.stats.seconds["compile"] == 0
         compiled.append(seconds)
     assert compiled[0] > 0
@@ -155,21 +158,21 @@ def test_speedup_is_the_ratio_of_mean_speeds():
         sample("s2d", 2, 3.0, 21, 5, identical=False),
     ]
     methods = [SimpleNamespace(name=name, label=name) for name in ("ar", "s2d")]
-    plain, fast = make_rows("t", 0.0, methods, samples)
+    plain, fast = make_rows("t", 0.0, methods, samples, {"s2d": {"draft": 0.75}})
     assert plain["tokens_per_second"] == pytest.approx((1 + 21 / 6) / 2)
     assert fast["speedup"] == pytest.approx((11 / 6 + 7) / (1 + 21 / 6))
     # After prefill, whose second and whose token are left out.
     assert fast["decode_only_speedup"] == pytest.approx((10 / 5 + 20 / 2) / (10 / 10 + 20 / 5))
     assert fast["mean_acceptance_length"] == pytest.approx((10 + 20) / 10)
     assert fast["accepted_per_depth"] == pytest.approx([0.8, 0.4])
-    assert fast["seconds_by_phase"] == {"prefill": 2.0, "decode": 7.0}
+    assert fast["seconds_by_phase"] == {"prefill": 2.0, "decode": 7.0, "draft": 5.25}
     assert fast["compile_seconds"] == 4
     assert fast["exit_histogram"] == {6: 20}
     assert plain["identical_to_baseline"] is True
     assert fast["identical_to_baseline"] is False
     assert fast["prompts_not_identical"] == [2]
     unchecked = [dataclasses.replace(s, identical=None) for s in samples]
-    assert make_rows("t", 1.0, methods, unchecked)[1]["identical_to_baseline"] is None
+    assert make_rows("t", 1.0, methods, unchecked, {})[1]["identical_to_baseline"] is None
 
 
 def test_the_baseline_comes_first_and_is_always_there():
