@@ -1,8 +1,9 @@
-"""Compiled programs, shared by all decoders of the process: one pair per decoder shape and bucket."""
+"""Compiled programs, shared by all decoders of the process: a prefill per prompt width, a loop per capacity."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from s2d_jax.decoder import Decoder
 
 
 class Programs(NamedTuple):
-    """The two compiled programs of a bucket.
+    """The two compiled programs of a call.
 
     Attributes:
         prefill: `(params, request, tokens_BC, length_B) -> DecodeState`.
@@ -22,32 +23,49 @@ class Programs(NamedTuple):
     run: Any
 
 
-_PROGRAMS: dict[Any, Programs] = {}
+_CACHE: dict[Any, Any] = {}
 
 
 def programs(decoder: Decoder, prompt_width: int, args: tuple) -> tuple[Programs, float]:
-    """The programs for `args = (params, request, tokens_BC, length_B)`, and the seconds that compiling them took (0 if known)."""
-    started = time.perf_counter()
-    leaves, tree = jax.tree.flatten(args)
-    key = (decoder, prompt_width, tree, tuple((x.shape, x.dtype, x.sharding) for x in leaves))
-    if key in _PROGRAMS:
-        return _PROGRAMS[key], 0.0
-    _PROGRAMS[key] = compile_programs(decoder, prompt_width, args)
-    return _PROGRAMS[key], time.perf_counter() - started
+    """The programs for `args = (params, request, tokens_BC, length_B)`, and the seconds spent compiling (0 if known).
+
+    The arguments are arrays, or `jax.ShapeDtypeStruct`s that say where the arrays will be.
+    """
+    started, known = time.perf_counter(), len(_CACHE)
+    key = ("prefill", decoder, prompt_width, _signature(args))
+    prefill, state = _once(key, lambda: _compile_prefill(decoder, prompt_width, args))
+    params, request, *_ = args
+    inputs = (params, request, state)
+    run = _once(("run", decoder, _signature(inputs)), lambda: _compile_run(decoder, inputs))
+    seconds = time.perf_counter() - started if len(_CACHE) > known else 0.0
+    return Programs(prefill, run), seconds
 
 
-def compile_programs(decoder: Decoder, prompt_width: int, args: tuple) -> Programs:
-    """Compiles for arrays, or for `jax.ShapeDtypeStruct`s that say where they will be."""
+def _compile_prefill(decoder: Decoder, prompt_width: int, args: tuple):
+    """The compiled prefill, and the `ShapeDtypeStruct`s of the state that it returns."""
 
     def prefill(params, request, tokens_BC, length_B):
         return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
 
-    compiled_prefill = jax.jit(prefill).lower(*args).compile()
+    compiled = jax.jit(prefill).lower(*args).compile()
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(prefill, *args),
-        compiled_prefill.output_shardings,
+        compiled.output_shardings,
     )
-    params, request, *_ = args
-    compiled_run = jax.jit(decoder.run, donate_argnums=2).lower(params, request, state).compile()
-    return Programs(compiled_prefill, compiled_run)
+    return compiled, state
+
+
+def _compile_run(decoder: Decoder, inputs: tuple):
+    return jax.jit(decoder.run, donate_argnums=2).lower(*inputs).compile()
+
+
+def _signature(args: Any) -> tuple:
+    leaves, tree = jax.tree.flatten(args)
+    return (tree, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
+
+
+def _once(key: Any, make: Callable[[], Any]) -> Any:
+    if key not in _CACHE:
+        _CACHE[key] = make()
+    return _CACHE[key]

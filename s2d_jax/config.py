@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 class RopeScaling:
     """Llama-3's frequency scaling of RoPE (`rope_type: llama3` in a Hugging Face config).
 
-    Wavelengths longer than `original_max_position / low_freq_factor` are stretched by `factor`,
+    Wavelengths above `original_max_position / low_freq_factor` are stretched by `factor`,
     those shorter than `original_max_position / high_freq_factor` are kept, those between are blended.
     """
 
@@ -69,7 +69,9 @@ class ModelConfig:
             *("num_kv_heads", "head_dim", "max_context"),
         ):
             value = getattr(self, name)
-            _require(value >= 1, f"{name}={value} must be at least 1; check the model's config.json")
+            _require(
+                value >= 1, f"{name}={value} must be at least 1; check the model's config.json"
+            )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -87,7 +89,7 @@ class DraftConfig:
 
     Attributes:
         exit_layers: layer counts after which the shared norm and head may read the state, ascending.
-        exit_thresholds: confidence above which a token leaves, one per exit; the last exit always accepts, so its threshold is 0.
+        exit_thresholds: confidence above which a token leaves, one per exit; the last always accepts, so its threshold is 0.
 
     Raises:
         UserError: for unsorted exits, a wrong number of thresholds, or values outside [0, 1].
@@ -158,11 +160,15 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        _require(self.temperature >= 0, f"temperature={self.temperature} must be 0 or more; 0 is greedy")
+        _require(
+            self.temperature >= 0, f"temperature={self.temperature} must be 0 or more; 0 is greedy"
+        )
         _require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 is off")
         _require(0 <= self.min_p < 1, f"min_p={self.min_p} must be in [0, 1); 0 is off")
-        _require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        _require(
+            self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
+        )
         _require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2**31)")
 
 

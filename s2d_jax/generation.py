@@ -118,13 +118,17 @@ class SpeculativeDecoder:
     def _encode(self, prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.target.tokenizer is None:
-                raise UserError(f"prompt {prompt[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids")
+                raise UserError(
+                    f"prompt {prompt[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
+                )
             prompt = self.target.tokenizer.encode(prompt)
         ids, context = list(prompt), self.target.config.max_context
         if not ids:
             raise UserError("a prompt is empty; give at least one token")
         if len(ids) >= context:
-            raise UserError(f"a prompt has {len(ids)} tokens, the target's context is {context}; shorten the prompt")
+            raise UserError(
+                f"a prompt has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
+            )
         return ids
 
     @staticmethod
@@ -132,11 +136,13 @@ class SpeculativeDecoder:
         if isinstance(sampling, SamplingParams):
             return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
         if len(sampling) != count:
-            raise UserError(f"{len(sampling)} sampling parameters for {count} prompts; give one each, or one for all")
+            raise UserError(
+                f"{len(sampling)} sampling parameters for {count} prompts; give one each, or one for all"
+            )
         return list(sampling)
 
     def prepare(self, prompts, sampling) -> tuple[Decoder, int, tuple]:
-        """What `generate` would run: the static decoder, the prompt width, and the arrays `(params, request, tokens_BC, length_B)`."""
+        """What `generate` would run: static decoder, prompt width, and `(params, request, tokens_BC, length_B)`."""
         prompt_ids = [self._encode(prompt) for prompt in prompts]
         rows = self._per_row(sampling, len(prompt_ids))
         greedy = all(row.temperature == 0.0 for row in rows)
@@ -196,7 +202,15 @@ class SpeculativeDecoder:
         return SortedDrafter(model, self.exits, chain, self.config.catch_up_width)
 
     def _place(self, tree):
-        return tree if self.mesh is None else jax.device_put(tree, replicated(self.mesh))
+        """Replicates over the target's mesh. Next to an abstract target (ahead-of-time compilation) all stays abstract."""
+        if self.mesh is None:
+            return tree
+        everywhere = replicated(self.mesh)
+        if isinstance(jax.tree.leaves(self.target.params)[0], jax.ShapeDtypeStruct):
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
+            )
+        return jax.device_put(tree, everywhere)
 
     def _result(self, prompt_ids, state: DecodeState, counters, seconds) -> GenerationResult:
         exits = self.exits
@@ -262,7 +276,7 @@ def _resolve_exits(draft: Model | None, config: DecodeConfig):
         thresholds = config.exit_thresholds
         check_thresholds(exits, thresholds)
     else:
-        thresholds = tuple(own_thresholds[own_exits.index(e)] for e in exits[:-1]) + (0.0,)
+        thresholds = (*(own_thresholds[own_exits.index(e)] for e in exits[:-1]), 0.0)
     return exits, thresholds
 
 

@@ -1,7 +1,7 @@
 """Key/value caches with one length per row: append, advance, rewind; and per-row window access.
 
-A cache never moves its entries. Positions at or beyond a row's length hold garbage that the next append overwrites, so rewinding
-is clipping a length.
+A cache never moves its entries. Positions at or beyond a row's length hold garbage that the next append overwrites, so
+rewinding is clipping a length.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+
+from s2d_jax.control import run_if
 
 # Up to this many rows, one dynamic_update_slice per row is the fastest in-place write; beyond, a scatter compiles sooner.
 _UNROLLED_ROWS = 16
@@ -69,6 +71,15 @@ def write_window(buffer: jax.Array, window: jax.Array, start_B: jax.Array, *, ax
             return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)
 
         return jax.vmap(write)(buffer, window.astype(buffer.dtype), start_B)
+    if buffer.shape[0] == 1:
+
+        def write(buffer):
+            values = window.astype(buffer.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, values, start_B[0], axis)
+
+        # For one row XLA would merge the write into each of its readers, and copy the cache for all but one of them.
+        # It does not look through a condition, and cannot know that this one always holds.
+        return run_if(start_B[0] >= 0, write, buffer)
     zero = jnp.int32(0)
     for row in range(buffer.shape[0]):
         starts = [zero] * buffer.ndim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,17 +33,19 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A weight `[out, in]`, with a bias where asked for."""
+    """A weight `[out, in]`, with a bias where asked for; the result has the dtype of the input unless `out_dtype` is given."""
 
     in_dim: int
     out_dim: int
     axes: tuple[str, str]
     use_bias: bool = False
+    out_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(_kernel_init, self.axes)
-        out = linear(x, self.param("kernel", init, (self.out_dim, self.in_dim)))
+        kernel_OI = self.param("kernel", init, (self.out_dim, self.in_dim))
+        out = linear(x, kernel_OI, self.out_dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
             bias_O = self.param("bias", zeros, (self.out_dim,)).astype(x.dtype)
@@ -92,9 +95,7 @@ def attention(q_BTNH, k_BKSH, v_BKSH, mask_BTS) -> jax.Array:
         "BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32
     ) / math.sqrt(H)
     scores_BKGTS = scores_BKMS.reshape(B, K, G, T, S)
-    scores_BKGTS = jnp.where(
-        mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min
-    )
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
     weights_BKMS = weights_BKGTS.reshape(B, K, G * T, S)
     mixed_BKMH = jnp.einsum(

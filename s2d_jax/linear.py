@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-# Above this many rows a product is bound by arithmetic, and the library's own operand order is right.
-_FEW_ROWS = 32
+# Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
+_FEW_ROWS = 64
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 
-def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
+def linear(x: jax.Array, w_OI: jax.Array, out_dtype: Any = None) -> jax.Array:
     """Multiplies the last axis of `x` by a weight stored as PyTorch stores it.
 
     Args:
         x: `[..., I]`, f32 or bf16.
         w_OI: `[O, I]`, cast to the dtype of `x`.
+        out_dtype: of the result; None is the dtype of `x`.
 
     Returns:
-        `[..., O]` in the dtype of `x`; sums are accumulated in f32.
+        `[..., O]`; sums are accumulated in f32.
     """
     x_MI = x.reshape(-1, x.shape[-1])
     w_OI = w_OI.astype(x.dtype)
-    if 1 < x_MI.shape[0] <= _FEW_ROWS:
+    if x_MI.shape[0] <= _FEW_ROWS:
         out_MO = jax.lax.platform_dependent(x_MI, w_OI, cpu=_weight_first, default=_plain)
     else:
         out_MO = _plain(x_MI, w_OI)
-    return out_MO.reshape(*x.shape[:-1], w_OI.shape[0])
+    return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w_OI.shape[0])
 
 
 def _plain(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
-    out = jax.lax.dot_general(x_MI, w_OI, _CONTRACT_LAST, preferred_element_type=jnp.float32)
-    return out.astype(x_MI.dtype)
+    return jax.lax.dot_general(x_MI, w_OI, _CONTRACT_LAST, preferred_element_type=jnp.float32)
 
 
 def _weight_first(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
@@ -40,4 +42,4 @@ def _weight_first(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
     The barrier keeps XLA from rewriting `dot(w, x).T` back into `dot(x, w)`.
     """
     out_OM = jax.lax.dot_general(w_OI, x_MI, _CONTRACT_LAST, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(out_OM).T.astype(x_MI.dtype)
+    return jax.lax.optimization_barrier(out_OM).T

@@ -30,7 +30,7 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0, mode="clip")
 
     def attend(self, h: jax.Array) -> jax.Array:
-        return linear(h, self.embedding)
+        return linear(h, self.embedding, jnp.float32)
 
 
 class Transformer(nn.Module):
@@ -48,7 +48,8 @@ class Transformer(nn.Module):
         self.layers = [Block(c) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.embed_dim, c.norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = Linear(c.embed_dim, c.vocab_size, ("vocab", "embed"))
+            axes = ("vocab", "embed")
+            self.lm_head = Linear(c.embed_dim, c.vocab_size, axes, out_dtype=jnp.float32)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """`[B, T]` int32 -> `[B, T, D]` in the compute dtype. Ids beyond the vocabulary read its last row."""
@@ -78,7 +79,7 @@ class Transformer(nn.Module):
         """`[..., D]` -> f32 `[..., V]`: the final norm and the head, shared by all exits."""
         normed = self.final_norm(h)
         head = self.embed_table.attend if self.config.tie_embeddings else self.lm_head
-        return head(normed).astype(jnp.float32)
+        return head(normed)
 
     def exit_hiddens(
         self, tokens_BT, *, exit_layers, positions_BT=None, segment_ids_BT=None, remat=False

@@ -11,7 +11,8 @@ import numpy as np
 
 from s2d_jax.config import SamplingParams
 
-# Non-negative floats order like their bit patterns, and a probability is at most 1.0 = 0x3F800000: 30 halvings find a threshold exactly.
+# Non-negative floats order like their bit patterns, and a probability is at most 1.0 = 0x3F800000:
+# 30 halvings find a threshold exactly.
 _ONE_BITS = 0x3F800000
 _HALVINGS = 30
 

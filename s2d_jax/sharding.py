@@ -12,7 +12,7 @@ from s2d_jax.config import ModelConfig, UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Tensor parallelism splits what each block computes independently (heads, hidden units, vocabulary); FSDP splits the other axis.
+# Tensor parallelism splits what a block computes independently (heads, hidden units, vocabulary); FSDP the other axis.
 RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "heads": "tensor",

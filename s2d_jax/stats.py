@@ -63,7 +63,9 @@ def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
         return sum(getattr(row, name) for row in rows)
 
     def columns(name):
-        return tuple(sum(column) for column in zip(*(getattr(row, name) for row in rows), strict=True))
+        return tuple(
+            sum(column) for column in zip(*(getattr(row, name) for row in rows), strict=True)
+        )
 
     return GenerationStats(
         **{name: total(name) for name in _SUMMED},

@@ -50,7 +50,9 @@ def all_depths(config, params, tokens):
         h = h + product(_attend(q, k, v), "attn", "o_proj")
         x = _norm(h, np.asarray(layer["mlp_norm"]["scale"], np.float64), c.norm_eps)
         gate = product(x, "mlp", "gate_proj")
-        h = h + product(gate / (1 + np.exp(-gate)) * product(x, "mlp", "up_proj"), "mlp", "down_proj")
+        h = h + product(
+            gate / (1 + np.exp(-gate)) * product(x, "mlp", "up_proj"), "mlp", "down_proj"
+        )
         states.append(h)
         keys.append(k)
         values.append(v)

@@ -72,7 +72,10 @@ def _check_round(state, read, drafter, config, params, reference):
             computed = reference.computed[row][s]
             assert int(cache.length_B[row]) == computed
             for i, layer in enumerate(range(bounds[s], bounds[s + 1])):
-                for ours, theirs in ((cache.keys[i], keys[layer]), (cache.values[i], values[layer])):
+                for ours, theirs in (
+                    (cache.keys[i], keys[layer]),
+                    (cache.values[i], values[layer]),
+                ):
                     ours_TKH = np.asarray(ours[row]).swapaxes(0, 1)[:computed]
                     np.testing.assert_allclose(ours_TKH, theirs[:computed], rtol=2e-4, atol=2e-4)
             if s < len(state.entries):

@@ -50,7 +50,11 @@ class Mode:
 MODES = [
     Mode("none"),
     Mode("none", sampling=FILTERED),
-    *(Mode(policy, sampled) for policy in ("independent", "fixed", "thresholds") for sampled in (True, False)),
+    *(
+        Mode(policy, sampled)
+        for policy in ("independent", "fixed", "thresholds")
+        for sampled in (True, False)
+    ),
     *(Mode("thresholds", sampled, sampling=FILTERED) for sampled in (True, False)),
     *(Mode("thresholds", sampled, heuristic=True) for sampled in (True, False)),
     Mode("fixed", heuristic=True, sampling=FILTERED),

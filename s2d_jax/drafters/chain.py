@@ -13,9 +13,6 @@ from s2d_jax.kv_cache import write_window
 from s2d_jax.proposal import Proposal, Request, is_stop
 from s2d_jax.sampling import fold_in, probabilities, sample
 
-# After a round whose tokens were all accepted, two tokens wait: the last drafted one, and the bonus token.
-PENDING_WIDTH = 2
-
 # step(state, tokens_BC, end_B, live_B) -> (f32 logits [B, V] after the first end_B tokens, state)
 Step = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -38,7 +35,7 @@ class ChainConfig:
 
 
 def fit_vocabulary(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """Cuts logits to `vocab_size`, or gives the ids that the draft lacks no probability (models pad their tables differently)."""
+    """Cuts logits to `vocab_size`, or gives ids the draft lacks no probability: models pad their tables differently."""
     missing = vocab_size - logits_BV.shape[-1]
     if missing > 0:
         return jnp.pad(logits_BV, ((0, 0), (0, missing)), constant_values=-jnp.inf)
@@ -46,7 +43,14 @@ def fit_vocabulary(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def propose_chain(
-    config: ChainConfig, step: Step, state, tokens_BC, length_B, num_draft_B, key_B, request: Request
+    config: ChainConfig,
+    step: Step,
+    state,
+    tokens_BC,
+    length_B,
+    num_draft_B,
+    key_B,
+    request: Request,
 ) -> tuple[Proposal, Any]:
     """Drafts until every row has `num_draft_B` tokens, or has drafted one of its stop tokens.
 

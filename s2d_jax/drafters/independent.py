@@ -8,7 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.drafters.chain import PENDING_WIDTH, ChainConfig, fit_vocabulary, propose_chain
+from s2d_jax.control import run_if
+from s2d_jax.drafters.chain import ChainConfig, fit_vocabulary, propose_chain
 from s2d_jax.kv_cache import KVCache, read_window
 from s2d_jax.model import Transformer
 
@@ -44,7 +45,7 @@ class IndependentDrafter:
 
     @property
     def margin(self) -> int:
-        return self.chain.width + PENDING_WIDTH
+        return self.chain.width + 1
 
     def _apply(self, params, method, *args):
         return self.model.apply({"params": params}, *args, method=method)
@@ -63,21 +64,28 @@ class IndependentDrafter:
         zeros_B = jnp.zeros(B, jnp.int32)
         return IndependentState(cache.advance_to(length_B), zeros_B, jnp.int32(0))
 
+    def _pass(self, params, state: IndependentState, tokens_BC, moving_B):
+        """Runs the next token of every row, and counts it in the rows that move. Returns its state `[B, D]`."""
+        cache = state.cache
+        h_B1D, cache = self._run(params, cache, read_window(tokens_BC, cache.length_B, 1))
+        cache = cache.advance_to(cache.length_B + moving_B.astype(jnp.int32))
+        return h_B1D[:, 0], state.replace(cache=cache, passes=state.passes + 1)
+
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         def step(state, tokens_BC, end_B, live_B):
-            cache = state.cache
-            waiting_BT = read_window(tokens_BC, cache.length_B, PENDING_WIDTH)
-            h_BTD, cache = self._run(params, cache, waiting_BT)
-            at_B11 = jnp.clip(end_B - 1 - cache.length_B, 0, PENDING_WIDTH - 1)[:, None, None]
-            last_BD = jnp.take_along_axis(h_BTD, at_B11, axis=1)[:, 0]
+            last_BD, state = self._pass(params, state, tokens_BC, live_B)
             logits_BV = self._apply(params, "logits", last_BD)
-            state = IndependentState(
-                cache=cache.advance_to(jnp.where(live_B, end_B, cache.length_B)),
-                drafted_B=state.drafted_B + live_B.astype(jnp.int32),
-                passes=state.passes + 1,
-            )
-            return fit_vocabulary(logits_BV, self.chain.vocab_size), state
+            drafted_B = state.drafted_B + live_B.astype(jnp.int32)
+            logits_BV = fit_vocabulary(logits_BV, self.chain.vocab_size)
+            return logits_BV, state.replace(drafted_B=drafted_B)
 
+        # After a round whose tokens were all accepted two tokens wait: the last drafted one, and the bonus token.
+        behind_B = (state.cache.length_B < length_B - 1) & (num_draft_B > 0)
+        state = run_if(
+            jnp.any(behind_B),
+            lambda state: self._pass(params, state, tokens_BC, behind_B)[1],
+            state,
+        )
         return propose_chain(
             *(self.chain, step, state, tokens_BC, length_B, num_draft_B, key_B, request)
         )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax.control import run_if
-from s2d_jax.drafters.chain import PENDING_WIDTH, ChainConfig, fit_vocabulary, propose_chain
+from s2d_jax.drafters.chain import ChainConfig, fit_vocabulary, propose_chain
 from s2d_jax.kv_cache import KVCache, read_window, write_window
 from s2d_jax.model import Transformer
 
@@ -73,7 +73,7 @@ class SortedDrafter:
 
     @property
     def margin(self) -> int:
-        return self.chain.width + max(self.catch_up_width, PENDING_WIDTH)
+        return self.chain.width + self.catch_up_width
 
     def _bounds(self, s: int) -> tuple[int, int]:
         return (0, *self.exit_layers)[s], self.exit_layers[s]
@@ -123,7 +123,7 @@ class SortedDrafter:
             if s < len(entries):
                 entries[s] = write_window(entries[s], h_BWD, cache.length_B, axis=1)
             index_B = end_B - 1 - cache.length_B
-            inside_B = (0 <= index_B) & (index_B < width)
+            inside_B = (index_B >= 0) & (index_B < width)
             at_B11 = jnp.clip(index_B, 0, width - 1)[:, None, None]
             found_BD = jnp.take_along_axis(h_BWD, at_B11, axis=1)[:, 0]
             last_BD = jnp.where(inside_B[:, None], found_BD, last_BD)
@@ -176,19 +176,18 @@ class SortedDrafter:
         """Takes the undecided rows through segment `s` and reads its exit; those that are confident stay."""
         undecided_B = leaving.undecided_B
         target_B = jnp.where(undecided_B, end_B, 0)
-        width = PENDING_WIDTH if s == 0 else self.catch_up_width
+        # The first segment sees every token as it comes: nearly always just one waits for it.
+        width = 1 if s == 0 else self.catch_up_width
         state, last_BD = self.catch_up(params, leaving.state, s, tokens_BC, target_B, width)
         logits_BV = self.model.apply({"params": params}, last_BD, method="logits")
         logits_BV = fit_vocabulary(logits_BV, self.chain.vocab_size)
-        if s == len(self.exit_layers) - 1:  # the last exit always accepts
-            sure_B = jnp.ones_like(undecided_B)
-        else:
-            sure_B = confidence(logits_BV) > threshold_E[s]
+        last = s == len(self.exit_layers) - 1  # it always accepts
+        unsure_B = jnp.bool_(not last) & (confidence(logits_BV) <= threshold_E[s])
         return _Leaving(
             state=state,
             logits_BV=jnp.where(undecided_B[:, None], logits_BV, leaving.logits_BV),
             exit_B=jnp.where(undecided_B, s, leaving.exit_B),
-            undecided_B=undecided_B & ~sure_B,
+            undecided_B=undecided_B & unsure_B,
         )
 
     def rewind(self, state, length_B):

@@ -1,0 +1,124 @@
+"""A target split over a tensor axis decodes the same tokens, and the same round compiles for real TPU topologies."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_params
+
+from s2d_jax.compilation import programs
+from s2d_jax.config import DraftConfig, ModelConfig, SamplingParams, UserError
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.model import abstract_params, logical_axes
+from s2d_jax.pretrained import Draft, Model
+from s2d_jax.sharding import MeshConfig, make_mesh, params_sharding
+
+PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50]]
+
+
+def _sharded(model: Model, mesh) -> Model:
+    shardings = params_sharding(model.config, logical_axes(model.config), mesh)
+    return dataclasses.replace(model, params=jax.device_put(model.params, shardings))
+
+
+@pytest.fixture(scope="module")
+def target() -> Model:
+    config = tiny_config(num_layers=3, num_heads=8, num_kv_heads=8, ffw_dim=64)
+    return Model(config, tiny_params(config, spread=14.0), None, "tiny")
+
+
+@pytest.fixture(scope="module")
+def draft(target) -> Draft:
+    keys = iter(jax.random.split(jax.random.key(4), len(jax.tree.leaves(target.params))))
+    noisy = jax.tree.map(lambda x: x + 0.04 * jax.random.normal(next(keys), x.shape), target.params)
+    return Draft(target.config, noisy, None, "noisy", DraftConfig((1, 2, 3), (0.6, 0.6, 0.0)))
+
+
+@pytest.mark.parametrize("tensor", [2, 8])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("use_draft", [True, False])
+def test_tokens_equal_those_of_one_device(target, draft, tensor, temperature, use_draft):
+    drafting = draft if use_draft else None
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=30)
+    one = SpeculativeDecoder(target, drafting).generate(PROMPTS, sampling)
+    mesh = make_mesh(MeshConfig(tensor=tensor))
+    many = SpeculativeDecoder(_sharded(target, mesh), drafting).generate(PROMPTS, sampling)
+    assert many.token_ids == one.token_ids
+    assert many.stats.exit_histogram == one.stats.exit_histogram
+
+
+def test_the_cache_is_split_on_heads_and_never_gathered(target, draft):
+    mesh = make_mesh(MeshConfig(tensor=8))
+    decoder = SpeculativeDecoder(_sharded(target, mesh), draft)
+    static, width, args = decoder.prepare(PROMPTS, SamplingParams(max_new_tokens=30))
+    (prefill, run), _ = programs(static, width, args)
+    cache = prefill.output_shardings.target_cache
+    assert all(s.spec[1] == "tensor" for s in (*cache.keys, *cache.values))
+    c, text = target.config, run.as_text()
+    assert f"f32[2,1,128,{c.head_dim}]" in text  # one of eight heads a device
+    target_gathers = re.findall(rf"= f32\[2,8,128,{c.head_dim}\]\S* all-gather", text)
+    assert not target_gathers
+
+
+def test_heads_that_do_not_divide_are_refused():
+    config = tiny_config(num_heads=6, num_kv_heads=3)
+    with pytest.raises(UserError, match=r"num_heads=6 does not divide by mesh axis tensor=8"):
+        params_sharding(config, logical_axes(config), make_mesh(MeshConfig(tensor=8)))
+
+
+def test_a_mesh_of_too_many_devices_is_refused():
+    with pytest.raises(UserError, match=r"needs 16 devices, 8 are present; make an axis smaller"):
+        make_mesh(MeshConfig(tensor=16))
+
+
+LLAMA2_7B = ModelConfig(
+    *("llama", 32_000, 4096, 11_008, 32, 32, 32, 128, 1e-5, 10_000.0, 4096),
+    eos_token_ids=(2,),
+)
+
+
+@pytest.fixture
+def tpu_mesh(monkeypatch):
+    """Eight chips of a v5p slice, known to the compiler only."""
+    pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
+    from jax.experimental import topologies
+
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }.items():
+        monkeypatch.setitem(os.environ, name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
+    return make_mesh(MeshConfig(tensor=8), topology.devices)
+
+
+@pytest.mark.slow
+def test_llama2_7b_compiles_for_a_v5p_topology(tpu_mesh):
+    """The jitted round of a LLaMA-2-7B target with a 12-layer sorted draft, ahead of time, without weights."""
+
+    shardings = params_sharding(LLAMA2_7B, logical_axes(LLAMA2_7B), tpu_mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        *(abstract_params(LLAMA2_7B, jnp.bfloat16), shardings),
+    )
+    target = Model(LLAMA2_7B, params, None, "LLaMA-2-7B")
+    draft_config = dataclasses.replace(LLAMA2_7B, num_layers=12)
+    draft_params = abstract_params(draft_config, jnp.bfloat16)
+    draft = Draft(draft_config, draft_params, None, "draft", DraftConfig((6, 9, 12)))
+    decoder = SpeculativeDecoder(target, draft)
+    (_, run), _ = programs(*decoder.prepare([[1] * 100], SamplingParams(max_new_tokens=128)))
+
+    text = run.as_text()
+    assert "all-reduce" in text
+    memory = run.memory_analysis()
+    weights = sum(np.prod(x.shape) * 2 for x in jax.tree.leaves(params)) / 8
+    assert weights < memory.argument_size_in_bytes < 95e9
+    assert memory.temp_size_in_bytes < 1e9
