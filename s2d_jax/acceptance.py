@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from s2d_jax.proposal import Proposal
 from s2d_jax.sampling import one_hot, sample, split, uniform
 
 
-def leading(accept_BG: jax.Array, num_draft_B: jax.Array) -> jax.Array:
+def leading(accept_BG: Bool[Array, "B G"], num_draft_B: Int[Array, "B"]) -> Int[Array, "B"]:
     """int32 `[B]`: how many drafted tokens are accepted before the first that is not."""
     index_G = jnp.arange(accept_BG.shape[1], dtype=jnp.int32)
     usable_BG = accept_BG & (index_G[None, :] < num_draft_B[:, None])
     return jnp.sum(jnp.cumprod(usable_BG.astype(jnp.int32), axis=1), axis=1)
 
 
-def accept_greedy(proposal: Proposal, logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def accept_greedy(
+    proposal: Proposal, logits_BTV: Float[Array, "B T V"]
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Accepts the longest drafted prefix that equals the target's argmax.
 
     Args:
@@ -33,8 +36,8 @@ def accept_greedy(proposal: Proposal, logits_BTV: jax.Array) -> tuple[jax.Array,
 
 
 def accept_sampled(
-    proposal: Proposal, target_probs_BTV: jax.Array, key_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    proposal: Proposal, target_probs_BTV: Float[Array, "B T V"], key_B: Key[Array, "B"]
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Speculative sampling (Leviathan et al. 2022, algorithm 1): what is emitted follows the target's distribution.
 
     Token x is accepted with probability `min(1, p(x) / q(x))`. After a rejection the next token is drawn from

@@ -46,15 +46,17 @@ class Proposal:
 
 
 class Drafter(Protocol):
-    """One way of drafting. Its state is a pytree that only it understands.
+    """One way of drafting. Its state is a pytree that only it understands."""
 
-    Attributes:
-        width: G, the most tokens that it drafts in a round; 0 for none.
-        margin: how many positions beyond a row's length it may write to.
-    """
+    @property
+    def width(self) -> int:
+        """G, the most tokens that it drafts in a round; 0 for none."""
+        ...
 
-    width: int
-    margin: int
+    @property
+    def margin(self) -> int:
+        """How many positions beyond a row's length it may write to."""
+        ...
 
     def init(self, params: Any, tokens_BC: jax.Array, length_B: jax.Array, prompt_width: int):
         """The state after the prompts `tokens_BC[:, :prompt_width]`, of which `length_B` are real."""

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from s2d_jax.config import SamplingParams
 
@@ -46,7 +47,9 @@ class SamplingArrays:
         )
 
 
-def probabilities(logits_BTV: jax.Array, sampling: SamplingArrays) -> jax.Array:
+def probabilities(
+    logits_BTV: Float[Array, "B T V"], sampling: SamplingArrays
+) -> Float[Array, "B T V"]:
     """The distribution that tokens are drawn from: softmax after temperature, then top-k, top-p, min-p.
 
     The order and the meaning are those of Hugging Face generation. Tokens that tie with the last one kept are kept as well.
@@ -69,7 +72,7 @@ def probabilities(logits_BTV: jax.Array, sampling: SamplingArrays) -> jax.Array:
     return jnp.where(greedy_B[:, None, None], mode_BTV, probs_BTV)
 
 
-def one_hot(tokens: jax.Array, vocab_size: int) -> jax.Array:
+def one_hot(tokens: Int[Array, "*B"], vocab_size: int) -> Float[Array, "*B {vocab_size}"]:
     """f32 `[..., V]` with 1 at each token."""
     return jax.nn.one_hot(tokens, vocab_size, dtype=jnp.float32)
 
@@ -111,23 +114,23 @@ def _keep_above(probs_BTV, weight_BTV, goal_B, on_B):
     return jnp.where(on_B[:, None, None], _renormalise(kept_BTV), probs_BTV)
 
 
-def fold_in(key_B: jax.Array, data_B: jax.Array) -> jax.Array:
+def fold_in(key_B: Key[Array, "B"], data_B: Int[Array, "B"]) -> Key[Array, "B"]:
     """One new key per row from that row's key and number alone, so that neighbours change nothing."""
     return jax.vmap(jax.random.fold_in)(key_B, data_B)
 
 
-def split(key_B: jax.Array, count: int) -> tuple[jax.Array, ...]:
+def split(key_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
     """`count` independent keys per row, each `[B]`."""
     keys_BN = jax.vmap(lambda key: jax.random.split(key, count))(key_B)
     return tuple(keys_BN[:, i] for i in range(count))
 
 
-def uniform(key_B: jax.Array, count: int) -> jax.Array:
+def uniform(key_B: Key[Array, "B"], count: int) -> Float[Array, "B {count}"]:
     """f32 `[B, count]` in [0, 1), each row from its own key."""
     return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(key_B)
 
 
-def sample(probs_BV: jax.Array, key_B: jax.Array) -> jax.Array:
+def sample(probs_BV: Float[Array, "B V"], key_B: Key[Array, "B"]) -> Int[Array, "B"]:
     """Draws one token per row from `probs_BV` with that row's key; int32 `[B]`. Never a token of probability 0."""
     draw = jax.vmap(jax.random.categorical)
     return draw(key_B, jnp.log(probs_BV)).astype(jnp.int32)

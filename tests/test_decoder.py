@@ -210,7 +210,9 @@ def test_the_copy_test_can_fail():
 
 
 def test_a_second_prompt_of_the_bucket_compiles_nothing(target, draft):
-    own_shape = DecodeConfig(num_draft_tokens=2)  # programs are shared by all decoders of the process
+    own_shape = DecodeConfig(
+        num_draft_tokens=2
+    )  # programs are shared by all decoders of the process
     decoder = SpeculativeDecoder(target, draft, own_shape)
     first = decoder.generate([[1, 2, 3]], GREEDY)
     assert first.stats.seconds["compile"] > 0

@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from prompts import PROMPTS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path, new_tokens = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(2)
