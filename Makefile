@@ -26,7 +26,7 @@ $(MODEL): | $(VENV)/.demo
 
 $(ANSWERS): configs/demo_prompts_train.jsonl | $(MODEL)
 	$(PY) -m infer.generate --target $(MODEL) --prompts $< --out $@ \
-	    --batch-size 16 --max-new-tokens 96
+	    --batch-size 32 --max-new-tokens 96
 
 $(RUN)/.trained: $(ANSWERS) configs/smollm2_demo.yaml
 	rm -rf $(RUN)
@@ -40,11 +40,11 @@ $(DRAFT)/sorted_draft.json: $(RUN)/.trained
 
 $(TABLE): $(DRAFT)/sorted_draft.json configs/demo_prompts_eval.jsonl
 	$(PY) -m infer.bench --target $(MODEL) --draft $(DRAFT) \
-	    --questions configs/demo_prompts_eval.jsonl --max-questions 12 --max-new-tokens 64 \
+	    --questions configs/demo_prompts_eval.jsonl --max-questions 8 --max-new-tokens 64 --num-draft-tokens 3 \
 	    --methods ar,sd@6,sd@9,sd@12,s2d --out $(@D)
 
 test: $(VENV)/.test
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(PY) -m ruff format --check .

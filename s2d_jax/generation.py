@@ -17,8 +17,7 @@ from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
 from s2d_jax.drafters.chain import ChainConfig
 from s2d_jax.model import Transformer
 from s2d_jax.pretrained import Draft, Model
-from s2d_jax.proposal import Drafter, Request
-from s2d_jax.sampling import SamplingArrays
+from s2d_jax.proposal import Drafter, Request, SamplingArrays
 from s2d_jax.sharding import mesh_of, replicated
 from s2d_jax.stats import GenerationStats, sum_stats
 from s2d_jax.tokenizer import check_same_tokenizer

@@ -22,8 +22,7 @@ from s2d_jax.decoder import Decoder, HeuristicLength, Target, fixed_length
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, chain
 from s2d_jax.drafters.chain import ChainConfig
 from s2d_jax.model import Transformer
-from s2d_jax.proposal import Request
-from s2d_jax.sampling import SamplingArrays
+from s2d_jax.proposal import Request, SamplingArrays
 
 SAMPLES, BATCH = 200_000, 50_000
 ALPHA = 1e-4

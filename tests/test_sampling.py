@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from s2d_jax.config import SamplingParams, UserError
-from s2d_jax.sampling import SamplingArrays, fold_in, probabilities, sample, split, uniform
+from s2d_jax.proposal import SamplingArrays
+from s2d_jax.sampling import fold_in, probabilities, sample, split, uniform
 
 CASES = [
     SamplingParams(temperature=1.0),
