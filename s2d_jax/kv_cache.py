@@ -65,27 +65,26 @@ class KVCache:
 
 def write_window(buffer: jax.Array, window: jax.Array, start_B: jax.Array, *, axis: int):
     """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis), in place."""
+    window = window.astype(buffer.dtype)
     if buffer.shape[0] > _UNROLLED_ROWS:
 
-        def write(row, values, start):
+        def write_row(row, values, start):
             return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)
 
-        return jax.vmap(write)(buffer, window.astype(buffer.dtype), start_B)
+        return jax.vmap(write_row)(buffer, window, start_B)
     if buffer.shape[0] == 1:
 
-        def write(buffer):
-            values = window.astype(buffer.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, values, start_B[0], axis)
+        def write_only_row(buffer):
+            return jax.lax.dynamic_update_slice_in_dim(buffer, window, start_B[0], axis)
 
         # For one row XLA would merge the write into each of its readers, and copy the cache for all but one of them.
         # It does not look through a condition, and cannot know that this one always holds.
-        return run_if(start_B[0] >= 0, write, buffer)
+        return run_if(start_B[0] >= 0, write_only_row, buffer)
     zero = jnp.int32(0)
     for row in range(buffer.shape[0]):
         starts = [zero] * buffer.ndim
         starts[0], starts[axis] = jnp.int32(row), start_B[row]
-        values = window[row : row + 1].astype(buffer.dtype)
-        buffer = jax.lax.dynamic_update_slice(buffer, values, starts)
+        buffer = jax.lax.dynamic_update_slice(buffer, window[row : row + 1], starts)
     return buffer
 
 
