@@ -11,9 +11,9 @@ RUN := $(DEMO)/run
 DRAFT := $(DEMO)/export
 TABLE := $(DEMO)/bench/report.md
 
-# Compiled programs are kept: the second run of a step or of the tests does not compile again.
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax-cache
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+# Compiled programs are kept: the second run of a step does not compile again. Tests compile for themselves.
+demo: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax-cache
+demo: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 .DELETE_ON_ERROR:
 .PHONY: demo demo-clean test lint format clean
