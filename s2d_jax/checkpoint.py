@@ -117,7 +117,8 @@ class Checkpoints:
     """The numbered checkpoints of a run; the newest `keep` stay.
 
     A save runs in the background. It appears under its own name only once it is complete, so a killed or failed save leaves the
-    earlier ones as they were; its remains are removed when a run is opened for writing (`keep` given).
+    earlier ones as they were; its remains are removed before the first save
+    of a run that was opened for writing (`keep` given).
     """
 
     def __init__(self, directory: Path, keep: int | None = None):

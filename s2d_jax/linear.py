@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 # Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
-_FEW_ROWS = 64
+_FEW_ROWS = 32
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 

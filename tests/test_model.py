@@ -76,7 +76,7 @@ def test_segments_do_not_see_each_other(llama):
     np.testing.assert_allclose(out[0, 4:], alone[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64, 65])
+@pytest.mark.parametrize("rows", [1, 3, 32, 33])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_form_of_a_product_agrees(rows, dtype):
     x = jax.random.normal(jax.random.key(0), (rows, 24), dtype)
