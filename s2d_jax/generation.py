@@ -169,8 +169,6 @@ class SpeculativeDecoder:
 
     def _stop_ids(self, row: SamplingParams) -> list[int]:
         own = set() if row.ignore_eos else set(self.target.config.eos_token_ids)
-        if self.target.tokenizer is not None and not row.ignore_eos:
-            own |= set(self.target.tokenizer.stop_token_ids)
         ids = sorted(own | set(row.stop_token_ids))
         slots = -(-max(len(ids), 1) // _STOP_SLOTS) * _STOP_SLOTS
         return ids + [-1] * (slots - len(ids))

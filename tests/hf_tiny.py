@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny import tiny_config, tiny_qwen2_config
 
 from s2d_jax.config import ModelConfig, RopeScaling, UserError
 from s2d_jax.config_translation import llama3_factors
+from s2d_jax.kv_cache import KVCache
 from s2d_jax.model import Params, Transformer
 from s2d_jax.weight_names import get_weight, weight_names
 
@@ -112,6 +114,26 @@ def hf_logits(model: transformers.PreTrainedModel, tokens_BT: np.ndarray) -> np.
 def our_logits(config: ModelConfig, params: Params, tokens_BT: np.ndarray) -> np.ndarray:
     """f32 `[B, T, V]`."""
     return np.asarray(Transformer(config).apply({"params": params}, jnp.asarray(tokens_BT)))
+
+
+def cached_logits(config: ModelConfig, params: Params, tokens_BT: np.ndarray, window: int):
+    """What `our_logits` gives, computed as decoding does: `window` positions at a time behind a cache."""
+    model, (batch, length) = Transformer(config), tokens_BT.shape
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+    cache = KVCache.create(*shape, dtype=jnp.float32)
+
+    @jax.jit
+    def run(params, tokens, cache):
+        variables = {"params": params}
+        h = model.apply(variables, tokens, method="embed")
+        h, cache = model.apply(variables, h, cache, 0, config.num_layers, method="run_blocks")
+        return model.apply(variables, h, method="logits"), cache.advance_to(cache.length_B + window)
+
+    windows = []
+    for start in range(0, length, window):
+        logits, cache = run(params, jnp.asarray(tokens_BT[:, start : start + window]), cache)
+        windows.append(np.asarray(logits))
+    return np.concatenate(windows, axis=1)
 
 
 @torch.no_grad()

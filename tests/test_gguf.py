@@ -14,8 +14,10 @@ import transformers
 from gguf.quants import _type_traits
 from hf_tiny import (
     CASES,
+    cached_logits,
     expect_user_error,
     first_divergent_layer,
+    hf_logits,
     hf_model,
     hf_states,
     our_logits,
@@ -111,6 +113,18 @@ def test_smollm2_equals_huggingface(smollm2_path, capsys):
     difference = assert_parity(load_model(smollm2_path), hf_from_gguf(smollm2_path))
     with capsys.disabled():
         print(f"\nSmolLM2-135M: largest logit difference to torch {difference:.1e}")
+
+
+@pytest.mark.weights
+def test_smollm2_windows_of_few_rows_equal_huggingface(smollm2_path):
+    """Decoding computes its products in a form of its own, four cached positions at a time."""
+    model = load_model(smollm2_path)
+    ids = model.tokenizer.encode("The capital of France is Paris. def add(a, b): return a + b\nIt is")
+    tokens_BT = np.asarray([ids[: len(ids) // 4 * 4]], np.int32)
+    assert tokens_BT.shape[1] >= 16
+    ours = cached_logits(model.config, model.params, tokens_BT, window=4)
+    theirs = hf_logits(hf_from_gguf(smollm2_path), tokens_BT)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=MAX_ABS)
 
 
 @pytest.mark.weights
