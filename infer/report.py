@@ -67,7 +67,7 @@ def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
     return {
         "tokens_per_second": _mean_speed(samples),
         "speedup": _mean_speed(samples) / _mean_speed(baseline),
-        "decode_only_speedup": _mean_decode_speed(samples) / _mean_decode_speed(baseline),
+        "decode_only_speedup": _decode_speedup(samples, baseline),
         "mean_acceptance_length": stats.mean_acceptance_length,
         "accepted_per_depth": list(stats.acceptance_per_depth),
         "draft_acceptance_rate": stats.draft_acceptance_rate,
@@ -75,6 +75,7 @@ def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
         "identical_to_baseline": None if None in identical else all(identical),
         "prompts_not_identical": [s.question_id for s in samples if s.identical is False],
         "prompts": len({sample.question_id for sample in samples}),
+        "turns_left_out": sum(sample.turns_left_out for sample in samples),
         "runs": len(samples),
         "new_tokens": stats.emitted_tokens,
         "target_forwards": stats.target_forwards,
@@ -90,8 +91,10 @@ def _mean_speed(samples: Sequence[Sample]) -> float:
     return statistics.fmean(sample.tokens_per_second for sample in samples)
 
 
-def _mean_decode_speed(samples: Sequence[Sample]) -> float:
-    return statistics.fmean(sample.decode_tokens_per_second for sample in samples)
+def _decode_speedup(samples: Sequence[Sample], baseline: Sequence[Sample]) -> float | None:
+    """None when prefill's token was the only one of every answer."""
+    speeds = [statistics.fmean(s.decode_tokens_per_second for s in x) for x in (samples, baseline)]
+    return speeds[0] / speeds[1] if speeds[1] else None
 
 
 def _by_category(samples: Sequence[Sample], baseline: Sequence[Sample]) -> dict[str, Row]:
@@ -170,7 +173,8 @@ def _detail_table(target: str, rows: list[Row]) -> tuple[str, list[str], list[li
     lines = []
     for row in (row for row in rows if row["target"] == target):
         identical = {None: "-", True: "yes", False: f"{len(row['prompts_not_identical'])} differ"}
-        cells = [f"{row[key]:.2f}" for key in ("speedup", "decode_only_speedup")]
+        decode = row["decode_only_speedup"]
+        cells = [f"{row['speedup']:.2f}", "-" if decode is None else f"{decode:.2f}"]
         lines.append(
             [
                 row["label"],
@@ -182,7 +186,9 @@ def _detail_table(target: str, rows: list[Row]) -> tuple[str, list[str], list[li
                 identical[row["identical_to_baseline"]],
             ]
         )
-    return short_name(target), header, lines
+    left_out = sum(row["turns_left_out"] for row in rows if row["target"] == target)
+    note = f", {left_out} later turns left out: longer than its context" if left_out else ""
+    return short_name(target) + note, header, lines
 
 
 def _category_table(target: str, rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:

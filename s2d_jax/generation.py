@@ -93,9 +93,11 @@ class SpeculativeDecoder:
             time_phases: wait between prefill and decoding, to time them apart.
 
         Raises:
-            UserError: for an empty prompt, or one that fills the target's context.
+            UserError: for no prompts, an empty prompt, one that fills the target's context, or ids outside the vocabulary.
         """
-        prompt_ids = [self._encode(prompt) for prompt in prompts]
+        if not len(prompts):
+            raise UserError("there are no prompts; give at least one")
+        prompt_ids = [self.encode(prompt) for prompt in prompts]
         decoder, width, args = self.prepare(prompt_ids, sampling)
         (prefill, run), compile_seconds = programs(decoder, width, args)
 
@@ -114,7 +116,8 @@ class SpeculativeDecoder:
             seconds |= {"prefill": prefilled - started, "decode": ended - prefilled}
         return self._result(prompt_ids, fetched, counters, seconds)
 
-    def _encode(self, prompt) -> list[int]:
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids of a prompt that can be answered; UserError as in `generate`."""
         if isinstance(prompt, str):
             if self.target.tokenizer is None:
                 raise UserError(
@@ -124,6 +127,12 @@ class SpeculativeDecoder:
         ids, context = list(prompt), self.target.config.max_context
         if not ids:
             raise UserError("a prompt is empty; give at least one token")
+        vocab_size = self.target.config.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            outside = next(token for token in ids if not 0 <= token < vocab_size)
+            raise UserError(
+                f"a prompt has token id {outside}; the target's ids are 0 to {vocab_size - 1}"
+            )
         if len(ids) >= context:
             raise UserError(
                 f"a prompt has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
@@ -142,36 +151,38 @@ class SpeculativeDecoder:
 
     def prepare(self, prompts, sampling) -> tuple[Decoder, int, tuple]:
         """What `generate` would run: static decoder, prompt width, and `(params, request, tokens_BC, length_B)`."""
-        prompt_ids = [self._encode(prompt) for prompt in prompts]
+        prompt_ids = [self.encode(prompt) for prompt in prompts]
         rows = self._per_row(sampling, len(prompt_ids))
         greedy = all(row.temperature == 0.0 for row in rows)
         decoder = self._decoder(greedy)
         lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
-        limits = np.minimum(
-            lengths + [row.max_new_tokens for row in rows], self.target.config.max_context
-        )
+        context = self.target.config.max_context
+        new_tokens = np.array([row.max_new_tokens for row in rows], np.int32)
         width = bucket(int(lengths.max()))
-        # The margin is rounded up so that a width-matched reference has caches of the same capacity.
+        # The margin is rounded up so that a width-matched reference has caches of the same capacity. Nothing here depends on
+        # where in its bucket a prompt lies, so every prompt of the bucket finds the same programs.
         margin = -(-decoder.margin // 64) * 64
-        capacity = bucket(max(width, int(limits.max())) + margin)
+        longest = min(width + int(new_tokens.max()), max(width, context))
+        capacity = bucket(longest + margin)
         tokens = np.zeros((len(prompt_ids), capacity), np.int32)
         for row, ids in enumerate(prompt_ids):
             tokens[row, : len(ids)] = ids
         request = Request(
             sampling=SamplingArrays.stack(rows),
             key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
-            max_length_B=jnp.asarray(limits, jnp.int32),
-            stop_ids_BN=jnp.asarray([self._stop_ids(row) for row in rows], jnp.int32),
+            max_length_B=jnp.asarray(np.minimum(lengths + new_tokens, context), jnp.int32),
+            stop_ids_BN=jnp.asarray(self._stop_ids(rows)),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
         )
         arrays = self._place((request, jnp.asarray(tokens), jnp.asarray(lengths)))
         return decoder, width, (self._params, *arrays)
 
-    def _stop_ids(self, row: SamplingParams) -> list[int]:
-        own = set() if row.ignore_eos else set(self.target.config.eos_token_ids)
-        ids = sorted(own | set(row.stop_token_ids))
-        slots = -(-max(len(ids), 1) // _STOP_SLOTS) * _STOP_SLOTS
-        return ids + [-1] * (slots - len(ids))
+    def _stop_ids(self, rows: Sequence[SamplingParams]) -> np.ndarray:
+        """int32 `[B, N]`: N is a multiple of 8, so that few programs serve any number of stop tokens."""
+        own = self.target.config.eos_token_ids
+        ids = [sorted({*(() if row.ignore_eos else own), *row.stop_token_ids}) for row in rows]
+        slots = -(-max(1, *map(len, ids)) // _STOP_SLOTS) * _STOP_SLOTS
+        return np.array([row + [-1] * (slots - len(row)) for row in ids], np.int32)
 
     def _decoder(self, greedy: bool) -> Decoder:
         config = self.config

@@ -6,13 +6,15 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_draft, tiny_model, tiny_params
+from tiny import tiny_config, tiny_draft, tiny_model, tiny_params, tiny_tokenizer
 
-from s2d_jax import generation
+from s2d_jax import generation, kv_cache
 from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
+from s2d_jax.decoder import HeuristicLength
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 
@@ -153,6 +155,24 @@ def test_few_new_tokens(target, draft, new_tokens):
     assert [len(ids) for ids in result.token_ids] == [new_tokens] * 4
 
 
+def test_rows_with_different_numbers_of_stop_tokens(target, draft):
+    decoder = SpeculativeDecoder(target, draft)
+    free = decoder.generate(PROMPTS[:2], GREEDY).token_ids
+    stops = tuple(sorted(set(range(64)) - set(free[1][:-1])))[:11]
+    rows = [GREEDY, dataclasses.replace(GREEDY, stop_token_ids=stops)]
+    assert len(stops) == 11
+    result = decoder.generate(PROMPTS[:2], rows)
+    expected = next((i for i, token in enumerate(free[1]) if token in stops), 39)
+    assert result.token_ids == [free[0], free[1][: expected + 1]]
+
+
+def test_the_heuristic_adds_two_or_takes_one_per_row():
+    rule = HeuristicLength(maximum=6)
+    drafted, accepted = jnp.array([5, 5, 5, 1, 2]), jnp.array([5, 4, 0, 0, 2])
+    before = jnp.array([5, 5, 3, 1, 3])
+    np.testing.assert_array_equal(rule(before, drafted, accepted), [6, 4, 2, 1, 5])
+
+
 def test_generation_ends_at_the_context(draft):
     config = tiny_config(num_layers=4, max_context=20)
     small = Model(config, tiny_params(config, spread=6.0), None, "small")
@@ -160,24 +180,18 @@ def test_generation_ends_at_the_context(draft):
     assert len(result.token_ids[0]) == 5
 
 
-def test_drafts_with_a_smaller_or_larger_vocabulary(target):
-    """Padded vocabularies: ids that the draft lacks have q = 0, ids that the target lacks are never drafted."""
-    for vocab_size in (56, 80):
-        other = tiny_model(vocab_size, 2, spread=6.0, seed=3)
-        for sampling in (GREEDY, SamplingParams(temperature=1.0, max_new_tokens=40)):
-            decoder = _without_vocabulary_check(target, other)
-            ids = decoder.generate(PROMPTS, sampling).token_ids
-            assert max(max(row) for row in ids) < 64
-        decoder = _without_vocabulary_check(target, other)
-        greedy = decoder.generate(PROMPTS, GREEDY).token_ids
-        assert greedy == _reference(target, decoder, PROMPTS).token_ids
-
-
-def _without_vocabulary_check(target, draft):
-    """Tiny models have no tokenizers that could show that only padding differs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "_check_vocabularies", lambda target, draft: None)
-        return SpeculativeDecoder(target, draft)
+@pytest.mark.parametrize("vocab_size", [60, 80])
+def test_drafts_whose_table_has_less_or_more_padding(vocab_size):
+    """One tokenizer, tables padded differently: ids that the draft lacks have q = 0, others of it are never drafted."""
+    tokenizer = tiny_tokenizer(56)
+    target = dataclasses.replace(tiny_model(num_layers=4, spread=14.0), tokenizer=tokenizer)
+    other = dataclasses.replace(tiny_model(vocab_size, 2, spread=6.0), tokenizer=tokenizer)
+    decoder = SpeculativeDecoder(target, other)
+    for sampling in (GREEDY, SamplingParams(temperature=1.0, max_new_tokens=40)):
+        ids = decoder.generate(PROMPTS, sampling).token_ids
+        assert max(max(row) for row in ids) < 64
+    greedy = decoder.generate(PROMPTS, GREEDY).token_ids
+    assert greedy == _reference(target, decoder, PROMPTS).token_ids
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -203,10 +217,17 @@ def test_no_cache_is_copied_in_the_compiled_round(target, draft, policy, greedy,
     assert run.memory_analysis().alias_size_in_bytes >= 2 * cache_bytes
 
 
-def test_the_copy_test_can_fail():
-    """The pattern finds a copy in text as XLA writes it."""
-    text = "  %copy.3 = f32[4,2,128,8]{3,2,1,0} copy(%param.1)"
-    assert re.findall(r"= f32\[4,2,128,8\]\S* copy\(", text)
+def test_the_copy_test_finds_what_xla_does_without_the_trick(monkeypatch):
+    """A bare write of the only row makes XLA copy the caches, and the pattern of the test above sees it."""
+    monkeypatch.setattr(kv_cache, "run_if", lambda predicate, body, carry: body(carry))
+    small = tiny_model(
+        num_layers=2, spread=14.0, max_context=255
+    )  # shapes that nobody else compiles
+    static, width, args = SpeculativeDecoder(small).prepare(PROMPTS[:1], GREEDY)
+    (_, run), _ = programs(static, width, args)
+    c = small.config
+    shape = re.escape(f"f32[1,{c.num_kv_heads},{args[2].shape[1]},{c.head_dim}]")
+    assert re.findall(rf"= {shape}\S* copy\(", run.as_text())
 
 
 def test_a_second_prompt_of_the_bucket_compiles_nothing(target, draft):
@@ -222,7 +243,7 @@ def test_a_second_prompt_of_the_bucket_compiles_nothing(target, draft):
     )
     try:
         other = SamplingParams(max_new_tokens=33, stop_token_ids=(63,))
-        second = decoder.generate([list(range(20))], other)
+        second = decoder.generate([list(range(32))], other)  # the longest of the bucket
     finally:
         jax.monitoring.clear_event_listeners()
     assert second.stats.seconds["compile"] == 0
@@ -230,13 +251,33 @@ def test_a_second_prompt_of_the_bucket_compiles_nothing(target, draft):
 
 
 def test_the_host_is_asked_once_per_call(target, draft, monkeypatch):
+    """One loop is started and one result is fetched; reading any array in between would raise."""
     decoder = SpeculativeDecoder(target, draft)
-    decoder.generate(PROMPTS, GREEDY)
-    fetches = []
-    original = jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda tree: fetches.append(1) or original(tree))
-    decoder.generate(PROMPTS, GREEDY)
-    assert len(fetches) == 1
+    expected = decoder.generate(PROMPTS, GREEDY).token_ids
+    fetches, starts, reads = [], [], []
+    original, array_type, compiled = jax.device_get, type(jnp.zeros(1)), jax.stages.Compiled
+    read, call = array_type.__array__, compiled.__call__
+
+    def fetch(tree):
+        fetches.append(1)
+        with monkeypatch.context() as allowed:
+            allowed.setattr(array_type, "__array__", read)
+            return original(tree)
+
+    def start(self, *args):
+        starts.append(1)
+        return call(self, *args)
+
+    def forbidden(self, *args, **kwargs):
+        reads.append(1)
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_get", fetch)
+    monkeypatch.setattr(array_type, "__array__", forbidden)
+    monkeypatch.setattr(array_type, "__bool__", lambda self: reads.append(1) or bool(read(self)))
+    monkeypatch.setattr(compiled, "__call__", start)
+    assert decoder.generate(PROMPTS, GREEDY).token_ids == expected
+    assert (len(starts), len(fetches), len(reads)) == (2, 1, 0)
 
 
 def test_bad_requests_say_what_is_wrong(target, draft):
@@ -247,6 +288,10 @@ def test_bad_requests_say_what_is_wrong(target, draft):
         UserError, match=r"a prompt has 300 tokens, the target's context is 256; shorten"
     ):
         decoder.generate([[1] * 300], GREEDY)
+    with pytest.raises(UserError, match=r"there are no prompts; give at least one"):
+        decoder.generate([], GREEDY)
+    with pytest.raises(UserError, match=r"token id 9999; the target's ids are 0 to 63"):
+        decoder.generate([[1, 9999]], GREEDY)
     with pytest.raises(UserError, match=r"1 sampling parameters for 4 prompts; give one each"):
         decoder.generate(PROMPTS, [GREEDY])
     with pytest.raises(UserError, match=r"the draft has no exit at \[3\]; it has \(1, 2, 4\)"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -75,12 +76,47 @@ def test_two_targets_are_measured_with_one_loaded_draft(
     assert all(row["speedup"] == 1 == row["decode_only_speedup"] for row in rows[::3])
     assert all(row["exit_histogram"].keys() == {"1", "2"} for row in rows[2::3])
     assert len({row["new_tokens"] for row in rows[:3]}) == 1
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    small_order = [(s["question_id"], s["method"]) for s in samples if s["target"] == models.small]
+    rotated = (("ar", "sd@1", "s2d"), ("sd@1", "s2d", "ar"))  # question by question
+    assert small_order == [(81, m) for m in rotated[0]] + [(82, m) for m in rotated[1]]
     for name in ("report.md", "samples.jsonl", "speedup.png", "exits.png", "acceptance.png"):
         assert (out / name).stat().st_size > 0
     assert not [path for path in out.iterdir() if "partial" in path.name]
     shown = capsys.readouterr().out
     assert "SoFT + S2D" in shown
     assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+def test_one_new_token_and_a_second_turn_beyond_the_context(models, tmp_path, monkeypatch, capsys):
+    long = {"question_id": 1, "turns": ["one two", "three " * 200]}
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(long) + "\n")
+    flags = ("--target", models.small, "--questions", path, "--out", tmp_path / "out", "--raw")
+    run(bench.main, monkeypatch, *flags, "--methods", "ar", "--max-new-tokens", 1)
+    (row,) = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert (row["new_tokens"], row["decode_only_speedup"], row["turns_left_out"]) == (1, None, 1)
+    assert "1 later turns left out: longer than its context" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("out", "turns", "message"),
+    [
+        ("file/report", ["one"], "cannot be written: .*file is a file; choose another --out"),
+        ("out", ["three " * 200], "the target's context is 256; shorten the prompt"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_measured(
+    models, tmp_path, monkeypatch, capsys, out, turns, message
+):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"turns": t}) + "\n" for t in (["one"], turns)))
+    monkeypatch.setattr(SpeculativeDecoder, "generate", None)
+    flags = ("--target", models.small, "--questions", path, "--out", tmp_path / out, "--raw")
+    error = failing_run(bench.main, monkeypatch, capsys, *flags, "--methods", "ar")
+    assert re.search(message, error)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_independent_draft_and_sampling(models, questions, tmp_path, monkeypatch):
