@@ -153,12 +153,22 @@ class Tokenizer:
         """Writes what `from_directory` reads.
 
         That is tokenizer.json, tokenizer_config.json (with the chat template) and, for the stop tokens, generation_config.json.
+
+        Raises:
+            OSError: if the disk is full or not writable.
         """
         directory = Path(directory)
         own_template = self._fast.chat_template
         self._fast.chat_template = self.chat_template
         try:
             self._fast.save_pretrained(str(directory), save_jinja_files=False)
+        except Exception as error:
+            # The Rust library raises a bare Exception; the system's error is in its text only.
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if isinstance(error, OSError) or found is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(directory)) from error
         finally:
             self._fast.chat_template = own_template
         file = directory / "tokenizer_config.json"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,29 @@ def train(config: Config) -> Path:
     run_dir = Path(config.train.run_dir)
     _check_run_dir(run_dir, config)
     with ProgressReport() as report, contextlib.ExitStack() as stack:
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.callback(_remove_all_but, _entries(run_dir), run_dir)
         start = _resume if config.train.resume else _begin
         run = start(config, run_dir, report)
         stack.callback(run.checkpoints.close)
         stack.callback(run.metrics.close)
         write_text(run_dir / _CONFIG, config.to_yaml())
+        undo.pop_all()  # from here on the run can be resumed, or started again
         run.loop()
     return run_dir
+
+
+def _entries(run_dir: Path) -> set[Path] | None:
+    return set(run_dir.iterdir()) if run_dir.is_dir() else None
+
+
+def _remove_all_but(before: set[Path] | None, run_dir: Path) -> None:
+    """Undoes a start that failed, for example on a full disk."""
+    for path in [run_dir] if before is None else set(run_dir.iterdir()) - before:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_run_dir(run_dir: Path, config: Config) -> None:
@@ -132,6 +149,9 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     trainer = Trainer(config, model_config, make_mesh(config.mesh))
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints)
     step = checkpoints.find(None)
+    metadata = checkpoints.metadata(step)
+    if "elapsed_seconds" not in metadata:
+        raise checkpoints.damaged(step, "_CHECKPOINT_METADATA is not readable")
     abstract, sharding = trainer.abstract_state(), trainer.state_sharding
     restored = checkpoints.restore(
         step,
@@ -149,7 +169,7 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         metrics=MetricsFile(run_dir / _METRICS, last_step=step),
         state=TrainState(restored["params"], restored["opt_state"]),
         step=step,
-        elapsed=checkpoints.metadata(step)["elapsed_seconds"],
+        elapsed=metadata["elapsed_seconds"],
     )
 
 
