@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import sentencepiece
 
 from s2d_jax.config import UserError
 from s2d_jax.config_translation import merged_ids, saved_eos_token_ids
@@ -77,6 +78,7 @@ class Tokenizer:
         Raises:
             UserError: if transformers cannot read one.
         """
+        _check_sentencepiece(Path(directory))
         try:
             fast = AutoTokenizer.from_pretrained(str(directory))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -178,6 +180,20 @@ class Tokenizer:
         file.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         generation = {"eos_token_id": list(self.stop_token_ids)}
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """Transformers takes a tokenizer.model that SentencePiece cannot read for tiktoken's, and then asks for tiktoken."""
+    file = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").exists() or not file.exists():
+        return
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{file} is no readable SentencePiece model ({' '.join(str(error).split())[:120]}); fetch it again, or "
+            "add the model's tokenizer.json"
+        ) from error
 
 
 def check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
