@@ -29,9 +29,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Special tokens that end an answer in the supported families, beside the tokenizer's own EOS.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 
-# Names of entries that only fill a vocabulary up, as in `[PAD151665]` or `<|reserved_special_token_3|>`.
-_PADDING = re.compile(r"pad|unused|dummy|reserved|extra", re.IGNORECASE)
+# Names of entries that only fill a vocabulary up, as in `[PAD151665]` or `<|reserved_special_token_3|>`; in brackets, because
+# `padding` and `extra` are also parts of words.
+_PADDING = re.compile(
+    r"[<\[]\|?(pad|padding|unused|dummy|reserved|extra|placeholder)([_ -]?(special|token|id))*[_ -]?\d*\|?[>\]]",
+    re.IGNORECASE,
+)
 
+# FastChat's `SeparatorStyle.ADD_COLON_TWO` with the separators " " and "</s>": a space after the system text and after each
+# user's turn, the EOS right after each answer. Source: `Conversation.get_prompt` in fastchat/conversation.py.
 VICUNA_TEMPLATE = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
@@ -41,14 +47,14 @@ VICUNA_TEMPLATE = (
     '"The assistant gives helpful, detailed, and polite answers to the user\'s questions." %}'
     "{% set turns = messages %}"
     "{% endif %}"
-    "{{ system }}"
+    "{{ system ~ ' ' }}"
     "{% for message in turns %}"
-    "{% if message['role'] == 'user' %}{{ ' USER: ' ~ message['content'] }}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' ~ message['content'] ~ ' ' }}"
     "{% elif message['role'] == 'assistant' %}"
-    "{{ ' ASSISTANT: ' ~ message['content'] ~ eos_token }}"
+    "{{ 'ASSISTANT: ' ~ message['content'] ~ eos_token }}"
     "{% else %}{{ raise_exception('role ' ~ message['role'] ~ ' is unknown') }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
@@ -215,7 +221,7 @@ def check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
         if ours == theirs:
             continue
         extra = ours if theirs is None else theirs
-        if i > shared and extra is not None and _PADDING.search(extra):
+        if i > shared and extra is not None and _PADDING.fullmatch(extra):
             continue
         raise UserError(
             f"target and draft have different tokenizers: id {i} is {ours!r} to the target and {theirs!r} to the draft; "
