@@ -75,7 +75,7 @@ def generate(args: Args) -> None:
         conversations = _converse(args, decoder, target, questions)
         seconds = time.perf_counter() - start
         rows += [
-            _row(args, path, question, answers)
+            _row(args, path, question, answers, target.config.eos_token_ids)
             for question, answers in zip(questions, conversations, strict=True)
         ]
         if args.out is None:
@@ -135,7 +135,9 @@ def _progress() -> Progress:
     )
 
 
-def _row(args: Args, target: str, question: Question, answers: list[Answer]) -> dict:
+def _row(
+    args: Args, target: str, question: Question, answers: list[Answer], stop_ids: tuple[int, ...]
+) -> dict:
     texts, stats = [answer.text for answer in answers], sum_stats([a.stats for a in answers])
     row = {
         "question_id": question.question_id,
@@ -146,6 +148,8 @@ def _row(args: Args, target: str, question: Question, answers: list[Answer]) -> 
         "response": texts[0],
         "messages": question.messages(texts),
         "new_tokens": [len(answer.token_ids) for answer in answers],
+        # Without it, an answer cut by max-new-tokens would teach a draft to stop there.
+        "finished": [not set(stop_ids).isdisjoint(answer.token_ids[-1:]) for answer in answers],
         "stats": {
             "mean_acceptance_length": round(stats.mean_acceptance_length, 4),
             "target_forwards": stats.target_forwards,

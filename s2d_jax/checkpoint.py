@@ -15,7 +15,11 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +44,10 @@ def write_run(
 ) -> None:
     """Writes what a draft is beside its weights: its shape, its exits, its tokenizer."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run_dir)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer.partial-", dir=run_dir) as partial:
+        tokenizer.save(partial)
+        for file in Path(partial).iterdir():
+            os.replace(file, run_dir / file.name)
     for name, value in ((_MODEL_CONFIG, config), (_DRAFT_CONFIG, draft_config)):
         write_text(run_dir / name, json.dumps(dataclasses.asdict(value), indent=2) + "\n")
 
@@ -48,8 +55,11 @@ def write_run(
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:
@@ -86,7 +96,7 @@ def load_run(
         mesh: places them by `s2d_jax.sharding`; None puts them on the default device.
 
     Raises:
-        UserError: if there is no such run or checkpoint.
+        UserError: if there is no such run or checkpoint, or the checkpoint is damaged.
     """
     run_dir = Path(run_dir)
     config, draft_config = read_run(run_dir)
@@ -117,12 +127,13 @@ class Checkpoints:
     """The numbered checkpoints of a run; the newest `keep` stay.
 
     A save runs in the background. It appears under its own name only once it is complete, so a killed or failed save leaves the
-    earlier ones as they were; its remains are removed before the first save
+    earlier ones as they were. The remains of a failed save are removed at once, those of a killed one before the first save
     of a run that was opened for writing (`keep` given).
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
         self._directory = directory
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         policy = ocp.training.preservation_policies
         self._checkpointer = None
         if keep is not None:
@@ -169,9 +180,31 @@ class Checkpoints:
             )
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
-        """The named trees of a checkpoint, shaped and placed as the `jax.ShapeDtypeStruct`s given."""
+        """The named trees of a checkpoint, shaped and placed as the `jax.ShapeDtypeStruct`s given.
+
+        Raises:
+            UserError: if its files are damaged, or hold something else.
+        """
         assert self._checkpointer is not None
-        return self._checkpointer.load_checkpointables(step, abstract)
+        try:
+            return self._checkpointer.load_checkpointables(step, abstract)
+        except (MemoryError, jax.errors.JaxRuntimeError):  # too large for this machine, not damaged
+            raise
+        except Exception as error:
+            raise self.damaged(step, _root(error)) from error
+
+    def damaged(self, step: int, reason: object) -> UserError:
+        """The error for a checkpoint that cannot be read."""
+        others = [other for other in self.steps if other != step]
+        remedy = (
+            f"take step {others[-1]} (--step {others[-1]}), or delete {self._directory / str(step)} to go on from there"
+            if others
+            else "there is no other, so train again in another directory"
+        )
+        words = " ".join(str(reason).split())[:160]
+        return UserError(
+            f"checkpoint {step} in {self._directory} is damaged ({words}); complete files of this run are expected; {remedy}"
+        )
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the arrays."""
@@ -201,6 +234,8 @@ class Checkpoints:
             cause = _os_error(error)
             if cause is None:
                 raise
+            for remains in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(remains, ignore_errors=True)
             kept = f"checkpoints {self.steps} are intact" if self.steps else "none was saved before"
             remedy = "free some space" if cause.errno == errno.ENOSPC else "check the directory"
             raise UserError(
@@ -208,10 +243,31 @@ class Checkpoints:
             ) from error
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind an exception of Orbax's, if there is one."""
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of each thread that an error passes; what is raised in the end tells it in one line."""
+    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it was raised from."""
     while error is not None:
-        if isinstance(error, OSError):
-            return error
+        yield error
         error = error.__cause__ or error.__context__
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an exception goes back to."""
+    return list(_chain(error))[-1]
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind an exception of Orbax's, if there is one.
+
+    TensorStore, which writes the arrays, tells it as a ValueError whose text has its number.
+    """
+    for link in _chain(error):
+        if isinstance(link, OSError):
+            return link
+        if found := re.search(r"\[os_error_code='(\d+)'\]", str(link)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
     return None

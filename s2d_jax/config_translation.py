@@ -55,16 +55,21 @@ def merged_ids(*groups: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for group in groups for i in _ids(group)))
 
 
-def read_json(path: Path) -> Any:
-    """Parsed JSON.
+def read_json(path: Path) -> dict[str, Any]:
+    """A parsed JSON object.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: if the file is damaged, or holds something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path} holds a JSON {type(value).__name__}, an object is expected; fetch it again"
+        )
+    return value
 
 
 def saved_eos_token_ids(directory: Path) -> tuple[int, ...]:
@@ -79,6 +84,13 @@ def _integer(raw: Mapping[str, Any], key: str, default: Any = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"config.json: {key}={value!r} must be an integer; complete the config")
     return value
+
+
+def _number(raw: Mapping[str, Any], key: str) -> float:
+    value = raw[key]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserError(f"config.json: {key}={value!r} must be a number; correct the config")
+    return float(value)
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
@@ -110,7 +122,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=_integer(raw, "num_key_value_heads", num_heads),
         head_dim=_integer(raw, "head_dim", embed_dim // max(num_heads, 1)),
-        norm_eps=float(filled["rms_norm_eps"]),
+        norm_eps=_number(filled, "rms_norm_eps"),
         rope_theta=theta,
         max_context=_integer(filled, "max_position_embeddings"),
         rope_scaling=scaling,
@@ -124,7 +136,9 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta", raw["rope_theta"]))
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_scaling={rope!r} must be an object; correct the config")
+    theta = _number({"rope_theta": raw["rope_theta"], **rope}, "rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(
@@ -141,8 +155,14 @@ def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise UserError(
             f"config.json: RoPE scaling llama3 lacks {', '.join(missing)}; complete the config"
         )
-    factor, low, high, original = (rope[key] for key in LLAMA3_KEYS)
-    return theta, RopeScaling(float(factor), float(low), float(high), int(original))
+    factor, low, high, original = (_number(rope, key) for key in LLAMA3_KEYS)
+    if not (factor > 0 and 0 < low < high and original >= 1):
+        values = ", ".join(f"{key}={rope[key]!r}" for key in LLAMA3_KEYS)
+        raise UserError(
+            f"config.json: RoPE scaling llama3 with {values} is impossible; positive values with "
+            "low_freq_factor below high_freq_factor are expected, so correct the config"
+        )
+    return theta, RopeScaling(factor, low, high, int(original))
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

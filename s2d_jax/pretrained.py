@@ -37,7 +37,14 @@ from s2d_jax.weight_names import (
 
 SORTED_DRAFT = "sorted_draft.json"
 SORTED_DRAFT_FORMAT = 1
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+# What is fetched of a model on the hub. A `*` there crosses folders, and a sorted draft has its truncated copies in folders, so
+# each pattern begins with a name. The index of .bin weights tells that there are no others.
+HUB_PATTERNS = (
+    *("config.json", "generation_config.json", SORTED_DRAFT),
+    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
+    *("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +189,10 @@ def _load_params(
 def _safetensors_paths(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not (weight_map and isinstance(weight_map, dict)):
+            raise UserError(f"{index} lacks weight_map, which names the files; fetch it again")
+        names = sorted(set(weight_map.values()))
         paths = [directory / name for name in names]
         if absent := [path.name for path in paths if not path.exists()]:
             raise UserError(
@@ -192,11 +202,16 @@ def _safetensors_paths(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if single.exists():
         return [single]
-    if list(directory.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{directory} holds only PyTorch .bin weights; convert them with transformers' save_pretrained to safetensors"
-        )
-    raise UserError(f"{directory} holds no model.safetensors; give a Hugging Face directory")
+    convert = (
+        "convert them once where torch is installed, with AutoModelForCausalLM.from_pretrained(MODEL)"
+        ".save_pretrained(NEW), copy the tokenizer's files to NEW, and give NEW"
+    )
+    if found := sorted(path.name for path in directory.glob("pytorch_model*.bin*")):
+        raise UserError(f"{directory} holds only PyTorch .bin weights ({found[0]}); {convert}")
+    raise UserError(
+        f"{directory} holds no model.safetensors; give a Hugging Face directory with it. If the model has "
+        f".bin weights only, {convert}"
+    )
 
 
 def _drop_redundant(source: SafetensorsFiles, config: ModelConfig, where: str) -> None:
@@ -272,13 +287,16 @@ def load_model(
     Raises:
         UserError: if the path holds no supported, complete model.
     """
-    local = _locate(path)
+    return _load(_locate(path), str(path), dtype, mesh)
+
+
+def _load(local: Path, source: str, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
     model = (_load_directory if local.is_dir() else _load_gguf)(local, dtype, mesh)
     tokenizer, config = model.tokenizer, model.config
     if tokenizer is not None:
         eos = merged_ids(config.eos_token_ids, tokenizer.stop_token_ids)
         config = dataclasses.replace(config, eos_token_ids=eos)
-    return dataclasses.replace(model, config=config, source=str(path))
+    return dataclasses.replace(model, config=config, source=source)
 
 
 def load_draft(
@@ -292,9 +310,10 @@ def load_draft(
     Raises:
         UserError: as `load_model`, and if an exit is deeper than the draft.
     """
-    model = load_model(path, dtype=dtype, mesh=mesh)
+    local = _locate(path)
+    model = _load(local, str(path), dtype, mesh)
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    file = _locate(path) / SORTED_DRAFT
+    file = local / SORTED_DRAFT
     if not file.exists():
         return Draft(**fields, draft_config=DraftConfig((model.config.num_layers,)))
     draft_config = _draft_config(file)
@@ -314,4 +333,13 @@ def _draft_config(file: Path) -> DraftConfig:
         )
     if "exit_layers" not in raw:
         raise UserError(f"{file} lacks exit_layers; export the draft again")
-    return DraftConfig(tuple(raw["exit_layers"]), tuple(raw.get("exit_thresholds", ())))
+    exits, thresholds = raw["exit_layers"], raw.get("exit_thresholds", [])
+    for name, values, kind in (
+        ("exit_layers", exits, int),
+        ("exit_thresholds", thresholds, int | float),
+    ):
+        if not (isinstance(values, list) and all(isinstance(value, kind) for value in values)):
+            raise UserError(
+                f"{file}: {name}={values!r} must be a list of numbers, such as [6, 9, 12] exits; export the draft again"
+            )
+    return DraftConfig(tuple(exits), tuple(thresholds))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import sentencepiece
 
 from s2d_jax.config import UserError
 from s2d_jax.config_translation import merged_ids, saved_eos_token_ids
@@ -28,9 +29,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Special tokens that end an answer in the supported families, beside the tokenizer's own EOS.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 
-# Names of entries that only fill a vocabulary up, as in `[PAD151665]` or `<|reserved_special_token_3|>`.
-_PADDING = re.compile(r"pad|unused|dummy|reserved|extra", re.IGNORECASE)
+# Names of entries that only fill a vocabulary up, as in `[PAD151665]` or `<|reserved_special_token_3|>`; in brackets, because
+# `padding` and `extra` are also parts of words.
+_PADDING = re.compile(
+    r"[<\[]\|?(pad|padding|unused|dummy|reserved|extra|placeholder)([_ -]?(special|token|id))*[_ -]?\d*\|?[>\]]",
+    re.IGNORECASE,
+)
 
+# FastChat's `SeparatorStyle.ADD_COLON_TWO` with the separators " " and "</s>": a space after the system text and after each
+# user's turn, the EOS right after each answer. Source: `Conversation.get_prompt` in fastchat/conversation.py.
 VICUNA_TEMPLATE = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
@@ -40,14 +47,14 @@ VICUNA_TEMPLATE = (
     '"The assistant gives helpful, detailed, and polite answers to the user\'s questions." %}'
     "{% set turns = messages %}"
     "{% endif %}"
-    "{{ system }}"
+    "{{ system ~ ' ' }}"
     "{% for message in turns %}"
-    "{% if message['role'] == 'user' %}{{ ' USER: ' ~ message['content'] }}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' ~ message['content'] ~ ' ' }}"
     "{% elif message['role'] == 'assistant' %}"
-    "{{ ' ASSISTANT: ' ~ message['content'] ~ eos_token }}"
+    "{{ 'ASSISTANT: ' ~ message['content'] ~ eos_token }}"
     "{% else %}{{ raise_exception('role ' ~ message['role'] ~ ' is unknown') }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
@@ -77,6 +84,7 @@ class Tokenizer:
         Raises:
             UserError: if transformers cannot read one.
         """
+        _check_sentencepiece(Path(directory))
         try:
             fast = AutoTokenizer.from_pretrained(str(directory))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -153,12 +161,22 @@ class Tokenizer:
         """Writes what `from_directory` reads.
 
         That is tokenizer.json, tokenizer_config.json (with the chat template) and, for the stop tokens, generation_config.json.
+
+        Raises:
+            OSError: if the disk is full or not writable.
         """
         directory = Path(directory)
         own_template = self._fast.chat_template
         self._fast.chat_template = self.chat_template
         try:
             self._fast.save_pretrained(str(directory), save_jinja_files=False)
+        except Exception as error:
+            # The Rust library raises a bare Exception; the system's error is in its text only.
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if isinstance(error, OSError) or found is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(directory)) from error
         finally:
             self._fast.chat_template = own_template
         file = directory / "tokenizer_config.json"
@@ -168,6 +186,20 @@ class Tokenizer:
         file.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         generation = {"eos_token_id": list(self.stop_token_ids)}
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """Transformers takes a tokenizer.model that SentencePiece cannot read for tiktoken's, and then asks for tiktoken."""
+    file = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").exists() or not file.exists():
+        return
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{file} is no readable SentencePiece model ({' '.join(str(error).split())[:120]}); fetch it again, or "
+            "add the model's tokenizer.json"
+        ) from error
 
 
 def check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
@@ -189,7 +221,7 @@ def check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
         if ours == theirs:
             continue
         extra = ours if theirs is None else theirs
-        if i > shared and extra is not None and _PADDING.search(extra):
+        if i > shared and extra is not None and _PADDING.fullmatch(extra):
             continue
         raise UserError(
             f"target and draft have different tokenizers: id {i} is {ours!r} to the target and {theirs!r} to the draft; "

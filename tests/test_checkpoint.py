@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_tiny import expect_user_error
 from tiny import tiny_config, tiny_params, tiny_tokenizer
 
 from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, load_run, placed, read_run, write_run
@@ -78,19 +81,77 @@ def test_a_killed_save_is_not_listed_and_is_cleaned_up(run_dir):
     assert not remains.exists()
 
 
-def test_a_save_that_fails_in_the_background_is_told_in_one_line(run_dir, monkeypatch):
+# What TensorStore raises on a full disk; Orbax passes it on.
+TENSORSTORE_FULL = ValueError(
+    'RESOURCE_EXHAUSTED: Failed writing: "/run/checkpoints/3.orbax-checkpoint-tmp/params.orbax-checkpoint-tmp/d/86c4": '
+    "Failed to write 6864 bytes to file 24: No space left on device [os_error_code='28']"
+)
+
+
+def raised_from(cause: Exception) -> RuntimeError:
+    error = RuntimeError("save failed")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        raised_from(OSError(28, "No space left on device")),
+        TENSORSTORE_FULL,
+        raised_from(TENSORSTORE_FULL),
+    ],
+    ids=["of Python", "of Python, wrapped", "of TensorStore", "of TensorStore, wrapped"],
+)
+def test_a_full_disk_in_the_background_is_told_in_one_line(run_dir, monkeypatch, error):
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, keep=2)
 
     def full_disk():
-        raise RuntimeError("save failed") from OSError(28, "No space left on device")
+        (run_dir / CHECKPOINTS / "12.orbax-checkpoint-tmp").mkdir()
+        raise error
 
     with contextlib.closing(checkpoints), monkeypatch.context() as patch:
         patch.setattr(checkpoints._checkpointer, "wait", full_disk)
-        with pytest.raises(
-            UserError, match=r"No space left on device; checkpoints \[5, 9\] are"
-        ) as error:
+        message = (
+            r"No space left on device; checkpoints \[5, 9\] are intact; free some space and resume"
+        )
+        with expect_user_error(message):
             checkpoints.wait()
-    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in (run_dir / CHECKPOINTS).iterdir()) == ["5", "9"]
+
+
+def test_an_error_that_is_not_the_disks_is_not_hidden(run_dir, monkeypatch):
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS, keep=2)
+
+    def fault():
+        raise ValueError("a fault of the program")
+
+    with contextlib.closing(checkpoints), monkeypatch.context() as patch:
+        patch.setattr(checkpoints._checkpointer, "wait", fault)
+        with pytest.raises(ValueError, match="a fault of the program"):
+            checkpoints.wait()
+
+
+def array_files(run_dir, step):
+    """The files that hold the arrays, largest first."""
+    files = [p for p in (run_dir / CHECKPOINTS / str(step) / "params").rglob("d/*") if p.is_file()]
+    return sorted(files, key=lambda path: -path.stat().st_size)
+
+
+def test_a_truncated_checkpoint_is_named_with_the_remedy(run_dir, caplog):
+    for file in array_files(run_dir, 9):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with expect_user_error(
+        r"checkpoint 9 in .*checkpoints is damaged \(.+\); complete files of this run are expected; "
+        r"take step 5 \(--step 5\), or delete .*checkpoints/9 to go on from there"
+    ):
+        load_run(run_dir)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert load_run(run_dir, 5).source.endswith("step 5")
+    shutil.rmtree(run_dir / CHECKPOINTS / "5")
+    with expect_user_error("there is no other, so train again in another directory"):
+        load_run(run_dir)
 
 
 def test_what_is_missing_is_named(run_dir, tmp_path):

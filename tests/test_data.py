@@ -135,6 +135,64 @@ def test_the_mask_covers_each_answer_and_its_end_of_turn_and_nothing_else(chat):
         assert prompt.endswith("assistant\n" if chat else " ASSISTANT:")
 
 
+@pytest.mark.parametrize("chat", [True, False], ids=["own template", "Vicuna template"])
+def test_an_answer_that_was_cut_off_teaches_no_end_of_turn(chat, write):
+    tokenizer = tiny_tokenizer(VOCAB, chat=chat)
+    rows = [{"messages": MESSAGES, "finished": flags} for flags in ([False, True], [False], [True])]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    conversations = read_conversations(write(text, "cut.jsonl"))
+    whole = ["three four<|im_end|>", "six seven eight<|im_end|>"]
+    if not chat:
+        whole = [f" {answer}" for answer in whole]
+    cut = [answer.removesuffix("<|im_end|>") for answer in whole]
+    expected = [[cut[0], whole[1]], [whole[0], cut[1]], whole]
+    for messages, spans in zip(conversations, expected, strict=True):
+        ids, mask = tokenize(well_formed(messages), tokenizer)
+        assert ids == tokenize(MESSAGES, tokenizer)[0]
+        assert spans_of(ids, mask, tokenizer) == spans
+    # Through the data set, whose rows share one set of keys.
+    config = DataSection(paths=(write(text, "cut.jsonl"),), max_length=128)
+    stops = set(tokenizer.stop_token_ids)
+    counted = [
+        token
+        for row in build_rows(config, tokenizer, vocab_size=VOCAB)[0]
+        for token, answer in zip(row["tokens"], row["answer"], strict=True)
+        if answer
+    ]
+    assert sum(token in stops for token in counted) == 4
+
+
+@pytest.mark.parametrize("finished", [[True, True, True], True, ["yes"], [None]])
+def test_flags_that_fit_no_answer_are_refused(write, finished):
+    row = json.dumps({"messages": MESSAGES, "finished": finished})
+    with pytest.raises(UserError, match=r"line 1: finished=.* must be a list of true or false"):
+        read_conversations(write(row))
+
+
+def spans_of(ids, mask, tokenizer):
+    """The texts that the mask covers."""
+    edges = np.flatnonzero(np.diff([0, *mask, 0]))
+    return [
+        tokenizer.decode(ids[start:stop], skip_special_tokens=False)
+        for start, stop in edges.reshape(-1, 2)
+    ]
+
+
+def test_the_masked_text_of_a_conversation_in_vicunas_words():
+    """FastChat: the EOS right after an answer, the next user right after the EOS."""
+    tokenizer = tiny_tokenizer(VOCAB, chat=False)
+    ids, mask = tokenize(MESSAGES, tokenizer)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert text.endswith(
+        "user's questions. USER: one two ASSISTANT: three four<|im_end|>"
+        "USER: five ASSISTANT: six seven eight<|im_end|>"
+    )
+    assert spans_of(ids, mask, tokenizer) == [
+        " three four<|im_end|>",
+        " six seven eight<|im_end|>",
+    ]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = tiny_tokenizer(VOCAB)
     tokenizer.chat_template = (

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from disk import file_size_limit
 from hf_tiny import CASES, expect_user_error, hf_logits, hf_model, random_tokens, write_gguf
 from tiny import tiny_config, tiny_params, tiny_tokenizer
 
@@ -23,6 +24,7 @@ from s2d_jax.config import DraftConfig
 from s2d_jax.export import exit_directory, export_draft, save_safetensors
 from s2d_jax.model import Transformer, truncated
 from s2d_jax.pretrained import Draft, load_draft, load_model
+from s2d_jax.tokenizer import Tokenizer
 
 MAX_ABS = 2e-4
 EXITS = DraftConfig((1, 2, 4), (0.6, 0.5, 0.0))
@@ -210,6 +212,29 @@ def test_full_disk_leaves_nothing(earlier, tmp_path, monkeypatch):
     assert files_in(tmp_path) == before
     if earlier:
         assert json.loads((out / "sorted_draft.json").read_text())["provenance"] == {"run": 1}
+
+
+def test_a_tokenizer_that_the_disk_refuses_leaves_nothing(tmp_path, monkeypatch):
+    """The Rust tokenizer raises no OSError."""
+    save = Tokenizer.save
+
+    def limited(self, directory):
+        with file_size_limit(1000):
+            save(self, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", limited)
+        with expect_user_error("out was not written: .*File too large.*; nothing was left behind"):
+            export_draft(make_draft(), tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []
+
+    def full_disk(*_, **__):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full_disk)
+    with expect_user_error("out was not written: the disk is full; nothing was left behind"):
+        export_draft(make_draft(), tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_earlier_export_survives_a_failed_rename(tmp_path, monkeypatch):

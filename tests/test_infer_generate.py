@@ -12,9 +12,13 @@ import pytest
 from infer_tiny import failing_run, run, save_tiny_models
 
 from infer import generate
+from infer.batching import Answer
+from infer.questions import Question
 from s2d_jax.config import SamplingParams
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import load_model
+from s2d_jax.stats import GenerationStats
+from train.conversations import read_conversations
 
 PROMPTS = ("the", "one two", "user asks")
 SHORT = ("--max-new-tokens", 8)
@@ -49,6 +53,7 @@ def test_answers_in_batches_are_those_of_single_prompts(models, tmp_path, monkey
         assert row["response"] == expected.texts[0]
         assert row["messages"] == [*messages, {"role": "assistant", "content": row["response"]}]
         assert row["new_tokens"] == [len(expected.token_ids[0])]
+        assert row["finished"] == [expected.token_ids[0][-1] in target.config.eos_token_ids]
         assert row["stats"]["mean_acceptance_length"] >= 1
 
 
@@ -77,6 +82,20 @@ def test_later_turns_contain_the_models_own_answer(models, tmp_path, monkeypatch
     ids = target.tokenizer.encode_chat(two["messages"][:3])
     expected = SpeculativeDecoder(target).generate([ids], SamplingParams(max_new_tokens=8))
     assert two["responses"][1] == expected.texts[0]
+
+
+def test_rows_tell_which_answers_were_cut_off(tmp_path):
+    args = generate.Args(target=("t",), prompt=("p",))
+    question = Question(1, "", ("a", "b", "c"))
+    ids = {"ended": (5, 7), "cut": (5, 6), "ended at once": (7,)}
+    stats = GenerationStats(1, 1, 1, {}, 0, 0, (), (), {}, {"compile": 0.0, "total": 1.0})
+    answers = [Answer(text, tokens, stats) for text, tokens in ids.items()]
+    row = generate._row(args, "t", question, answers, (7, 9))
+    assert row["finished"] == [True, False, True]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    marked = [m["content"] for m in read_conversations(path)[0] if m.get("unfinished")]
+    assert marked == ["cut"]
 
 
 def test_raw_prompts_are_continued_without_a_template(models, tmp_path, monkeypatch):

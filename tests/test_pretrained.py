@@ -179,17 +179,22 @@ def test_config_of_transformers_4():
         eos_token_ids=(2,),
     )
     assert config_from_hf(raw) == expected
-    llama3 = {
+    scaled = config_from_hf(raw | {"rope_scaling": llama3(), "rope_theta": 500_000.0})
+    assert scaled.rope_theta == 500_000.0
+    assert scaled.rope_scaling is not None
+    assert scaled.rope_scaling.original_max_position == 8192
+
+
+def llama3(**changes):
+    """The RoPE scaling of Llama-3.1 as its config.json has it."""
+    return {
         "rope_type": "llama3",
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
+        **changes,
     }
-    scaled = config_from_hf(raw | {"rope_scaling": llama3, "rope_theta": 500_000.0})
-    assert scaled.rope_theta == 500_000.0
-    assert scaled.rope_scaling is not None
-    assert scaled.rope_scaling.original_max_position == 8192
 
 
 @pytest.mark.parametrize(
@@ -209,6 +214,16 @@ def test_config_of_transformers_4():
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"layer_types": ["sliding_attention"] * 4}, "layer_types=.* is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*gptq.* is not"),
+        ({"rope_theta": "1e4", "rope_parameters": None}, "rope_theta='1e4' must be a number"),
+        ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta=\[1\] must be a number; correct"),
+        ({"rope_scaling": "llama3"}, "rope_scaling='llama3' must be an object"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a number"),
+        (
+            {"rope_scaling": llama3(high_freq_factor=1.0)},
+            "llama3 with factor=8.0, .* is impossible",
+        ),
+        ({"rope_scaling": llama3(factor=0)}, "llama3 with factor=0, .* is impossible; positive"),
+        ({"rope_scaling": llama3(low_freq_factor="1")}, "low_freq_factor='1' must be a number"),
         ({"hidden_size": None}, "hidden_size=None must be an integer; complete the config"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers='4' must be an integer"),
         ({"num_attention_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads=2"),
@@ -279,7 +294,13 @@ def test_missing_shard(directory):
 
 def test_torch_only_weights(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with expect_user_error("only PyTorch .bin weights; convert them with .*save_pretrained"):
+    with expect_user_error(
+        r"only PyTorch .bin weights \(pytorch_model.bin\); convert them once .*save_pretrained.*give NEW"
+    ):
+        load_model(directory)
+    # Of a model on the hub, only the index is fetched.
+    (directory / "pytorch_model.bin").rename(directory / "pytorch_model.bin.index.json")
+    with expect_user_error(r"only PyTorch .bin weights \(pytorch_model.bin.index.json\); convert"):
         load_model(directory)
 
 
@@ -301,32 +322,21 @@ def test_damaged_config(directory):
     (directory / "config.json").write_text("{")
     with expect_user_error("config.json is not valid JSON"):
         load_model(directory)
+    (directory / "config.json").write_text("[]")
+    with expect_user_error("config.json holds a JSON list, an object is expected; fetch it again"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": None}])
+def test_an_index_without_files(directory, index):
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with expect_user_error("index.json lacks weight_map, which names the files; fetch it again"):
+        load_model(directory)
 
 
 def test_no_such_path(tmp_path):
     with expect_user_error("does not exist; give a Hugging Face directory, a hub id or a .gguf"):
         load_model(tmp_path / "nowhere")
-
-
-def test_hub_id_offline(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with expect_user_error(r"nobody/nothing is no local path and could not be fetched .*; give a"):
-        load_model("nobody/nothing")
-
-
-def test_hub_id_loads_the_snapshot(monkeypatch, llama_directory):
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(llama_directory)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    model = load_model("some-org/Some-Model.v1")
-    assert model.source == "some-org/Some-Model.v1"
-    assert [name for name, _ in asked] == ["some-org/Some-Model.v1"]
-    assert "*.bin" not in asked[0][1]
 
 
 def test_any_model_is_a_draft_with_one_exit(llama_directory):
@@ -339,6 +349,13 @@ def test_any_model_is_a_draft_with_one_exit(llama_directory):
     [
         ({"format": 1, "exit_layers": [2, 5]}, r"exit_layers=\(2, 5\) exceeds num_layers=4"),
         ({"format": 2, "exit_layers": [2, 4]}, "format 2 is unknown, 1 is expected"),
+        ({"format": 1, "exit_layers": "6"}, "exit_layers='6' must be a list of numbers"),
+        ({"format": 1, "exit_layers": 4}, "exit_layers=4 must be a list of numbers"),
+        ({"format": 1, "exit_layers": ["6"]}, r"exit_layers=\['6'\] must be a list of numbers"),
+        (
+            {"format": 1, "exit_layers": [4], "exit_thresholds": "0"},
+            "exit_thresholds='0' must be a list of numbers",
+        ),
         ({"format": 1}, "lacks exit_layers; export the draft again"),
         ({"format": 1, "exit_layers": [4], "vocabulary_subset": [1]}, "a vocabulary_subset is not"),
         ({"format": 1, "exit_layers": [2, 4], "exit_thresholds": [0.5]}, "1 values for 2 exits"),

@@ -272,10 +272,11 @@ def test_vicuna_template_stands_in():
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
         "helpful, detailed, and polite answers to the user's questions."
     )
-    dialogue = " USER: Hi ASSISTANT: Hello!</s> USER: Bye"
+    # What FastChat's conversation of the template "vicuna_v1.1" prints: no space behind an EOS, one behind each user.
+    dialogue = " USER: Hi ASSISTANT: Hello!</s>USER: Bye "
     tokenizer = Tokenizer(fast)
     assert tokenizer.render_chat(messages, False) == f"<s>{system}{dialogue}"
-    assert tokenizer.render_chat(messages, True) == f"<s>{system}{dialogue} ASSISTANT:"
+    assert tokenizer.render_chat(messages, True) == f"<s>{system}{dialogue}ASSISTANT:"
     own_system = [{"role": "system", "content": "Be brief."}, *messages]
     assert tokenizer.render_chat(own_system, False) == f"<s>Be brief.{dialogue}"
     with expect_user_error(
@@ -307,6 +308,33 @@ def test_same_tokenizer():
     padded = word_tokenizer(["a", "b", "c", "[PAD3]", "<|reserved_special_token_0|>"])
     check_same_tokenizer(padded, base)
     check_same_tokenizer(base, padded)
+
+
+PADDING = (
+    *("<pad>", "[PAD]", "[PAD151665]", "<|pad|>", "<|padding|>", "[unused12]", "<unused3>"),
+    *("<|dummy_85|>", "<dummy32000>", "<|reserved_special_token_3|>", "<|reserved_token_id_7|>"),
+    *("<|extra_0|>", "<extra_id_0>", "<|placeholder1|>"),
+)
+WORDS = (
+    *("Ġextraordinary", "Ġpadding", "pad", "extra", "▁unused", "Ġdummy", "reserved", "[padding"),
+    *("<|im_pad_end|>", "<paddle>", "[extra words]", "<|fim_pad|>"),
+)
+
+
+@pytest.mark.parametrize("name", PADDING)
+def test_more_entries_that_are_padding_are_no_difference(name):
+    base, longer = word_tokenizer(["a", "b"]), word_tokenizer(["a", "b", name])
+    check_same_tokenizer(base, longer)
+    check_same_tokenizer(longer, base)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_more_entries_that_are_words_are_a_difference(name):
+    base, longer = word_tokenizer(["a", "b"]), word_tokenizer(["a", "b", name])
+    with expect_user_error("different tokenizers: id 2 is None to the target"):
+        check_same_tokenizer(base, longer)
+    with expect_user_error("different tokenizers: id 2 is .* to the target and None to the draft"):
+        check_same_tokenizer(longer, base)
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
+import os
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disk import file_size_limit
+from rich.console import Console
 from tiny import tiny_config, tiny_params, tiny_tokenizer
 
-from s2d_jax.checkpoint import load_run
+from s2d_jax.checkpoint import Checkpoints, load_run
 from s2d_jax.config import DraftConfig
 from s2d_jax.export import export_draft
-from s2d_jax.model import Transformer
-from s2d_jax.pretrained import Draft, load_draft
+from s2d_jax.model import Transformer, truncated
+from s2d_jax.pretrained import Draft, load_draft, load_model
+from s2d_jax.tokenizer import Tokenizer
 from train.config import load_config
 from train.main import main
+from train.progress import ProgressReport
 
 VOCAB = 300
 EXITS = ["1", "2", "3"]
@@ -118,6 +128,42 @@ def test_without_a_terminal_there_are_lines_with_loss_and_time_left(source, tmp_
     assert f"trained: {tmp_path / 'run'}" in text
 
 
+def test_a_terminal_shows_the_time_left_and_the_speed():
+    shown, now = io.StringIO(), [0.0]
+    console = Console(
+        file=shown, force_terminal=True, width=160, color_system=None, get_time=lambda: now[0]
+    )
+    with ProgressReport(console) as report:
+        report.say("a line that stays")
+        for share in (0.25, 0.5, 0.75):
+            now[0] += 100.0
+            row = {"step": int(share * 100), "tokens_per_second": 1234.5, "loss": 2.5}
+            report.update(share, {**row, "loss_per_exit": {"6": 3.0, "12": 2.0}})
+    last = shown.getvalue().split("\r")[-1]
+    assert "a line that stays" in shown.getvalue()
+    # A quarter of the run takes 100 seconds.
+    assert re.search(r"training .* 75% 0:05:00 0:01:40 step 75  1,234 tok/s", last)
+    assert "loss 2.500 (6: 3.000, 12: 2.000)" in last
+
+
+@pytest.mark.parametrize(("num_layers", "exits"), [(3, ("1", "2", "3")), (None, ("1", "2", "4"))])
+def test_training_starts_from_the_weights_of_the_source(source, tmp_path, num_layers, exits):
+    """The first layers, or the whole model; steps of no size leave them as they were."""
+    run_dir = tmp_path / "run"
+    depth = ("--model.num-layers", num_layers, "--draft.exit-layers", *exits)
+    still = ("--optim.learning-rate", "1e-30", "--train.max-steps", 1)
+    assert launch(source, run_dir, *depth, *still) == 0
+    model, draft = load_model(source / "model"), load_run(run_dir)
+    config, params = truncated(model.config, model.params, num_layers or 4)
+    assert draft.config == config
+    assert draft.draft_config.exit_layers == tuple(map(int, exits))
+    jax.tree.map(
+        lambda ours, start: np.testing.assert_allclose(ours, start, rtol=0, atol=1e-20),
+        draft.params,
+        params,
+    )
+
+
 def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, tmp_path):
     run_dir = tmp_path / "run"
     with interrupted_at(5):
@@ -211,39 +257,108 @@ def one_error(capsys) -> str:
     return lines[0]
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(source, tmp_path, capsys):
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(source, tmp_path, capsys, checkpoint_every):
     run_dir = tmp_path / "run"
-    assert launch(source, run_dir, "--train.max-steps", 4) == 0
+    every = ("--train.checkpoint-every", checkpoint_every, "--train.keep-checkpoints", 1)
+    assert launch(source, run_dir, "--train.max-steps", 4, *every) == 0
     good = load_run(run_dir).params
     capsys.readouterr()
     explode = ("--train.resume", "True", "--optim.learning-rate", "1e30")
-    assert launch(source, run_dir, *explode) == 2
+    assert launch(source, run_dir, *explode, *every) == 2
     message = one_error(capsys)
-    assert "loss=nan" in message
-    assert "at step 6: training stopped; the last good checkpoint is step 4; resume" in message
+    # The loss that step 5 reports is that of the parameters before its update.
+    when = {1: "after the update of step 5", 4: "at step 6"}[checkpoint_every]
+    assert f"{when}: training stopped; the last good checkpoint is step 4; resume" in message
     assert "lower --optim.learning-rate" in message
+    assert "nan" in message
     jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, good)
     assert launch(source, run_dir, "--train.resume", "True") == 0
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, 9))
 
 
-def test_a_full_disk_keeps_the_earlier_checkpoint(source, tmp_path, capsys, monkeypatch):
-    from orbax.checkpoint import v1 as ocp
+@pytest.mark.parametrize("held_out", [0.1, 0.0])
+def test_a_last_step_that_diverges_is_no_success(source, tmp_path, capsys, held_out):
+    run_dir = tmp_path / "run"
+    flags = ("--data.held-out-fraction", held_out, "--train.max-steps", 1)
+    assert launch(source, run_dir, *flags, "--optim.learning-rate", "1e30") == 2
+    said = capsys.readouterr()
+    assert "trained:" not in said.out
+    where = "on the held-out rows after step 1" if held_out else "after the update of step 1"
+    assert f"{where}: training stopped; no checkpoint was written yet; start again" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
+    assert launch(source, run_dir, *flags) == 0
 
+
+def test_a_disk_that_refuses_arrays_keeps_the_earlier_checkpoint(
+    source, tmp_path, capsys, caplog, monkeypatch
+):
+    """TensorStore writes the arrays, in threads of its own, and its errors are no OSErrors."""
     run_dir = tmp_path / "run"
     assert launch(source, run_dir, "--train.max-steps", 4) == 0
     capsys.readouterr()
+    save = Checkpoints.save
+    with contextlib.ExitStack() as limit, monkeypatch.context() as patch:
 
-    def full_disk(*_, **__):
-        raise OSError(28, "No space left on device")
+        def limited(self, *arguments, **trees):
+            limit.enter_context(file_size_limit(20_000))
+            save(self, *arguments, **trees)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full_disk)
+        patch.setattr(Checkpoints, "save", limited)
         assert launch(source, run_dir, "--train.resume", "True") == 2
     message = one_error(capsys)
-    assert (
-        "No space left on device; checkpoints [4] are intact; free some space and resume" in message
-    )
+    assert "File too large; checkpoints [4] are intact; check the directory and resume" in message
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["4"]
+    assert launch(source, run_dir, "--train.resume", "True") == 0
+
+
+def test_a_start_that_the_disk_refuses_leaves_nothing(source, tmp_path, capsys, monkeypatch):
+    run_dir = tmp_path / "run"
+    save = Tokenizer.save
+
+    def limited(self, directory):
+        with file_size_limit(1000):
+            save(self, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", limited)
+        assert launch(source, run_dir) == 2
+        assert "File too large" in one_error(capsys)
+        assert not run_dir.exists()
+        run_dir.mkdir()
+        (run_dir / "notes.txt").touch()
+        assert launch(source, run_dir) == 2
+    assert [path.name for path in run_dir.iterdir()] == ["notes.txt"]
+
+
+def test_a_config_that_cannot_be_written_leaves_nothing(source, tmp_path, capsys, monkeypatch):
+    replace = os.replace
+
+    def full(old, new):
+        if Path(new).name == "config.yaml":
+            raise OSError(28, "No space left on device")
+        replace(old, new)
+
+    monkeypatch.setattr("s2d_jax.checkpoint.os.replace", full)
+    assert launch(source, tmp_path / "run") == 2
+    assert "No space left on device" in one_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["params/_METADATA", "opt_state/manifest.ocdbt", "_CHECKPOINT_METADATA"]
+)
+def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_path, capsys, name):
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    file = run_dir / "checkpoints" / "8" / name
+    file.write_bytes(file.read_bytes()[:20])
+    assert launch(source, run_dir, "--train.resume", "True") == 2
+    message = one_error(capsys)
+    assert "checkpoint 8 in " in message
+    assert f"or delete {run_dir / 'checkpoints' / '8'} to go on from there" in message
+    shutil.rmtree(run_dir / "checkpoints" / "8")
     assert launch(source, run_dir, "--train.resume", "True") == 0
 
 

@@ -27,6 +27,7 @@ from train.step import Batch, Trainer
 
 ROWS, LENGTH = 8, 12
 ONE_DEVICE = MeshConfig()
+UPDATE = np.bool_(True)
 MODEL = tiny_config(num_layers=3, num_kv_heads=4)
 
 
@@ -60,7 +61,7 @@ def run(config: Config, steps: int = 3):
     step = trainer.compile_step(state, batch)
     history = []
     for index in range(steps):
-        state, metrics = step(state, batch, jnp.float32((index + 1) / (steps + 1)))
+        state, metrics = step(state, batch, jnp.float32((index + 1) / (steps + 1)), UPDATE)
         history.append(jax.device_get(metrics))
     return history, jax.device_get(state.params)
 
@@ -163,9 +164,78 @@ def test_the_state_is_donated_and_sharded():
     moment = state.opt_state[1].mu["layers_0"]["attn"]["q_proj"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (16, 16)
     assert moment.sharding == kernel.sharding
-    trainer.compile_step(state, batch)(state, batch, jnp.float32(0.5))
+    trainer.compile_step(state, batch)(state, batch, jnp.float32(0.5), UPDATE)
     assert kernel.is_deleted()
     assert moment.is_deleted()
+
+
+def reference_step(params, moments, grads, count, rate, section):
+    """AdamW after clipping by the global norm, in float64; Loshchilov & Hutter 2019, algorithm 2."""
+    norm = np.sqrt(sum((g**2).sum() for g in grads))
+    assert norm > section.clip_norm, "the test is about clipping"
+    new_params, new_moments = [], []
+    for p, (m, v), g in zip(params, moments, grads, strict=True):
+        g = g * (section.clip_norm / norm)
+        m = section.beta1 * m + (1 - section.beta1) * g
+        v = section.beta2 * v + (1 - section.beta2) * g**2
+        m_hat, v_hat = m / (1 - section.beta1**count), v / (1 - section.beta2**count)
+        step = m_hat / (np.sqrt(v_hat) + section.epsilon)
+        decay = section.weight_decay if p.ndim == 2 else 0.0
+        new_params.append(p - rate * (step + decay * p))
+        new_moments.append((m, v))
+    return new_params, new_moments
+
+
+def test_steps_equal_a_numpy_reference():
+    """Warm-up, then the cosine; epsilon is of the size of clipped gradients, else Adam would hide the clipping."""
+    section = OptimSection(
+        learning_rate=0.05,
+        weight_decay=0.2,
+        clip_norm=0.1,
+        epsilon=1e-3,
+        beta1=0.8,
+        beta2=0.9,
+        warmup_fraction=0.5,
+        final_fraction=0.1,
+    )
+    trainer = Trainer(dataclasses.replace(config(), optim=section), MODEL, make_mesh(MeshConfig()))
+    batch = jax.device_put(arrays(), trainer.batch_sharding)
+    scale = 1 / batch.weights_BT.sum()
+    gradient = jax.jit(jax.grad(lambda params: trainer._loss(params, batch, scale)[0]))
+    state = trainer.init_state(tiny_params(MODEL))
+    step = trainer.compile_step(state, batch)
+    wide = lambda tree: [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]  # noqa: E731
+    params = wide(state.params)
+    moments = [(np.zeros_like(p), np.zeros_like(p)) for p in params]
+    rates = {0.25: 0.025, 0.75: 0.05 * (0.1 + 0.9 * 0.5), 1.0: 0.005}
+    for count, (progress, rate) in enumerate(rates.items(), start=1):
+        grads = wide(gradient(state.params))
+        params, moments = reference_step(params, moments, grads, count, rate, section)
+        state, metrics = step(state, batch, jnp.float32(progress), UPDATE)
+        assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(
+            np.sqrt(sum((g**2).sum() for g in grads)), rel=1e-4
+        )
+        for ours, expected in zip(wide(state.params), params, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_does_not_update_gives_the_state_back():
+    trainer = Trainer(config(), MODEL, make_mesh(MeshConfig()))
+    batch = jax.device_put(arrays(), trainer.batch_sharding)
+    state = trainer.init_state(tiny_params(MODEL))
+    step = trainer.compile_step(state, batch)
+    state, first = step(state, batch, jnp.float32(0.5), UPDATE)
+    before = jax.device_get(state)
+    state, tried = step(state, batch, jnp.float32(0.5), ~UPDATE)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+    state, taken = step(state, batch, jnp.float32(0.5), UPDATE)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tried), jax.device_get(taken))
+    assert taken["loss"] < first["loss"]
+    norm = np.sqrt(
+        sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(before.params))
+    )
+    assert tried["param_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_schedule_warms_up_and_follows_a_cosine():

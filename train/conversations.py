@@ -9,7 +9,8 @@ from typing import Any
 
 from s2d_jax.config import UserError
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+# {"role": ..., "content": ...}, and "unfinished": "yes" for an answer that was cut off.
+Message = dict[str, str]
 
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -22,6 +23,8 @@ def read_conversations(path: str | Path) -> list[list[Message]]:
     """All conversations of a file: a JSON list, or one JSON object per line.
 
     Each is `{"conversations": [{"from", "value"}, ...]}` (ShareGPT) or `{"messages": [{"role", "content"}, ...]}`.
+
+    A row may say with `"finished": [true, false]` whether its last answers ended by themselves, as `infer.generate` does.
 
     Returns:
         Messages with the roles system, user and assistant.
@@ -81,7 +84,20 @@ def _messages(row: Any, where: str) -> list[Message]:
                 f"use one of {', '.join(_ROLES)}"
             )
         messages.append({"role": role, "content": turn[text_key]})
+    _mark_unfinished(messages, row.get("finished", []), where)
     return messages
+
+
+def _mark_unfinished(messages: list[Message], finished: Any, where: str) -> None:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    flags = finished if isinstance(finished, list) else [None]
+    if len(flags) > len(answers) or not all(isinstance(flag, bool) for flag in flags):
+        raise UserError(
+            f"{where}: finished={finished!r} must be a list of true or false, one for each of the last answers"
+        )
+    for message, ended in zip(reversed(answers), reversed(flags), strict=False):
+        if not ended:
+            message["unfinished"] = "yes"
 
 
 def well_formed(messages: list[Message]) -> list[Message] | None:

@@ -58,11 +58,14 @@ def tokenize(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], 
     """Token ids of a well-formed conversation, and which of them the assistant writes.
 
     An answer begins where the prompt with its generation prefix ends, as in decoding, and ends with its end-of-turn token;
-    without one in the template, where the template's text of that answer ends.
+    without one in the template, where the template's text of that answer ends. An answer that was cut off ends with its
+    content: that the turn is over then, no model said.
 
     Raises:
         UserError: if the template writes a conversation in another way once it goes on.
     """
+    cut_off = [bool(message.get("unfinished")) for message in messages]
+    messages = [{key: message[key] for key in ("role", "content")} for message in messages]
     ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
     text = tokenizer.render_chat(messages, add_generation_prompt=False)
     mask = [False] * len(ids)
@@ -79,12 +82,27 @@ def tokenize(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], 
         for i in answers
     ]
     for i, start, limit in zip(answers, starts, [*starts[1:], len(ids)], strict=True):
+        if cut_off[i]:
+            end = max(start, _content_end(messages[: i + 1], ids, tokenizer))
+            mask[start:end] = [True] * (end - start)
+            continue
         end = next((j + 1 for j in range(start, limit) if ids[j] in stops), None)
         if end is None:
             whole = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
             end = _shared_length(ids, whole)
         mask[start:end] = [True] * (end - start)
     return ids, mask
+
+
+def _content_end(messages: list[Message], ids: list[int], tokenizer: Tokenizer) -> int:
+    """How many leading tokens of `ids` end no later than the content of the last message; 0 if a template changes it."""
+    prompt = tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
+    text, content = (
+        tokenizer.render_chat(messages, add_generation_prompt=False),
+        messages[-1]["content"].strip(),  # many templates strip it
+    )
+    begin = text.find(content, len(prompt))
+    return 0 if begin < 0 else _shared_length(ids, tokenizer.encode(text[: begin + len(content)]))
 
 
 def _shared_length(first: list[int], second: list[int]) -> int:

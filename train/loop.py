@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,29 @@ def train(config: Config) -> Path:
     run_dir = Path(config.train.run_dir)
     _check_run_dir(run_dir, config)
     with ProgressReport() as report, contextlib.ExitStack() as stack:
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.callback(_remove_all_but, _entries(run_dir), run_dir)
         start = _resume if config.train.resume else _begin
         run = start(config, run_dir, report)
         stack.callback(run.checkpoints.close)
         stack.callback(run.metrics.close)
         write_text(run_dir / _CONFIG, config.to_yaml())
+        undo.pop_all()  # from here on the run can be resumed, or started again
         run.loop()
     return run_dir
+
+
+def _entries(run_dir: Path) -> set[Path] | None:
+    return set(run_dir.iterdir()) if run_dir.is_dir() else None
+
+
+def _remove_all_but(before: set[Path] | None, run_dir: Path) -> None:
+    """Undoes a start that failed, for example on a full disk."""
+    for path in [run_dir] if before is None else set(run_dir.iterdir()) - before:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_run_dir(run_dir: Path, config: Config) -> None:
@@ -132,6 +149,9 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     trainer = Trainer(config, model_config, make_mesh(config.mesh))
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints)
     step = checkpoints.find(None)
+    metadata = checkpoints.metadata(step)
+    if "elapsed_seconds" not in metadata:
+        raise checkpoints.damaged(step, "_CHECKPOINT_METADATA is not readable")
     abstract, sharding = trainer.abstract_state(), trainer.state_sharding
     restored = checkpoints.restore(
         step,
@@ -149,7 +169,7 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         metrics=MetricsFile(run_dir / _METRICS, last_step=step),
         state=TrainState(restored["params"], restored["opt_state"]),
         step=step,
-        elapsed=checkpoints.metadata(step)["elapsed_seconds"],
+        elapsed=metadata["elapsed_seconds"],
     )
 
 
@@ -192,18 +212,22 @@ class Run:
         return section.max_steps or max(1, round(per_epoch * section.epochs))
 
     def loop(self) -> None:
-        """Trains to the end, with evaluations and checkpoints on the way."""
+        """Trains to the end, with evaluations and checkpoints on the way.
+
+        Raises:
+            UserError: once a loss or a gradient is not finite; no checkpoint is written of parameters that give such a one.
+        """
         section = self.trainer.config.train
         batch = self._batch(self.step)
         self.report.say(f"compiling for {self.trainer.mesh.size} device(s)")
-        train_step = self.trainer.compile_step(self.state, batch)
+        self._step = self.trainer.compile_step(self.state, batch)
         self._eval_step = self.trainer.compile_eval(self.state.params, batch)
         self._began = time.perf_counter() - self.elapsed
         evaluated = saved = self.step
         if self.step == 0:
             self._evaluate()
         while self.share < 1:
-            self._train_one(train_step)
+            self._train_one()
             if self.step % section.eval_every == 0:
                 evaluated = self._evaluate()
             if self.step % section.checkpoint_every == 0:
@@ -221,19 +245,14 @@ class Run:
         by_time = 0.0 if minutes is None else self.elapsed / (60 * minutes)
         return max(self.step / self.total_steps, by_time)
 
-    def _train_one(self, train_step) -> None:
+    def _train_one(self) -> None:
         section, draft = self.trainer.config.train, self.trainer.config.draft
         started = time.perf_counter()
-        # Half a step ahead, so that neither the first nor the last step has a rate of 0.
-        progress = jnp.float32(self.share + 0.5 / self.total_steps)
-        self.state, metrics = train_step(self.state, self._batch(self.step), progress)
-        # Waiting for every step costs little beside one, and no checkpoint is ever written of an update that was not looked at.
-        metrics = jax.device_get(metrics)
+        metrics = self._run_step(update=True)
         self.step += 1
         self.elapsed = time.perf_counter() - self._began
+        self._check_finite(metrics, f"at step {self.step}")
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(self._not_finite(loss, grad_norm))
         seconds = time.perf_counter() - started
         if self.step % section.log_every == 0 or self.step == self.total_steps:
             row = {
@@ -249,7 +268,20 @@ class Run:
             self.metrics.write(row)
             self.report.update(min(1.0, self.share), row)
 
-    def _not_finite(self, loss: float, grad_norm: float) -> str:
+    def _run_step(self, *, update: bool) -> dict[str, np.ndarray]:
+        """Loss, gradient and, if `update`, the update of the next step's rows; returns the metrics."""
+        # Half a step ahead, so that neither the first nor the last step has a rate of 0.
+        progress = jnp.float32(self.share + 0.5 / self.total_steps)
+        batch = self._batch(self.step)
+        self.state, metrics = self._step(self.state, batch, progress, jnp.bool_(update))
+        # Waiting for every step costs little beside one.
+        return jax.device_get(metrics)
+
+    def _check_finite(self, metrics: dict[str, np.ndarray], when: str) -> None:
+        names = {"loss": "loss", "grad_norm": "gradient norm", "param_norm": "parameter norm"}
+        values = {name: float(metrics[key]) for key, name in names.items() if key in metrics}
+        if all(map(math.isfinite, values.values())):
+            return
         self.checkpoints.wait()
         steps = self.checkpoints.steps
         kept = (
@@ -258,9 +290,9 @@ class Run:
             else "no checkpoint was written yet"
         )
         remedy = "resume with" if steps else "start again with"
-        return (
-            f"loss={loss} and gradient norm={grad_norm} at step {self.step}: training stopped; {kept}; "
-            f"{remedy} a lower --optim.learning-rate, or check the data"
+        told = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(
+            f"{told} {when}: training stopped; {kept}; {remedy} a lower --optim.learning-rate, or check the data"
         )
 
     def _batch(self, step: int):
@@ -288,13 +320,21 @@ class Run:
                 "loss_per_exit": _per_exit(exits, loss_E / counted),
                 "accuracy_per_exit": _per_exit(exits, correct_E / counted),
             }
+            self._check_finite(
+                {"loss": row["loss"]}, f"on the held-out rows after step {self.step}"
+            )
             self.metrics.write(row)
             accuracy = ", ".join(f"{k}: {v:.1%}" for k, v in row["accuracy_per_exit"].items())
             self.report.say(f"step {self.step}: held-out {losses(row)}, accuracy ({accuracy})")
         return self.step
 
     def _save(self) -> int:
-        """Starts a checkpoint; returns its step."""
+        """Starts a checkpoint; returns its step.
+
+        A step's loss tells of the parameters before its update. So what a resumed run would compute first, the loss and the
+        gradient of the next step's rows, is computed before anything is written.
+        """
+        self._check_finite(self._run_step(update=False), f"after the update of step {self.step}")
         metadata = {"elapsed_seconds": self.elapsed}
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}
         self.checkpoints.save(self.step, metadata, **trees)

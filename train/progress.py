@@ -28,7 +28,7 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends `row` at once, so that it can be followed while the run goes on."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -93,18 +93,20 @@ class Trainer:
         return TrainState(params, opt_state)
 
     def compile_step(self, state: TrainState, batch: Batch):
-        """`(state, batch, progress) -> (state, metrics)`, compiled; the state given is donated.
+        """`(state, batch, progress, update) -> (state, metrics)`, compiled; the state given is donated.
 
-        `metrics` holds f32: `loss`, `loss_E`, `accuracy_E`, `grad_norm`, `learning_rate`, and `tokens` (padding apart).
+        Where `update` is false the state comes back as it was, so that parameters can be tried with no second program or copy.
+        `metrics` holds f32: `loss`, `loss_E`, `accuracy_E`, `grad_norm`, `param_norm` (all of the parameters given),
+        `learning_rate`, and `tokens` (padding apart).
         """
         sharding, whole = self.state_sharding, replicated(self.mesh)
         step = jax.jit(
             self._train_step,
-            in_shardings=(sharding, self.batch_sharding, whole),
+            in_shardings=(sharding, self.batch_sharding, whole, whole),
             out_shardings=(sharding, whole),
             donate_argnums=0,
         )
-        return step.lower(state, batch, jnp.float32(0)).compile()
+        return step.lower(state, batch, jnp.float32(0), jnp.bool_(True)).compile()
 
     def compile_eval(self, params: Params, batch: Batch):
         """`(params, batch) -> (ExitSums, counted tokens)`, compiled."""
@@ -171,7 +173,7 @@ class Trainer:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add_part, zeros, jax.tree.map(split, batch))[0]
 
-    def _train_step(self, state: TrainState, batch: Batch, progress: jax.Array):
+    def _train_step(self, state: TrainState, batch: Batch, progress: jax.Array, update: jax.Array):
         counted = jnp.sum(batch.weights_BT)
         scale = 1.0 / jnp.maximum(counted, 1.0)
         (loss, sums), grads = self._gradient(state.params, batch, scale)
@@ -185,10 +187,12 @@ class Trainer:
             "loss_E": sums.loss_E * scale,
             "accuracy_E": sums.correct_E * scale,
             "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(state.params),
             "learning_rate": rate,
             "tokens": jnp.sum((batch.segment_ids_BT > 0).astype(jnp.float32)),
         }
-        return TrainState(params, opt_state), metrics
+        updated = TrainState(params, opt_state)
+        return jax.tree.map(lambda new, old: jnp.where(update, new, old), updated, state), metrics
 
     def _eval_step(self, params: Params, batch: Batch) -> tuple[ExitSums, jax.Array]:
         sums = exit_sums(
