@@ -151,7 +151,7 @@ def test_an_answer_that_was_cut_off_teaches_no_end_of_turn(chat, write):
         assert ids == tokenize(MESSAGES, tokenizer)[0]
         assert spans_of(ids, mask, tokenizer) == spans
     # Through the data set, whose rows share one set of keys.
-    config = DataSection(paths=(write(text, "cut.jsonl"),), max_length=128)
+    config = DataSection(paths=(write(text, "cut.jsonl"),), max_length=512)
     stops = set(tokenizer.stop_token_ids)
     counted = [
         token

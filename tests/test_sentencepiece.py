@@ -45,7 +45,7 @@ def test_a_directory_with_only_a_sentencepiece_model(tmp_path):
     assert len(texts) > 20
     for text in texts:
         assert ours.encode(text) == theirs.encode(text), text
-        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)), text
+        assert ours.decode(ours.encode(text)) == text
     assert ours.stop_token_ids == (theirs.eos_id(),)
     assert_survives_saving(ours, tmp_path / "saved", texts)
 

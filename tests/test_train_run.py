@@ -128,7 +128,8 @@ def test_without_a_terminal_there_are_lines_with_loss_and_time_left(source, tmp_
     assert f"trained: {tmp_path / 'run'}" in text
 
 
-def test_a_terminal_shows_the_time_left_and_the_speed():
+def test_a_terminal_shows_the_time_left_and_the_speed(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     shown, now = io.StringIO(), [0.0]
     console = Console(
         file=shown, force_terminal=True, width=160, color_system=None, get_time=lambda: now[0]
