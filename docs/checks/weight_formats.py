@@ -1,4 +1,4 @@
-"""What bf16 and int8 weights change: logits, perplexity on this project's decision records, bytes, memory while loading.
+"""What bf16 and int8 weights change: logits, perplexity on the demo's prompts, bytes, memory while loading.
 
 Usage: weight_formats.py MODEL [MAX_TOKENS]
 """
@@ -6,6 +6,7 @@ Usage: weight_formats.py MODEL [MAX_TOKENS]
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from s2d_jax.decoder import Target
 from s2d_jax.model import Transformer
 from s2d_jax.weight_formats import WEIGHT_FORMATS, weight_bytes
 
-RECORDS = sorted((Path(__file__).parent.parent / "adr").glob("000[1-6]-*.md"))
+PROMPTS = Path(__file__).parent.parent.parent / "configs" / "demo_prompts_train.jsonl"
 WINDOW, STEP = 256, 4
 LOAD = """
 import resource, sys, jax
@@ -32,9 +33,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def windows_of(tokenizer, max_tokens: int) -> np.ndarray:
-    """int32 `[N, WINDOW]`: the records, one behind the other; what does not fill a window is left out."""
-    text = "\n\n".join(path.read_text(encoding="utf-8") for path in RECORDS)
-    ids = tokenizer.encode(text)[:max_tokens]
+    """int32 `[N, 1, WINDOW]`: the prompts, one behind the other; what does not fill a window is left out."""
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    ids = tokenizer.encode("\n\n".join(json.loads(line)["prompt"] for line in lines))[:max_tokens]
     count = len(ids) // WINDOW
     return np.array(ids[: count * WINDOW], np.int32).reshape(count, 1, WINDOW)
 
@@ -108,4 +109,4 @@ def main(path: str, max_tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 4096)
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 2048)
