@@ -14,6 +14,8 @@ from s2d_jax.config import UserError
 WEIGHT_FORMATS = ("f32", "bf16", "int8")
 
 _LARGEST = 127
+# A row below this has a step whose inverse overflows.
+_NEGLIGIBLE = 2e-36
 # Rows are quantised in pieces of about this many elements, so that no second f32 copy of a large tensor exists.
 _PIECE = 1 << 22
 
@@ -58,9 +60,10 @@ def compute_dtype(weight_format: str, platform: str) -> Any:
 
 
 def quantise(w_OI: Any) -> Int8Weight:
-    """The nearest int8 weight: `scale = max |row| / 127`, `values = round(row / scale)`, halves to even.
+    """The nearest int8 weight: `scale = max |row| * (1 / 127)`, `values = round(row * (1 / scale))`, halves to even.
 
-    The error of an element is at most half its row's scale. A row of zeros has scale 1.
+    The error of an element is at most half its row's scale. A row of zeros (or of
+    numbers below 2e-36, which become zeros) has scale 1.
 
     Args:
         w_OI: f32, f16 or bf16, `[O, I]`. A NumPy array is quantised on the host, piece by piece; a JAX array where it is,
@@ -93,10 +96,10 @@ def channel_sharding(sharding: jax.sharding.NamedSharding) -> jax.sharding.Named
 
 def _quantised(w_OI: Any, xp: Any) -> Int8Weight:
     largest_O = xp.max(xp.abs(w_OI), axis=1)
-    scale_O = xp.where(largest_O == 0, xp.float32(1), largest_O / xp.float32(_LARGEST))
-    values = xp.round(w_OI / scale_O[:, None])
-    # A row of subnormal numbers may round beyond the range.
-    return Int8Weight(xp.clip(values, -_LARGEST, _LARGEST).astype(xp.int8), scale_O)
+    # XLA turns a division by a constant into a product, NumPy does not: with products the host and the device agree.
+    scale_O = xp.where(largest_O < _NEGLIGIBLE, xp.float32(1), largest_O * xp.float32(1 / _LARGEST))
+    values = xp.round(w_OI * (xp.float32(1) / scale_O)[:, None])
+    return Int8Weight(values.astype(xp.int8), scale_O)
 
 
 def _quantise_on_host(w_OI: np.ndarray) -> Int8Weight:

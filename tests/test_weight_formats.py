@@ -53,11 +53,10 @@ def test_an_element_moves_by_at_most_half_a_step():
     assert (error <= 0.5001 * weight.scale[:, None]).all()
 
 
-def test_rows_of_zeros_and_of_subnormal_numbers_stay_finite():
+def test_rows_of_zeros_and_of_subnormal_numbers_are_zeros():
     weight = quantise(np.stack([np.zeros(4), [1e-45, -1e-45, 0, 1e-40]]).astype(np.float32))
-    assert weight.scale[0] == 1
-    assert not weight.values[0].any()
-    assert np.isfinite(np.asarray(dequantise(weight))).all()
+    assert (weight.scale == 1).all()
+    assert not weight.values.any()
 
 
 def test_the_host_and_the_device_quantise_alike(monkeypatch):
