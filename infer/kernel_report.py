@@ -30,8 +30,8 @@ def write_kernels(directory: Path, report: Report) -> None:
 
 def show_kernels(console: Console, report: Report) -> None:
     """Prints milliseconds and GB/s of every form; what `linear` picks is in bold with a star."""
-    for title, key, digits in _TABLES:
-        header, lines = _table(report, key, digits)
+    for title, key in _TABLES:
+        header, lines = _table(report, key)
         table = Table(title=title, title_justify="left", caption=_machine(report))
         for i, name in enumerate(header):
             table.add_column(name, justify="left" if i < 2 else "right")
@@ -41,8 +41,9 @@ def show_kernels(console: Console, report: Report) -> None:
 
 
 _TABLES = (
-    ("milliseconds by rows (* is what linear uses)", "milliseconds", 1),
-    ("GB/s of weights by rows", "gb_per_s", 1),
+    ("milliseconds by rows (* is what linear uses)", "milliseconds"),
+    ("GB/s of weights by rows", "gb_per_s"),
+    ("GF/s by rows", "gf_per_s"),
 )
 
 
@@ -55,7 +56,7 @@ def _machine(report: Report) -> str:
     )
 
 
-def _table(report: Report, key: str, digits: int) -> tuple[list[str], list[list[str]]]:
+def _table(report: Report, key: str) -> tuple[list[str], list[list[str]]]:
     counts = sorted({row["rows"] for row in report["rows"]})
     cells: dict[tuple[str, str], dict[int, Report]] = {}
     for row in report["rows"]:
@@ -63,15 +64,20 @@ def _table(report: Report, key: str, digits: int) -> tuple[list[str], list[list[
     lines = []
     for (weight_format, form), by_rows in cells.items():
         temporary = max(row["temporary_mb"] for row in by_rows.values())
-        values = [f"{by_rows[n][key]:.{digits}f}{'*' * by_rows[n]['picked']}" for n in counts]
+        values = [f"{_short(by_rows[n][key])}{'*' * by_rows[n]['picked']}" for n in counts]
         lines.append([weight_format, form, *values, f"{temporary:.0f}"])
     return ["format", "form", *map(str, counts), "temp MB"], lines
 
 
+def _short(value: float) -> str:
+    """Three digits: 1.23, 12.3, 123."""
+    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
+
+
 def _markdown(report: Report) -> str:
     parts = ["# Forms of a product", _machine(report) + "."]
-    for title, key, digits in _TABLES:
-        header, lines = _table(report, key, digits)
+    for title, key in _TABLES:
+        header, lines = _table(report, key)
         divider = ["---", "---"] + ["---:"] * (len(header) - 2)
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, divider, *lines))
         parts.append(f"## {title.capitalize()}\n\n{body}")

@@ -27,9 +27,9 @@ from s2d_jax.pretrained import load_config
 from s2d_jax.weight_formats import WEIGHT_FORMATS, compute_dtype, quantise, weight_bytes
 
 ROWS = (1, 2, 4, 8, 16, 32)
-_REPEATS, _TRIPS = 5, 3
+_REPEATS, _TRIPS = 3, 2
 # Of the weights in int8, the smallest format: several times a usual last-level cache.
-_SMALLEST_BYTES = 128 << 20
+_SMALLEST_BYTES = 96 << 20
 _DEFAULT_DIMS = (
     1536,
     1536,

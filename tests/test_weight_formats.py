@@ -324,6 +324,25 @@ def test_sharded_int8_equals_one_device(many_heads, draft, mesh_config):
     assert result.token_ids == expected.token_ids
 
 
+@pytest.mark.parametrize("rows", [2, 12])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+def test_blocks_of_a_sharded_weight(monkeypatch, weight_format, rows):
+    """Blocks that do not match the shards are slow, but right."""
+    monkeypatch.setattr("s2d_jax.product_forms._BLOCK", 10 * 3000)
+    x, w = _whole_numbers(rows, weight_format, True)
+    w = jax.tree.map(lambda leaf: leaf[:496], w)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    spec = jax.sharding.PartitionSpec
+    shardings = [
+        jax.sharding.NamedSharding(mesh, spec(*("tensor", "fsdp")[: leaf.ndim]))
+        for leaf in jax.tree.leaves(w)
+    ]
+    placed = jax.device_put(w, jax.tree.unflatten(jax.tree.structure(w), shardings))
+    dtype = jnp.bfloat16 if weight_format == "bf16" else jnp.float32
+    out = jax.jit(linear, static_argnums=2)(jnp.asarray(x, dtype), placed, jnp.float32)
+    np.testing.assert_array_equal(np.asarray(out, np.float64), _numpy_product(x, w))
+
+
 def test_loading_int8_onto_a_mesh_splits_scales_like_outputs(many_heads, tmp_path):
     save_model(tmp_path / "m", many_heads.config, many_heads.params, None)
     mesh = make_mesh(MeshConfig(tensor=4))
