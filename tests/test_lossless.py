@@ -64,7 +64,7 @@ MODES = [
     Mode("fixed", heuristic=True, sampling=FILTERED),
     Mode("thresholds", target_format="int8", draft_format="bf16"),
     Mode("independent", False, target_format="int8", draft_format="int8"),
-    Mode("thresholds", heuristic=True, sampling=FILTERED, draft_format="int8"),
+    Mode("thresholds", sampling=FILTERED, draft_format="int8"),
 ]
 
 
