@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from infer.cli import check_writable, run_command_line, screen, written_whole
 from infer.environment import environment
+from infer.kernels import bench_kernels
 from infer.loading import load_target
 from infer.measure import Sample, measure, round_shares
 from infer.methods import BASELINE, Method, build_methods, parse_methods
@@ -27,7 +28,7 @@ from s2d_jax.pretrained import load_draft, load_model
 class Args:
     """Compare ways of decoding on the same prompts, one prompt at a time."""
 
-    questions: Path
+    questions: Path | None = None
     """Prompts file, or Spec-Bench's (question_id, category, turns)."""
     target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Model directory, hub id or .gguf file; several are measured in turn."""
@@ -54,6 +55,8 @@ class Args:
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
+    kernels: bool = False
+    """Time the forms of matrix products instead, with the first target's shapes; needs no weights."""
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -68,23 +71,29 @@ def main() -> None:
 
 def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
+    if args.kernels:
+        bench_kernels(args.target[0] if args.target else None, args.out)
+        return
     require_targets(args.target)
     check_writable(args.out / "report.json")
     names = parse_methods(args.methods)
     args.sampling.params()
     args.drafting.config()
     categories = tuple(args.categories.split(",")) if args.categories else ()
+    if args.questions is None:
+        raise UserError("no --questions were given; give a file of prompts")
     questions = read_questions(
         args.questions, categories=categories, max_questions=args.max_questions
     )
-    dtype = args.compute.jax_dtype
-    draft = load_draft(args.draft, dtype=dtype) if args.draft else None
-    independent = (
-        load_model(args.independent_draft, dtype=dtype) if args.independent_draft else None
-    )
+    draft = independent = None
+    if args.draft:
+        draft = load_draft(args.draft, weight_format=args.compute.draft_format)
+    if args.independent_draft:
+        independent = load_model(args.independent_draft, weight_format=args.compute.draft_format)
     rows, samples = [], []
     for path in args.target:
-        target = load_target(path, dtype)
+        target = load_target(path, args.compute.target_format)
+        dtype = target.dtype.name
         methods = build_methods(names, target, draft, independent, args.drafting)
         own = _measure(args, target, methods, questions)
         shares = {
@@ -97,7 +106,7 @@ def bench(args: Args) -> None:
         samples += [_sample_row(path, sample) for sample in own]
         del target, methods
     settings = _settings(args, questions)
-    write_report(args.out, environment(args.compute.dtype), settings, rows)
+    write_report(args.out, environment(dtype), settings, rows)
     with written_whole(args.out / "samples.jsonl") as partial:
         lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         partial.write_text("".join(lines), encoding="utf-8")
@@ -150,6 +159,7 @@ def _settings(args: Args, questions: list[Question]) -> dict:
         "chat_template": not args.raw,
         **dataclasses.asdict(args.sampling),
         **dataclasses.asdict(args.drafting),
+        **dataclasses.asdict(args.compute),
     }
 
 

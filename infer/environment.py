@@ -15,7 +15,7 @@ import jax
 
 
 def environment(dtype: str) -> dict[str, Any]:
-    """Machine, versions, dtype, and the commit of the code if it is in a git work tree."""
+    """Machine, versions, dtype of activations, and the commit of the code if it is in a git work tree."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),

@@ -64,12 +64,14 @@ def generate(args: Args) -> None:
     questions, console = _questions(args), screen()
     args.sampling.params()
     config = args.drafting.config()
-    draft = load_draft(args.draft, dtype=args.compute.jax_dtype) if args.draft else None
+    draft = None
+    if args.draft:
+        draft = load_draft(args.draft, weight_format=args.compute.draft_format)
     if draft is None and (config.exits or config.exit_thresholds):
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
     rows = []
     for path in args.target:
-        target = load_target(path, args.compute.jax_dtype)
+        target = load_target(path, args.compute.target_format)
         decoder = SpeculativeDecoder(target, draft, config)
         start = time.perf_counter()
         conversations = _converse(args, decoder, target, questions)

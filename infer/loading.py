@@ -7,9 +7,9 @@ from s2d_jax.pretrained import Model, load_model
 from s2d_jax.tokenizer import Tokenizer
 
 
-def load_target(path: str, dtype) -> Model:
+def load_target(path: str, weight_format: str) -> Model:
     """A model with a tokenizer. Raises UserError if it has none."""
-    model = load_model(path, dtype=dtype)
+    model = load_model(path, weight_format=weight_format)
     tokenizer_of(model)
     return model
 

@@ -3,6 +3,7 @@
 from s2d_jax.config import DecodeConfig, DraftConfig, ModelConfig, SamplingParams, UserError
 from s2d_jax.export import export_draft
 from s2d_jax.generation import GenerationResult, SpeculativeDecoder
+from s2d_jax.prepare import prepare_for_decode
 from s2d_jax.pretrained import Draft, Model, load_draft, load_model
 from s2d_jax.sharding import MeshConfig, make_mesh
 from s2d_jax.stats import GenerationStats
@@ -25,4 +26,5 @@ __all__ = [
     "load_draft",
     "load_model",
     "make_mesh",
+    "prepare_for_decode",
 ]

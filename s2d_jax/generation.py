@@ -259,7 +259,7 @@ def bucket(length: int) -> int:
 
 
 def _transformer(model: Model) -> Transformer:
-    return Transformer(model.config, dtype=jax.tree.leaves(model.params)[0].dtype)
+    return Transformer(model.config, dtype=model.dtype)
 
 
 def _without_caches(state: DecodeState) -> DecodeState:

@@ -1,54 +1,68 @@
-"""How a product with a weight is computed. Every backend-dependent choice of form lives here."""
+"""How a product with a weight is computed: the form is chosen here, by backend, weight format and rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.product_forms import blocked, plain, scaled, two_digits, weight_first
+from s2d_jax.weight_formats import Int8Weight
+
 # Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
 _FEW_ROWS = 32
-_CONTRACT_LAST = (((1,), (1,)), ((), ()))
-# The weight-first product of 5 to 7 rows costs more than that of 8, and that of 9 to 15 more than that of 16.
-_ROUND_ROWS_UP_TO = (8, 16)
+# Above this many, two int8 digits an activation are more arithmetic than converting the weights.
+_FEW_DIGIT_ROWS = 8
+
+Form = Callable[[jax.Array, Any], jax.Array]
 
 
-def linear(x: jax.Array, w_OI: jax.Array, out_dtype: Any = None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Int8Weight, out_dtype: Any = None) -> jax.Array:
     """Multiplies the last axis of `x` by a weight stored as PyTorch stores it.
 
     Args:
         x: `[..., I]`, f32 or bf16.
-        w_OI: `[O, I]`, cast to the dtype of `x`.
+        w: `[O, I]`: an array, cast to the dtype of `x`, or an `Int8Weight`.
         out_dtype: of the result; None is the dtype of `x`.
 
     Returns:
-        `[..., O]`; sums are accumulated in f32.
+        `[..., O]`; sums are accumulated in f32, or exactly.
     """
     x_MI = x.reshape(-1, x.shape[-1])
-    w_OI = w_OI.astype(x.dtype)
-    if x_MI.shape[0] <= _FEW_ROWS:
-        out_MO = jax.lax.platform_dependent(x_MI, w_OI, cpu=_weight_first, default=_plain)
+    stored = format_of(w)
+    if (
+        stored != "int8" and w.dtype != x.dtype
+    ):  # masters in training; the gradient is that of a plain dot
+        w, stored = w.astype(x.dtype), "f32"
+    forms = {platform: form_of(platform, stored, x_MI.shape[0]) for platform in ("cpu", "tpu")}
+    if forms["cpu"] is forms["tpu"]:
+        out_MO = forms["cpu"](x_MI, w)
     else:
-        out_MO = _plain(x_MI, w_OI)
-    return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w_OI.shape[0])
+        out_MO = jax.lax.platform_dependent(x_MI, w, cpu=forms["cpu"], default=forms["tpu"])
+    return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
-def _plain(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x_MI, w_OI, _CONTRACT_LAST, preferred_element_type=jnp.float32)
+def format_of(w: jax.Array | Int8Weight) -> str:
+    """The weight format of a matrix that `linear` takes."""
+    if isinstance(w, Int8Weight):
+        return "int8"
+    return "bf16" if w.dtype == jnp.bfloat16 else "f32"
 
 
-def _weight_first(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
-    """XLA's CPU library packs its second operand on every call, so it must get the small one.
+def form_of(platform: str, weight_format: str, rows: int) -> Form:
+    """The form that `linear` uses; measured on CPU (docs/experiments.md), plain dots elsewhere.
 
-    The barrier keeps XLA from rewriting `dot(w, x).T` back into `dot(x, w)`.
+    Args:
+        platform: "cpu", "gpu", "tpu".
+        weight_format: "f32", "bf16" or "int8".
+        rows: of the activations.
     """
-    rows = x_MI.shape[0]
-    padding = _padded_rows(rows) - rows
-    x_MI = jnp.pad(x_MI, ((0, padding), (0, 0)))
-    out_OM = jax.lax.dot_general(w_OI, x_MI, _CONTRACT_LAST, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(out_OM).T[:rows]
-
-
-def _padded_rows(rows: int) -> int:
-    return next((r for r in _ROUND_ROWS_UP_TO if r // 2 < rows <= r), rows)
+    if platform != "cpu":
+        return scaled if weight_format == "int8" else plain
+    if weight_format == "int8":
+        return two_digits if rows <= _FEW_DIGIT_ROWS else blocked
+    if weight_format == "bf16":
+        return blocked
+    return weight_first if rows <= _FEW_ROWS else plain

@@ -13,6 +13,7 @@ from s2d_jax.config import ModelConfig, UserError
 from s2d_jax.kv_cache import KVCache
 from s2d_jax.layers import Block, Linear, RMSNorm
 from s2d_jax.linear import linear
+from s2d_jax.weight_formats import embed
 
 Params = dict[str, Any]
 
@@ -27,7 +28,7 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, tokens, axis=0, mode="clip")
+        return embed(self.embedding, tokens)
 
     def attend(self, h: jax.Array) -> jax.Array:
         return linear(h, self.embedding, jnp.float32)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -24,10 +23,13 @@ from s2d_jax.config_translation import (
 )
 from s2d_jax.gguf_reader import GGUFFile
 from s2d_jax.model import Params, abstract_params, logical_axes
+from s2d_jax.prepare import load_weight, platform_of
 from s2d_jax.sharding import params_sharding
 from s2d_jax.tokenizer import TOKENIZER_FILES, Tokenizer
+from s2d_jax.weight_formats import check_weight_format, compute_dtype
 from s2d_jax.weight_names import (
     EMBEDDING,
+    FINAL_NORM,
     LM_HEAD,
     WeightName,
     get_weight,
@@ -53,7 +55,7 @@ class Model:
 
     Attributes:
         config: its shape.
-        params: nested dict of arrays; matrices are `[out, in]`.
+        params: nested dict of arrays; matrices are `[out, in]`, or `Int8Weight`s of that shape.
         tokenizer: None for a directory without one.
         source: where it came from, for messages and reports.
     """
@@ -62,6 +64,11 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None
     source: str
+
+    @property
+    def dtype(self) -> Any:
+        """Of activations and caches: that of the norms and biases, whatever the format of the matrices."""
+        return get_weight(self.params, FINAL_NORM).dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,18 +178,19 @@ def _load_params(
     name_of: Callable[[WeightName], str],
     config: ModelConfig,
     where: str,
-    dtype: Any,
+    weight_format: str,
     mesh: jax.sharding.Mesh | None,
 ) -> Params:
     """Reads, converts and places one tensor after another, so that only one is held twice."""
     names = weight_names(config)
-    _check_shapes(source, names, name_of, abstract_params(config, dtype), where)
+    _check_shapes(source, names, name_of, abstract_params(config), where)
     placement = None if mesh is None else params_sharding(config, logical_axes(config), mesh)
     params: Params = {}
+    dtype = compute_dtype(weight_format, platform_of(mesh))
     for name in names:
-        array = np.asarray(source.read(name_of(name))).astype(dtype, copy=False)
+        array = np.asarray(source.read(name_of(name)))
         sharding = None if placement is None else get_weight(placement, name)
-        set_weight(params, name, jax.device_put(array, sharding))
+        set_weight(params, name, load_weight(array, weight_format, dtype, sharding))
     return params
 
 
@@ -227,26 +235,30 @@ def _drop_redundant(source: SafetensorsFiles, config: ModelConfig, where: str) -
         del source.shapes[LM_HEAD.hf]
 
 
-def _load_directory(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
+def _config_file(directory: Path) -> Path:
     if not (directory / "config.json").exists():
         ggufs = sorted(path.name for path in directory.glob("*.gguf"))
         remedy = f"give the path of {ggufs[0]}" if ggufs else "give a Hugging Face directory"
         raise UserError(f"{directory} has no config.json; {remedy}")
-    config = config_from_hf(read_json(directory / "config.json"))
+    return directory / "config.json"
+
+
+def _load_directory(directory: Path, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
+    config = config_from_hf(read_json(_config_file(directory)))
     config = dataclasses.replace(config, eos_token_ids=saved_eos_token_ids(directory))
     has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None
     source = SafetensorsFiles(_safetensors_paths(directory))
     _drop_redundant(source, config, str(directory))
-    params = _load_params(source, lambda name: name.hf, config, str(directory), dtype, mesh)
+    params = _load_params(source, lambda name: name.hf, config, str(directory), weight_format, mesh)
     return Model(config, params, tokenizer, str(directory))
 
 
-def _load_gguf(path: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
+def _load_gguf(path: Path, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
     file = GGUFFile(path)
     config = config_from_gguf(file)
     source = GGUFWeights(file, config)
-    params = _load_params(source, lambda name: name.gguf, config, str(path), dtype, mesh)
+    params = _load_params(source, lambda name: name.gguf, config, str(path), weight_format, mesh)
     return Model(config, params, Tokenizer.from_gguf(file), str(path))
 
 
@@ -274,24 +286,42 @@ def _locate(path: str | Path) -> Path:
     )
 
 
+def load_config(path: str | Path) -> ModelConfig:
+    """The shape of a model, without its weights.
+
+    Args:
+        path: as for `load_model`.
+
+    Raises:
+        UserError: if the path holds no supported model.
+    """
+    local = _locate(path)
+    if local.is_dir():
+        return config_from_hf(read_json(_config_file(local)))
+    return config_from_gguf(GGUFFile(local))
+
+
 def load_model(
-    path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
 ) -> Model:
     """Reads a Llama or Qwen2 model.
 
     Args:
         path: a directory with config.json and safetensors, a hub id such as `org/name`, or a `.gguf` file.
-        dtype: of all parameters.
+        weight_format: "f32", "bf16" or "int8"; each tensor is converted as it is read, so memory stays near the final size.
         mesh: places every tensor by `s2d_jax.sharding`; None leaves them on the default device.
 
     Raises:
-        UserError: if the path holds no supported, complete model.
+        UserError: if the path holds no supported, complete model, or the format is unknown.
     """
-    return _load(_locate(path), str(path), dtype, mesh)
+    check_weight_format(weight_format)
+    return _load(_locate(path), str(path), weight_format, mesh)
 
 
-def _load(local: Path, source: str, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
-    model = (_load_directory if local.is_dir() else _load_gguf)(local, dtype, mesh)
+def _load(
+    local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None
+) -> Model:
+    model = (_load_directory if local.is_dir() else _load_gguf)(local, weight_format, mesh)
     tokenizer, config = model.tokenizer, model.config
     if tokenizer is not None:
         eos = merged_ids(config.eos_token_ids, tokenizer.stop_token_ids)
@@ -300,18 +330,19 @@ def _load(local: Path, source: str, dtype: Any, mesh: jax.sharding.Mesh | None) 
 
 
 def load_draft(
-    path: str | Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
 ) -> Draft:
     """Reads an exported sorted draft; any other model becomes a draft whose only exit is its last layer.
 
     Args:
-        path, dtype, mesh: as for `load_model`.
+        path, weight_format, mesh: as for `load_model`.
 
     Raises:
         UserError: as `load_model`, and if an exit is deeper than the draft.
     """
+    check_weight_format(weight_format)
     local = _locate(path)
-    model = _load(local, str(path), dtype, mesh)
+    model = _load(local, str(path), weight_format, mesh)
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     file = local / SORTED_DRAFT
     if not file.exists():

@@ -109,18 +109,18 @@ def test_exits_shallower_than_the_draft(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_round_trip_is_bit_identical(name, dtype, tmp_path):
+@pytest.mark.parametrize(("weight_format", "dtype"), [("f32", jnp.float32), ("bf16", jnp.bfloat16)])
+def test_round_trip_is_bit_identical(name, weight_format, dtype, tmp_path):
     draft = make_draft(name, dtype)
     export_draft(draft, tmp_path / "out", {})
-    loaded = load_draft(tmp_path / "out", dtype=dtype)
+    loaded = load_draft(tmp_path / "out", weight_format=weight_format)
     assert loaded.config == draft.config
     assert loaded.draft_config == draft.draft_config
     assert loaded.tokenizer.vocabulary() == draft.tokenizer.vocabulary()
     assert loaded.tokenizer.chat_template == draft.tokenizer.chat_template
     jax.tree.map(np.testing.assert_array_equal, loaded.params, draft.params)
 
-    shallow = load_draft(tmp_path / "out" / "exit_02", dtype=dtype)
+    shallow = load_draft(tmp_path / "out" / "exit_02", weight_format=weight_format)
     config, params = truncated(draft.config, draft.params, 2)
     assert shallow.config == config
     assert shallow.draft_config == DraftConfig((2,))

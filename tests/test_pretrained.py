@@ -107,11 +107,11 @@ def test_sharded_safetensors(llama_directory, tmp_path):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dtypes(llama_directory, tmp_path, stored, dtype):
+@pytest.mark.parametrize(("weight_format", "dtype"), [("f32", jnp.float32), ("bf16", jnp.bfloat16)])
+def test_dtypes(llama_directory, tmp_path, stored, weight_format, dtype):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama_directory, dtype=stored)
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, dtype=dtype)
+    loaded = load_model(tmp_path, weight_format=weight_format)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(dtype)}
     theirs = model.model.layers[1].mlp.up_proj.weight.detach().float().numpy()
     ours = loaded.params["layers_1"]["mlp"]["up_proj"]["kernel"]

@@ -16,6 +16,7 @@ from s2d_jax.compilation import programs
 from s2d_jax.config import DraftConfig, ModelConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.model import abstract_params, logical_axes
+from s2d_jax.prepare import prepare_for_decode
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.sharding import MeshConfig, make_mesh, params_sharding
 
@@ -122,3 +123,31 @@ def test_llama2_7b_compiles_for_a_v5p_topology(tpu_mesh):
     weights = sum(np.prod(x.shape) * 2 for x in jax.tree.leaves(params)) / 8
     assert weights < memory.argument_size_in_bytes < 95e9
     assert memory.temp_size_in_bytes < 1e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+def test_weight_formats_compile_for_a_v5p_topology(tpu_mesh, weight_format):
+    """The round of a few wide layers: plain dots on sharded weights, and no second copy of them in another type."""
+    config = dataclasses.replace(LLAMA2_7B, num_layers=4)
+    shardings = params_sharding(config, logical_axes(config), tpu_mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        *(abstract_params(config, jnp.bfloat16), shardings),
+    )
+    target = prepare_for_decode(Model(config, params, None, "LLaMA-2"), weight_format)
+    draft_config = dataclasses.replace(config, num_layers=2)
+    draft = Model(draft_config, abstract_params(draft_config, jnp.bfloat16), None, "draft")
+    assert target.dtype == jnp.bfloat16
+    decoder = SpeculativeDecoder(target, draft)
+    (_, run), _ = programs(*decoder.prepare([[1] * 100], SamplingParams(max_new_tokens=128)))
+
+    text, memory = run.as_text(), run.memory_analysis()
+    assert "all-reduce" in text
+    kernel = {"bf16": "bf16", "int8": "s8"}[weight_format] + "[1376,4096]"
+    assert kernel in text  # an eighth of up_proj
+    weights = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target.params)) / 8
+    print(
+        f"{weight_format}: weights {weights / 1e6:.0f} MB, temp {memory.temp_size_in_bytes / 1e6:.0f} MB"
+    )
+    assert memory.temp_size_in_bytes < weights / 2

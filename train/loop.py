@@ -103,7 +103,7 @@ def load_draft_start(config: Config, mesh) -> tuple[ModelConfig, Any, Tokenizer]
     Raises:
         UserError: if the exits do not fit the depth, the rows the context, or there is no tokenizer.
     """
-    model = load_model(config.model.path, dtype=jnp.float32, mesh=mesh)
+    model = load_model(config.model.path, mesh=mesh)
     depth = config.model.num_layers or model.config.num_layers
     config.check_exits(depth)
     model_config, params = truncated(model.config, model.params, depth)
