@@ -22,9 +22,10 @@ from s2d_jax.config_translation import (
     read_json,
     saved_eos_token_ids,
 )
+from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.gguf_reader import GGUFFile
 from s2d_jax.model import Params, abstract_params, logical_axes
-from s2d_jax.sharding import params_sharding
+from s2d_jax.sharding import mesh_of, params_sharding, replicated
 from s2d_jax.tokenizer import TOKENIZER_FILES, Tokenizer
 from s2d_jax.weight_names import (
     EMBEDDING,
@@ -37,6 +38,7 @@ from s2d_jax.weight_names import (
 
 SORTED_DRAFT = "sorted_draft.json"
 SORTED_DRAFT_FORMAT = 1
+TRIMMED_HEAD = "trimmed_head"
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -59,9 +61,14 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Draft(Model):
-    """A model whose states may be read at several depths through its one norm and head."""
+    """A model whose states may be read at several depths through its one norm and head.
+
+    Attributes:
+        vocabulary: the tokens that its head is read over; None for all. Set it with `with_trimmed_head`.
+    """
 
     draft_config: DraftConfig
+    vocabulary: DraftVocabulary | None = None
 
 
 class WeightSource(Protocol):
@@ -212,7 +219,7 @@ def _drop_redundant(source: SafetensorsFiles, config: ModelConfig, where: str) -
         del source.shapes[LM_HEAD.hf]
 
 
-def _load_directory(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
+def _describe_directory(directory: Path) -> tuple[ModelConfig, Tokenizer | None]:
     if not (directory / "config.json").exists():
         ggufs = sorted(path.name for path in directory.glob("*.gguf"))
         remedy = f"give the path of {ggufs[0]}" if ggufs else "give a Hugging Face directory"
@@ -220,7 +227,11 @@ def _load_directory(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None)
     config = config_from_hf(read_json(directory / "config.json"))
     config = dataclasses.replace(config, eos_token_ids=saved_eos_token_ids(directory))
     has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
-    tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None
+    return config, Tokenizer.from_directory(directory) if has_tokenizer else None
+
+
+def _load_directory(directory: Path, dtype: Any, mesh: jax.sharding.Mesh | None) -> Model:
+    config, tokenizer = _describe_directory(directory)
     source = SafetensorsFiles(_safetensors_paths(directory))
     _drop_redundant(source, config, str(directory))
     params = _load_params(source, lambda name: name.hf, config, str(directory), dtype, mesh)
@@ -290,28 +301,61 @@ def load_draft(
         path, dtype, mesh: as for `load_model`.
 
     Raises:
-        UserError: as `load_model`, and if an exit is deeper than the draft.
+        UserError: as `load_model`, and if an exit is deeper than the draft, or its vocabulary is of another tokenizer.
     """
     model = load_model(path, dtype=dtype, mesh=mesh)
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     file = _locate(path) / SORTED_DRAFT
     if not file.exists():
         return Draft(**fields, draft_config=DraftConfig((model.config.num_layers,)))
-    draft_config = _draft_config(file)
+    draft_config, vocabulary = _read_sorted_draft(file)
     draft_config.check_depth(model.config.num_layers)
-    return Draft(**fields, draft_config=draft_config)
+    return with_trimmed_head(Draft(**fields, draft_config=draft_config), vocabulary)
 
 
-def _draft_config(file: Path) -> DraftConfig:
+def with_trimmed_head(draft: Draft, vocabulary: DraftVocabulary | None) -> Draft:
+    """The draft with its head read over the listed tokens only, at every exit; None reads it over all.
+
+    The K rows of the head (of the embedding, where it is tied) are gathered once and kept beside the whole tables: every token
+    must still be looked up, and an export is whole. To be called before weights are laid out for decoding.
+
+    Raises:
+        UserError: for ids that the draft lacks, or a list made for another tokenizer.
+    """
+    params = {name: value for name, value in draft.params.items() if name != TRIMMED_HEAD}
+    if vocabulary is not None:
+        vocabulary.check(draft.config.vocab_size, draft.tokenizer)
+        head_VD = get_weight(params, EMBEDDING if draft.config.tie_embeddings else LM_HEAD)
+        head_KD = jnp.take(head_VD, jnp.asarray(vocabulary.ids_K), axis=0)
+        if (mesh := mesh_of(params)) is not None:
+            # K need not divide by the mesh.
+            head_KD = jax.device_put(head_KD, replicated(mesh))
+        params[TRIMMED_HEAD] = {"kernel": head_KD}
+    return dataclasses.replace(draft, params=params, vocabulary=vocabulary)
+
+
+def read_description(path: str | Path) -> tuple[ModelConfig, Tokenizer | None]:
+    """A model's shape and tokenizer, without its weights.
+
+    Raises:
+        UserError: if the path holds no supported model.
+    """
+    local = _locate(path)
+    if not local.is_dir():
+        file = GGUFFile(local)
+        return config_from_gguf(file), Tokenizer.from_gguf(file)
+    return _describe_directory(local)
+
+
+def _read_sorted_draft(file: Path) -> tuple[DraftConfig, DraftVocabulary | None]:
     raw = read_json(file)
     if raw.get("format") != SORTED_DRAFT_FORMAT:
         raise UserError(
             f"{file}: format {raw.get('format')!r} is unknown, {SORTED_DRAFT_FORMAT} is expected; export the draft again"
         )
-    if raw.get("vocabulary_subset") is not None:
-        raise UserError(
-            f"{file}: a vocabulary_subset is not supported; export the draft without one"
-        )
     if "exit_layers" not in raw:
         raise UserError(f"{file} lacks exit_layers; export the draft again")
-    return DraftConfig(tuple(raw["exit_layers"]), tuple(raw.get("exit_thresholds", ())))
+    subset = raw.get("vocabulary_subset")
+    vocabulary = None if subset is None else DraftVocabulary.from_json(subset, file)
+    config = DraftConfig(tuple(raw["exit_layers"]), tuple(raw.get("exit_thresholds", ())))
+    return config, vocabulary
