@@ -119,9 +119,7 @@ def test_smollm2_equals_huggingface(smollm2_path, capsys):
 def test_smollm2_windows_of_few_rows_equal_huggingface(smollm2_path):
     """Decoding computes its products in a form of its own, four cached positions at a time."""
     model = load_model(smollm2_path)
-    ids = model.tokenizer.encode(
-        "The capital of France is Paris. def add(a, b): return a + b\nIt is"
-    )
+    ids = model.tokenizer.encode("The capital of France is Paris. def add(a, b): return a + b\nIt is")
     tokens_BT = np.asarray([ids[: len(ids) // 4 * 4]], np.int32)
     assert tokens_BT.shape[1] >= 16
     ours = cached_logits(model.config, model.params, tokens_BT, window=4)
