@@ -340,7 +340,7 @@ def test_any_model_is_a_draft_with_one_exit(llama_directory):
         ({"format": 1, "exit_layers": [2, 5]}, r"exit_layers=\(2, 5\) exceeds num_layers=4"),
         ({"format": 2, "exit_layers": [2, 4]}, "format 2 is unknown, 1 is expected"),
         ({"format": 1}, "lacks exit_layers; export the draft again"),
-        ({"format": 1, "exit_layers": [4], "vocabulary_subset": [1]}, "a vocabulary_subset is not"),
+        ({"format": 1, "exit_layers": [4], "vocabulary_subset": [1]}, "no readable draft v"),
         ({"format": 1, "exit_layers": [2, 4], "exit_thresholds": [0.5]}, "1 values for 2 exits"),
     ],
 )
