@@ -18,6 +18,7 @@ from s2d_jax.config import UserError
 from s2d_jax.config_translation import read_json
 from s2d_jax.draft_vocabulary import FOLDS, DraftVocabulary, choose_tokens, coverage
 from s2d_jax.pretrained import SORTED_DRAFT, read_description
+from s2d_jax.tokenizer import Tokenizer
 
 _SMALLEST_SHOWN = 1000
 
@@ -30,6 +31,8 @@ class Args:
     """Exported sorted draft, whose sorted_draft.json receives the list; or, with --out, any model."""
     answers: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """JSONL that infer.generate --out wrote; may be repeated. Answers of every target in use."""
+    text: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """Further UTF-8 text, such as prompts or code; its tokens come after those of the answers, and are not judged."""
     size: int = 32_000
     """Tokens in the list."""
     out: Path | None = None
@@ -64,14 +67,19 @@ def trim(args: Args) -> None:
     if tokenizer is None:
         raise UserError(f"{args.draft} has no tokenizer; add its tokenizer.json to the directory")
     counts_FV = _count(answers, tokenizer, config.vocab_size)
-    counts_V = counts_FV.sum(axis=0)
+    counts_V, text_counts_V = counts_FV.sum(axis=0), np.zeros(config.vocab_size, np.int64)
+    for path in track(args.text, "counting text", console=screen(stderr=True), transient=True):
+        text_counts_V += _count_text(_read_text(path), tokenizer, config.vocab_size)
     keep = sorted({*tokenizer.special_token_ids(), *config.eos_token_ids})
-    ids_K = choose_tokens(counts_V, keep, args.size)
-    covered = coverage(counts_FV, keep, _shown_sizes(args.size, len(keep), config.vocab_size))
+    ids_K = choose_tokens(counts_V, text_counts_V, keep, args.size)
+    sizes = _shown_sizes(args.size, len(keep), config.vocab_size)
+    covered = coverage(counts_FV, text_counts_V, keep, sizes)
     provenance = {
         "answers": [str(path) for path in args.answers],
+        "text": [str(path) for path in args.text],
         "answer_tokens": int(counts_V.sum()),
-        "listed_tokens_seen": int((counts_V[ids_K] > 0).sum()),
+        "listed_from_answers": int((counts_V[ids_K] > 0).sum()),
+        "listed_from_text": int(((counts_V == 0) & (text_counts_V > 0))[ids_K].sum()),
         "held_out_coverage": {str(size): round(share, 5) for size, share in covered.items()},
     }
     _show(args, covered, config.vocab_size, provenance)
@@ -108,7 +116,11 @@ def read_answers(path: Path) -> Iterator[Written]:
             texts = _texts(row)
         except (ValueError, TypeError, KeyError, AttributeError):
             texts = []
-        if not texts or not all(isinstance(text, str) for text in texts):
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or not all(isinstance(text, str) for text in texts)
+        ):
             raise UserError(
                 f"{path}, line {number}: no answer; expected an object with messages, responses or response"
             )
@@ -122,7 +134,7 @@ def _texts(row: dict[str, Any]) -> list[str]:
     return row["responses"] if "responses" in row else [row["response"]]
 
 
-def _count(answers: Sequence[Written], tokenizer, vocab_size: int) -> np.ndarray:
+def _count(answers: Sequence[Written], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """int64 `[F, V]`: how often each token was written in each fold; all answers to a prompt are in one fold."""
     fold_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(a.prompt for a in answers))}
     if len(fold_of) < 2:
@@ -132,12 +144,22 @@ def _count(answers: Sequence[Written], tokenizer, vocab_size: int) -> np.ndarray
     counts_FV = np.zeros((min(FOLDS, len(fold_of)), vocab_size), np.int64)
     progress = track(answers, "counting tokens", console=screen(stderr=True), transient=True)
     for answer in progress:
-        ids = tokenizer.encode(answer.text)
         fold = fold_of[answer.prompt] % len(counts_FV)
-        counts_FV[fold] += np.bincount(ids, minlength=vocab_size)
+        counts_FV[fold] += _count_text(answer.text, tokenizer, vocab_size)
     if not counts_FV.any():
         raise UserError("the answers are all empty; give answers with text")
     return counts_FV
+
+
+def _count_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    return np.bincount(tokenizer.encode(text), minlength=vocab_size)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; give text files to --text") from None
 
 
 def _shown_sizes(size: int, num_kept: int, vocab_size: int) -> list[int]:
@@ -155,10 +177,10 @@ def _show(args: Args, covered: dict[int, float], vocab_size: int, provenance) ->
         chosen = "chosen" if size == args.size else ""
         table.add_row(f"{size:,}", f"{size / vocab_size:.0%}", f"{share:.2%}", chosen)
     console.print(table)
-    seen = provenance["listed_tokens_seen"]
+    seen, more = provenance["listed_from_answers"], provenance["listed_from_text"]
     console.print(
-        f"{provenance['answer_tokens']:,} answer tokens; {seen:,} of the {args.size:,} listed tokens occur in them, "
-        "the rest are special tokens and the lowest ids.",
+        f"{provenance['answer_tokens']:,} answer tokens. Of the {args.size:,} listed tokens {seen:,} occur in them, {more:,} only "
+        "in the other text; the rest are special tokens and the lowest ids.",
         soft_wrap=True,
     )
 
@@ -172,6 +194,11 @@ def _write(args: Args, vocabulary: DraftVocabulary) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         partial.write_text(text, encoding="utf-8")
     screen().print(f"written to {path}", soft_wrap=True)
+    if value.get("targets"):
+        screen().print(
+            "The calibrations in it were measured with another head: calibrate again.",
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

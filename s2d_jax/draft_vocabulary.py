@@ -119,32 +119,36 @@ def read_vocabulary(path: str | Path) -> DraftVocabulary:
     return DraftVocabulary.from_json(read_json(path), path)
 
 
-def choose_tokens(counts_V: np.ndarray, keep: Sequence[int], size: int) -> np.ndarray:
-    """The `size` tokens worth drafting: those in `keep`, then the most frequent, then the lowest ids.
+def choose_tokens(
+    counts_V: np.ndarray, text_counts_V: np.ndarray, keep: Sequence[int], size: int
+) -> np.ndarray:
+    """The `size` tokens worth drafting: those in `keep`, the most frequent in answers, then in other text, then the lowest ids.
 
-    Ties go to the lower id. The filler is the lowest unused ids because the tokenizers in use number their tokens in the order
+    Ties go to what comes later in this order. The filler is the lowest unused ids because the tokenizers in use number their tokens in the order
     they were merged in, that is by their frequency in the text that the tokenizer was trained on.
 
     Args:
-        counts_V: how often each token was written.
+        counts_V: how often each token was written in answers.
+        text_counts_V: how often it occurs in other text.
         keep: ids that are always in the list; special and stop tokens.
         size: K.
 
     Returns:
         int64 `[K]`, ascending.
 
-    >>> choose_tokens(np.array([0, 5, 0, 7, 0, 7]), [4], 4).tolist()
+    >>> nothing = np.zeros(6, int)
+    >>> choose_tokens(np.array([0, 5, 0, 7, 0, 7]), nothing, [4], 4).tolist()
     [1, 3, 4, 5]
-    >>> choose_tokens(np.array([0, 5, 0, 0, 0, 0]), [4], 4).tolist()
-    [0, 1, 2, 4]
+    >>> choose_tokens(np.array([0, 5, 0, 0, 0, 0]), np.array([0, 0, 0, 9, 0, 0]), [4], 4).tolist()
+    [0, 1, 3, 4]
 
     Raises:
         UserError: if `size` exceeds the vocabulary, or cannot hold `keep`.
     """
-    return np.sort(_ranked(counts_V, keep, size)[:size])
+    return np.sort(_ranked(counts_V, text_counts_V, keep, size)[:size])
 
 
-def _ranked(counts_V: np.ndarray, keep: Sequence[int], size: int) -> np.ndarray:
+def _ranked(counts_V, text_counts_V, keep: Sequence[int], size: int) -> np.ndarray:
     """All ids, the first to be chosen first."""
     vocab_size, kept = len(counts_V), len(set(keep))
     if size > vocab_size:
@@ -157,23 +161,27 @@ def _ranked(counts_V: np.ndarray, keep: Sequence[int], size: int) -> np.ndarray:
         )
     always_V = np.zeros(vocab_size, bool)
     always_V[list(keep)] = True
-    return np.lexsort((np.arange(vocab_size), -counts_V, ~always_V))
+    return np.lexsort((np.arange(vocab_size), -text_counts_V, -counts_V, ~always_V))
 
 
-def coverage(counts_FV: np.ndarray, keep: Sequence[int], sizes: Sequence[int]) -> dict[int, float]:
+def coverage(
+    counts_FV: np.ndarray, text_counts_V: np.ndarray, keep: Sequence[int], sizes: Sequence[int]
+) -> dict[int, float]:
     """The share of written tokens that lists of each size hold, judged on answers that they were not made from.
 
     Each fold's tokens are looked up in the list that the other folds give.
 
     Args:
         counts_FV: how often each token was written in each fold; at least two folds.
+        text_counts_V: how often it occurs in other text, which is not judged.
         keep: as for `choose_tokens`.
         sizes: list sizes.
     """
     whole_V = counts_FV.sum(axis=0)
     covered = dict.fromkeys(sizes, 0)
     for fold_V in counts_FV:
-        found = np.cumsum(fold_V[_ranked(whole_V - fold_V, keep, max(sizes))])
+        ranked_V = _ranked(whole_V - fold_V, text_counts_V, keep, max(sizes))
+        found = np.cumsum(fold_V[ranked_V])
         for size in sizes:
             covered[size] += int(found[size - 1])
     return {size: count / int(whole_V.sum()) for size, count in covered.items()}

@@ -41,24 +41,25 @@ def test_a_list_without_any_run_is_still_small():
 def test_the_choice_equals_its_definition(data):
     counts = data.draw(st.lists(st.integers(0, 4), min_size=3, max_size=20))
     V = len(counts)
+    text = data.draw(st.lists(st.integers(0, 2), min_size=V, max_size=V))
     keep = data.draw(st.sets(st.integers(0, V - 1), max_size=V - 1))
     size = data.draw(st.integers(len(keep) + 1, V))
     expected = set(keep)
-    for token in sorted(range(V), key=lambda i: (-counts[i], i)):
+    for token in sorted(range(V), key=lambda i: (-counts[i], -text[i], i)):
         if len(expected) < size:
             expected.add(token)
-    chosen = choose_tokens(np.array(counts), sorted(keep), size)
+    chosen = choose_tokens(np.array(counts), np.array(text), sorted(keep), size)
     assert chosen.tolist() == sorted(expected)
 
 
 def test_coverage_is_judged_on_answers_that_made_no_part_of_the_list():
     counts_FV = np.array([[0, 0, 9, 1, 0, 0], [0, 0, 5, 0, 0, 5], [0, 0, 0, 0, 10, 0]])
-    keep = [0]
-    covered = coverage(counts_FV, keep, [2, 3, 6])
+    keep, text_V = [0], np.array([0, 1, 0, 0, 0, 0])
+    covered = coverage(counts_FV, text_V, keep, [2, 3, 6])
     for size, share in covered.items():
         hits = 0
         for fold_V in counts_FV:
-            listed = choose_tokens(counts_FV.sum(axis=0) - fold_V, keep, size)
+            listed = choose_tokens(counts_FV.sum(axis=0) - fold_V, text_V, keep, size)
             written = collections.Counter({i: int(n) for i, n in enumerate(fold_V)})
             hits += sum(written[int(i)] for i in listed)
         assert share == pytest.approx(hits / counts_FV.sum())
@@ -122,7 +123,8 @@ def test_a_list_knows_its_tokenizer():
 
 
 def test_impossible_sizes():
+    nothing = np.zeros(6, int)
     with _error("size 7 exceeds the vocabulary of 6 tokens"):
-        choose_tokens(np.zeros(6, int), [0], 7)
+        choose_tokens(nothing, nothing, [0], 7)
     with _error("size 2 does not exceed the 2 special tokens that are always kept"):
-        choose_tokens(np.zeros(6, int), [0, 1], 2)
+        choose_tokens(nothing, nothing, [0, 1], 2)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from infer_tiny import VOCAB, failing_run, run, save_tiny_models
 
@@ -58,7 +59,7 @@ def test_the_list_is_kept_with_the_draft(draft, answers, monkeypatch, capsys):
     loaded = load_draft(draft)
     special = tokenizer.special_token_ids()
     assert len(special) == 3
-    expected = choose_tokens(_array(counts), special, 40)
+    expected = choose_tokens(np.array(counts), np.zeros(VOCAB, int), special, 40)
     assert loaded.vocabulary.ids_K.tolist() == expected.tolist()
     provenance = loaded.vocabulary.provenance
     assert provenance["answers"] == [str(answers)]
@@ -70,8 +71,28 @@ def test_the_list_is_kept_with_the_draft(draft, answers, monkeypatch, capsys):
     assert "100.00%" in shown
 
 
-def _array(values):
-    return pytest.importorskip("numpy").array(values)
+def test_other_text_comes_after_the_answers(draft, answers, tmp_path, monkeypatch):
+    text, listed = tmp_path / "more.txt", tmp_path / "v.json"
+    text.write_text("assistant")
+    flags = ("--draft", draft, "--answers", answers, "--text", text, "--out", listed)
+    tokenizer = Tokenizer.from_directory(draft)
+    answered = {i for written in TEXTS for i in tokenizer.encode(written)}
+    more = set(tokenizer.encode("assistant")) - answered
+    assert more
+    size = 3 + len(answered) + len(more)
+    run(trim.main, monkeypatch, *flags, "--size", size)
+    vocabulary = read_vocabulary(listed)
+    assert set(vocabulary.ids_K.tolist()) == {*tokenizer.special_token_ids(), *answered, *more}
+    assert vocabulary.provenance["listed_from_text"] == len(more)
+    assert vocabulary.provenance["text"] == [str(text)]
+
+
+def test_calibrations_with_another_head_are_pointed_out(draft, answers, monkeypatch, capsys):
+    path = draft / "sorted_draft.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "targets": {"a": {}}}))
+    run(trim.main, monkeypatch, "--draft", draft, "--answers", answers, "--size", 40)
+    assert "calibrate again" in capsys.readouterr().out
+    assert json.loads(path.read_text())["targets"] == {"a": {}}
 
 
 def test_answers_of_generate_make_a_list_for_any_draft(models, tmp_path, monkeypatch, capsys):
@@ -142,6 +163,8 @@ def test_gguf_and_directories_are_described_without_their_weights(models, tmp_pa
         (("--draft", "{draft}", "--answers", "{one}"), "the answers are all to one prompt"),
         (("--draft", "{draft}", "--answers", "{prompts}"), "line 1: no answer; expected"),
         (("--draft", "{draft}", "--answers", "{junk}"), "line 1: no answer; expected"),
+        (("--draft", "{draft}", "--answers", "{answers}", "--text", "none.txt"), "No such file"),
+        (("--draft", "{draft}", "--answers", "{answers}", "--text", "{binary}"), "is not UTF-8"),
         (("--draft", "{draft}", "--answers", "{answers}", "--out", "dir"), "--out dir is no file"),
     ],
 )
@@ -159,6 +182,8 @@ def test_mistakes_get_one_line(
     for name, text in contents.items():
         names[name] = tmp_path / f"{name}.jsonl"
         names[name].write_text(text)
+    names["binary"] = tmp_path / "binary"
+    names["binary"].write_bytes(b"\xff\xfe\x00\xd8")
     before = (draft / "sorted_draft.json").read_bytes()
     filled = [str(flag).format(**names) for flag in flags]
     assert message in failing_run(trim.main, monkeypatch, capsys, *filled)
