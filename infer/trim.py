@@ -179,8 +179,8 @@ def _show(args: Args, covered: dict[int, float], vocab_size: int, provenance) ->
     console.print(table)
     seen, more = provenance["listed_from_answers"], provenance["listed_from_text"]
     console.print(
-        f"{provenance['answer_tokens']:,} answer tokens. Of the {args.size:,} listed tokens {seen:,} occur in them, {more:,} only "
-        "in the other text; the rest are special tokens and the lowest ids.",
+        f"{provenance['answer_tokens']:,} answer tokens. Of the {args.size:,} listed tokens {seen:,} occur in them, "
+        f"{more:,} only in the other text; the rest are special tokens and the lowest ids.",
         soft_wrap=True,
     )
 

@@ -124,8 +124,8 @@ def choose_tokens(
 ) -> np.ndarray:
     """The `size` tokens worth drafting: those in `keep`, the most frequent in answers, then in other text, then the lowest ids.
 
-    Ties go to what comes later in this order. The filler is the lowest unused ids because the tokenizers in use number their tokens in the order
-    they were merged in, that is by their frequency in the text that the tokenizer was trained on.
+    Ties go to what comes later in this order. The filler is the lowest unused ids because tokenizers number their tokens in the
+    order they were merged in, that is by their frequency in the text that the tokenizer was trained on.
 
     Args:
         counts_V: how often each token was written in answers.
