@@ -13,15 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from infer.cli import check_writable, run_command_line, screen, written_whole
 from infer.environment import environment
 from infer.kernels import bench_kernels
-from infer.loading import load_target
+from infer.loading import load_listed_draft, load_target
 from infer.measure import Sample, measure, round_shares
 from infer.methods import BASELINE, Method, build_methods, parse_methods
-from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, require_targets
+from infer.options import (
+    ComputeOptions,
+    DraftingOptions,
+    DraftOptions,
+    SamplingOptions,
+    require_targets,
+)
 from infer.plots import write_plots
 from infer.questions import Question, read_questions
 from infer.report import make_rows, show_report, write_report
 from s2d_jax.config import UserError
-from s2d_jax.pretrained import load_draft, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Args:
     """Split the time of a round (draft, verify, rest) on this many of the first questions."""
     skip_identity_check: bool = False
     """Do not compare greedy tokens with the width-matched reference."""
+    draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
@@ -85,11 +91,13 @@ def bench(args: Args) -> None:
     questions = read_questions(
         args.questions, categories=categories, max_questions=args.max_questions
     )
-    draft = independent = None
-    if args.draft:
-        draft = load_draft(args.draft, weight_format=args.compute.draft_format)
-    if args.independent_draft:
-        independent = load_model(args.independent_draft, weight_format=args.compute.draft_format)
+    vocabulary = args.draft_options.draft_vocabulary
+    if vocabulary is not None and not (args.draft or args.independent_draft):
+        raise UserError("--draft-vocabulary needs a draft; give --draft or --independent-draft")
+    draft, independent = (
+        load_listed_draft(path, vocabulary if path else None, args.compute.draft_format)
+        for path in (args.draft, args.independent_draft)
+    )
     rows, samples = [], []
     for path in args.target:
         target = load_target(path, args.compute.target_format)
@@ -153,6 +161,7 @@ def _settings(args: Args, questions: list[Question]) -> dict:
         "turns": sum(len(question.turns) for question in questions),
         "draft": args.draft,
         "independent_draft": args.independent_draft,
+        **dataclasses.asdict(args.draft_options),
         "baseline": f"{BASELINE}: the target alone, one position per pass, on the same engine",
         "batch_size": 1,
         "repeats": args.repeats,

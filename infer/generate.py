@@ -16,12 +16,18 @@ from rich.table import Table
 from infer.batching import Answer, answer_all
 from infer.cli import check_writable, run_command_line, screen, written_whole
 from infer.formats import shares
-from infer.loading import load_target, tokenizer_of
-from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, require_targets
+from infer.loading import load_listed_draft, load_target, tokenizer_of
+from infer.options import (
+    ComputeOptions,
+    DraftingOptions,
+    DraftOptions,
+    SamplingOptions,
+    require_targets,
+)
 from infer.questions import Question, encode, read_questions
 from s2d_jax.config import UserError
 from s2d_jax.generation import SpeculativeDecoder
-from s2d_jax.pretrained import Model, load_draft
+from s2d_jax.pretrained import Model
 from s2d_jax.stats import GenerationStats, sum_stats
 
 
@@ -43,6 +49,7 @@ class Args:
     """Continue the bare text instead of putting it through the chat template."""
     batch_size: int = 8
     """Prompts decoded together."""
+    draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
@@ -64,9 +71,8 @@ def generate(args: Args) -> None:
     questions, console = _questions(args), screen()
     args.sampling.params()
     config = args.drafting.config()
-    draft = None
-    if args.draft:
-        draft = load_draft(args.draft, weight_format=args.compute.draft_format)
+    vocabulary = args.draft_options.draft_vocabulary
+    draft = load_listed_draft(args.draft, vocabulary, args.compute.draft_format)
     if draft is None and (config.exits or config.exit_thresholds):
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
     rows = []

@@ -23,7 +23,7 @@ from infer.kernel_report import show_kernels, write_kernels
 from s2d_jax import product_forms
 from s2d_jax.config import ModelConfig
 from s2d_jax.linear import Form, form_of
-from s2d_jax.pretrained import load_config
+from s2d_jax.pretrained import read_description
 from s2d_jax.weight_formats import WEIGHT_FORMATS, compute_dtype, quantise, weight_bytes
 
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -228,7 +228,7 @@ def bench_kernels(target: str | None, out: Path) -> None:
     Raises:
         UserError: if the target cannot be read.
     """
-    chain = chain_of(None if target is None else load_config(target))
+    chain = chain_of(None if target is None else read_description(target)[0])
     progress = Progress(
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TextColumn("ETA"), TimeRemainingColumn()),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from s2d_jax.config import UserError
-from s2d_jax.pretrained import Model, load_model
+from s2d_jax.draft_vocabulary import read_vocabulary
+from s2d_jax.pretrained import Draft, Model, load_draft, load_model, with_trimmed_head
 from s2d_jax.tokenizer import Tokenizer
 
 
@@ -12,6 +13,26 @@ def load_target(path: str, weight_format: str) -> Model:
     model = load_model(path, weight_format=weight_format)
     tokenizer_of(model)
     return model
+
+
+def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: str) -> Draft | None:
+    """The draft of `--draft`, its head read over the list of `--draft-vocabulary`.
+
+    Args:
+        path: of the draft; None gives None.
+        vocabulary: a file that `infer.trim` wrote, or `full` for all tokens; None keeps the draft's own list.
+        weight_format: of the draft's weights.
+
+    Raises:
+        UserError: for a list without a draft, or one that is not the draft's.
+    """
+    if path is None:
+        if vocabulary is not None:
+            raise UserError("--draft-vocabulary needs a draft; give --draft DIR")
+        return None
+    listed = None if vocabulary in (None, "full") else read_vocabulary(vocabulary)
+    draft = load_draft(path, weight_format=weight_format)
+    return draft if vocabulary is None else with_trimmed_head(draft, listed)
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

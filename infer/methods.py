@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from infer.options import DraftingOptions
-from s2d_jax.config import UserError
+from s2d_jax.config import DraftConfig, UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 
@@ -44,7 +44,7 @@ def build_methods(
     names: tuple[str, ...],
     target: Model,
     draft: Draft | None,
-    independent: Model | None,
+    independent: Draft | None,
     options: DraftingOptions,
 ) -> list[Method]:
     """Decoders of one target for all names; they share its weights and the draft's.
@@ -61,18 +61,22 @@ def _build(name, target, draft, independent, options: DraftingOptions) -> Method
     if name == "draft" and independent is not None:
         config = options.config(exits=None, exit_thresholds=None)
         label = f"{Path(independent.source).stem} + SD"
-        return Method(name, label, SpeculativeDecoder(target, independent, config))
+        return Method(name, label, SpeculativeDecoder(target, _whole(independent), config))
     if draft is None:
         raise UserError(f"method {name!r} needs a draft; give --draft DIR")
     if name == "s2d":
         return Method(name, "SoFT + S2D", SpeculativeDecoder(target, draft, options.config()))
     if name == "draft":
-        whole = Model(draft.config, draft.params, draft.tokenizer, draft.source)
         config = options.config(exits=None, exit_thresholds=None)
-        return Method(name, "whole draft + SD", SpeculativeDecoder(target, whole, config))
+        return Method(name, "whole draft + SD", SpeculativeDecoder(target, _whole(draft), config))
     exit_layer, exits = int(name.removeprefix("sd@")), draft.draft_config.exit_layers
     if exit_layer not in exits:
         have = ", ".join(f"sd@{e}" for e in exits)
         raise UserError(f"method {name!r}: {draft.source} has no exit {exit_layer}; use {have}")
     config = options.config(exits=(exit_layer,), exit_thresholds=(0.0,))
     return Method(name, f"SoFT L{exit_layer} + SD", SpeculativeDecoder(target, draft, config))
+
+
+def _whole(draft: Draft) -> Draft:
+    """The draft without its early exits."""
+    return dataclasses.replace(draft, draft_config=DraftConfig((draft.config.num_layers,)))

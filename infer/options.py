@@ -66,6 +66,15 @@ class ComputeOptions:
     """Of the draft's weights; the output stays the target's whatever it is."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DraftOptions:
+    """How the draft is read."""
+
+    draft_vocabulary: str | None = None
+    """List of tokens that any draft's head is read over, from infer.trim; full: all tokens.
+    Default: the list in the draft's sorted_draft.json, if there is one."""
+
+
 def parse_numbers(flag: str, text: str | None, number: type) -> tuple | None:
     """Parses "6,9,12" into a tuple of `number`; None stays None. Raises UserError."""
     if text is None:

@@ -1,10 +1,11 @@
 """Sorted Speculative Decoding in JAX: one sorted draft makes many target models faster, without changing their output."""
 
 from s2d_jax.config import DecodeConfig, DraftConfig, ModelConfig, SamplingParams, UserError
+from s2d_jax.draft_vocabulary import DraftVocabulary, read_vocabulary
 from s2d_jax.export import export_draft
 from s2d_jax.generation import GenerationResult, SpeculativeDecoder
 from s2d_jax.prepare import prepare_for_decode
-from s2d_jax.pretrained import Draft, Model, load_draft, load_model
+from s2d_jax.pretrained import Draft, Model, load_draft, load_model, with_trimmed_head
 from s2d_jax.sharding import MeshConfig, make_mesh
 from s2d_jax.stats import GenerationStats
 from s2d_jax.tokenizer import Tokenizer
@@ -13,6 +14,7 @@ __all__ = [
     "DecodeConfig",
     "Draft",
     "DraftConfig",
+    "DraftVocabulary",
     "GenerationResult",
     "GenerationStats",
     "MeshConfig",
@@ -27,4 +29,6 @@ __all__ = [
     "load_model",
     "make_mesh",
     "prepare_for_decode",
+    "read_vocabulary",
+    "with_trimmed_head",
 ]

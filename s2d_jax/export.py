@@ -130,8 +130,9 @@ def export_draft(draft: Draft, out_dir: str | Path, provenance: Mapping[str, Any
     """Writes a sorted draft for PyTorch users, without PyTorch.
 
     `out_dir` holds the full depth as a plain `LlamaForCausalLM` or `Qwen2ForCausalLM`, `exit_06/` and the like hold the same
-    files truncated at each earlier exit, and `sorted_draft.json` the exits, thresholds and provenance. The directory appears
-    under its name only when it is complete; an earlier export there is replaced.
+    files truncated at each earlier exit, and `sorted_draft.json` the exits, thresholds, draft vocabulary and provenance. All
+    weights are written whole, also those of a trimmed head. The directory appears under its name only when it is complete; an
+    earlier export there is replaced.
 
     Args:
         draft: f32, f16 or bf16 parameters; they are written as they are.
@@ -153,7 +154,7 @@ def export_draft(draft: Draft, out_dir: str | Path, provenance: Mapping[str, Any
         "format": SORTED_DRAFT_FORMAT,
         **dataclasses.asdict(draft.draft_config),
         "targets": {},
-        "vocabulary_subset": None,
+        "vocabulary_subset": None if draft.vocabulary is None else draft.vocabulary.to_json(),
         "provenance": dict(provenance),
     }
     with _replaced_at_once(out) as partial:

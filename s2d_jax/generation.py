@@ -13,6 +13,7 @@ import numpy as np
 from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError, check_thresholds
 from s2d_jax.decoder import Decoder, DecodeState, HeuristicLength, Target, fixed_length
+from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
 from s2d_jax.drafters.chain import ChainConfig
 from s2d_jax.model import Transformer
@@ -167,12 +168,14 @@ class SpeculativeDecoder:
         tokens = np.zeros((len(prompt_ids), capacity), np.int32)
         for row, ids in enumerate(prompt_ids):
             tokens[row, : len(ids)] = ids
+        listed = _vocabulary_of(self.draft)
         request = Request(
             sampling=SamplingArrays.stack(rows),
             key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
             max_length_B=jnp.asarray(np.minimum(lengths + new_tokens, context), jnp.int32),
             stop_ids_BN=jnp.asarray(self._stop_ids(rows)),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
+            vocabulary_K=None if listed is None else jnp.asarray(listed.ids_K),
         )
         arrays = self._place((request, jnp.asarray(tokens), jnp.asarray(lengths)))
         return decoder, width, (self._params, *arrays)
@@ -204,7 +207,8 @@ class SpeculativeDecoder:
             greedy=greedy,
             sampled=self.config.draft_sampling == "sample",
         )
-        model = _transformer(self.draft)
+        listed = _vocabulary_of(self.draft)
+        model = _transformer(self.draft, None if listed is None else listed.size)
         if self.exits == (model.config.num_layers,):
             return IndependentDrafter(model, chain)
         return SortedDrafter(model, self.exits, chain, self.config.catch_up_width)
@@ -258,8 +262,13 @@ def bucket(length: int) -> int:
     return size
 
 
-def _transformer(model: Model) -> Transformer:
-    return Transformer(model.config, dtype=model.dtype)
+def _transformer(model: Model, trimmed_head_size: int | None = None) -> Transformer:
+    return Transformer(model.config, model.dtype, trimmed_head_size=trimmed_head_size)
+
+
+def _vocabulary_of(draft: Model | None) -> DraftVocabulary | None:
+    """The tokens that a draft's head is read over; None for all."""
+    return draft.vocabulary if isinstance(draft, Draft) else None
 
 
 def _without_caches(state: DecodeState) -> DecodeState:
@@ -289,6 +298,12 @@ def _resolve_exits(draft: Model | None, config: DecodeConfig):
 
 
 def _check_vocabularies(target: Model, draft: Model) -> None:
+    listed = _vocabulary_of(draft)
+    if listed is not None and listed.ids_K[0] >= target.config.vocab_size:
+        raise UserError(
+            f"the draft vocabulary starts at id {listed.ids_K[0]}, the target has {target.config.vocab_size} tokens; "
+            "make the list from this target's answers"
+        )
     if target.tokenizer is not None and draft.tokenizer is not None:
         check_same_tokenizer(target.tokenizer, draft.tokenizer)
     elif target.config.vocab_size != draft.config.vocab_size:

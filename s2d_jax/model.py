@@ -38,18 +38,23 @@ class Transformer(nn.Module):
     """Llama or Qwen2. Weights are cast to `dtype` on use, so f32 masters can compute in bf16.
 
     `Transformer(config).apply({"params": params}, ..., method="run_blocks")`
+
+    With `trimmed_head_size` K, logits are read through the K rows of the head that `pretrained.with_trimmed_head` gathered.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    trimmed_head_size: int | None = None
 
     def setup(self):
         c = self.config
         self.embed_table = Embed(c, name="embed")
         self.layers = [Block(c) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.embed_dim, c.norm_eps)
-        if not c.tie_embeddings:
-            axes = ("vocab", "embed")
+        axes, size = ("vocab", "embed"), self.trimmed_head_size
+        if size is not None:
+            self.trimmed_head = Linear(c.embed_dim, size, axes, out_dtype=jnp.float32)
+        elif not c.tie_embeddings:
             self.lm_head = Linear(c.embed_dim, c.vocab_size, axes, out_dtype=jnp.float32)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -77,8 +82,10 @@ class Transformer(nn.Module):
         return h_BTD, cache.replace(keys=tuple(keys), values=tuple(values))
 
     def logits(self, h: jax.Array) -> jax.Array:
-        """`[..., D]` -> f32 `[..., V]`: the final norm and the head, shared by all exits."""
+        """`[..., D]` -> f32 `[..., V]` (`[..., K]` with a trimmed head): the final norm and the head, shared by all exits."""
         normed = self.final_norm(h)
+        if self.trimmed_head_size is not None:
+            return self.trimmed_head(normed)
         head = self.embed_table.attend if self.config.tie_embeddings else self.lm_head
         return head(normed)
 

@@ -21,12 +21,13 @@ from s2d_jax.config_translation import (
     read_json,
     saved_eos_token_ids,
 )
+from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.gguf_reader import GGUFFile
 from s2d_jax.model import Params, abstract_params, logical_axes
 from s2d_jax.prepare import load_weight, platform_of
-from s2d_jax.sharding import params_sharding
+from s2d_jax.sharding import mesh_of, params_sharding, replicated
 from s2d_jax.tokenizer import TOKENIZER_FILES, Tokenizer
-from s2d_jax.weight_formats import check_weight_format, compute_dtype
+from s2d_jax.weight_formats import check_weight_format, compute_dtype, take_rows
 from s2d_jax.weight_names import (
     EMBEDDING,
     FINAL_NORM,
@@ -39,6 +40,7 @@ from s2d_jax.weight_names import (
 
 SORTED_DRAFT = "sorted_draft.json"
 SORTED_DRAFT_FORMAT = 1
+TRIMMED_HEAD = "trimmed_head"
 # What is fetched of a model on the hub. A `*` there crosses folders, and a sorted draft has its truncated copies in folders, so
 # each pattern begins with a name. The index of .bin weights tells that there are no others.
 HUB_PATTERNS = (
@@ -73,9 +75,14 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Draft(Model):
-    """A model whose states may be read at several depths through its one norm and head."""
+    """A model whose states may be read at several depths through its one norm and head.
+
+    Attributes:
+        vocabulary: the tokens that its head is read over; None for all. Set it with `with_trimmed_head`.
+    """
 
     draft_config: DraftConfig
+    vocabulary: DraftVocabulary | None = None
 
 
 class WeightSource(Protocol):
@@ -243,11 +250,15 @@ def _config_file(directory: Path) -> Path:
     return directory / "config.json"
 
 
-def _load_directory(directory: Path, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
+def _describe_directory(directory: Path) -> tuple[ModelConfig, Tokenizer | None]:
     config = config_from_hf(read_json(_config_file(directory)))
     config = dataclasses.replace(config, eos_token_ids=saved_eos_token_ids(directory))
     has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
-    tokenizer = Tokenizer.from_directory(directory) if has_tokenizer else None
+    return config, Tokenizer.from_directory(directory) if has_tokenizer else None
+
+
+def _load_directory(directory: Path, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
+    config, tokenizer = _describe_directory(directory)
     source = SafetensorsFiles(_safetensors_paths(directory))
     _drop_redundant(source, config, str(directory))
     params = _load_params(source, lambda name: name.hf, config, str(directory), weight_format, mesh)
@@ -286,21 +297,6 @@ def _locate(path: str | Path) -> Path:
     )
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """The shape of a model, without its weights.
-
-    Args:
-        path: as for `load_model`.
-
-    Raises:
-        UserError: if the path holds no supported model.
-    """
-    local = _locate(path)
-    if local.is_dir():
-        return config_from_hf(read_json(_config_file(local)))
-    return config_from_gguf(GGUFFile(local))
-
-
 def load_model(
     path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
 ) -> Model:
@@ -318,9 +314,7 @@ def load_model(
     return _load(_locate(path), str(path), weight_format, mesh)
 
 
-def _load(
-    local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None
-) -> Model:
+def _load(local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
     model = (_load_directory if local.is_dir() else _load_gguf)(local, weight_format, mesh)
     tokenizer, config = model.tokenizer, model.config
     if tokenizer is not None:
@@ -338,7 +332,7 @@ def load_draft(
         path, weight_format, mesh: as for `load_model`.
 
     Raises:
-        UserError: as `load_model`, and if an exit is deeper than the draft.
+        UserError: as `load_model`, and if an exit is deeper than the draft, or its vocabulary is of another tokenizer.
     """
     check_weight_format(weight_format)
     local = _locate(path)
@@ -347,20 +341,50 @@ def load_draft(
     file = local / SORTED_DRAFT
     if not file.exists():
         return Draft(**fields, draft_config=DraftConfig((model.config.num_layers,)))
-    draft_config = _draft_config(file)
+    draft_config, vocabulary = _read_sorted_draft(file)
     draft_config.check_depth(model.config.num_layers)
-    return Draft(**fields, draft_config=draft_config)
+    return with_trimmed_head(Draft(**fields, draft_config=draft_config), vocabulary)
 
 
-def _draft_config(file: Path) -> DraftConfig:
+def with_trimmed_head(draft: Draft, vocabulary: DraftVocabulary | None) -> Draft:
+    """The draft with its head read over the listed tokens only, at every exit; None reads it over all.
+
+    The K rows of the head (of the embedding, where it is tied) are gathered once and kept beside the whole tables: every token
+    must still be looked up, and an export is whole.
+
+    Raises:
+        UserError: for ids that the draft lacks, or a list made for another tokenizer.
+    """
+    params = {name: value for name, value in draft.params.items() if name != TRIMMED_HEAD}
+    if vocabulary is not None:
+        vocabulary.check(draft.config.vocab_size, draft.tokenizer)
+        head_VD = get_weight(params, EMBEDDING if draft.config.tie_embeddings else LM_HEAD)
+        head_KD = take_rows(head_VD, jnp.asarray(vocabulary.ids_K))
+        if (mesh := mesh_of(params)) is not None:
+            # K need not divide by the mesh.
+            head_KD = jax.device_put(head_KD, replicated(mesh))
+        params[TRIMMED_HEAD] = {"kernel": head_KD}
+    return dataclasses.replace(draft, params=params, vocabulary=vocabulary)
+
+
+def read_description(path: str | Path) -> tuple[ModelConfig, Tokenizer | None]:
+    """A model's shape and tokenizer, without its weights.
+
+    Raises:
+        UserError: if the path holds no supported model.
+    """
+    local = _locate(path)
+    if not local.is_dir():
+        file = GGUFFile(local)
+        return config_from_gguf(file), Tokenizer.from_gguf(file)
+    return _describe_directory(local)
+
+
+def _read_sorted_draft(file: Path) -> tuple[DraftConfig, DraftVocabulary | None]:
     raw = read_json(file)
     if raw.get("format") != SORTED_DRAFT_FORMAT:
         raise UserError(
             f"{file}: format {raw.get('format')!r} is unknown, {SORTED_DRAFT_FORMAT} is expected; export the draft again"
-        )
-    if raw.get("vocabulary_subset") is not None:
-        raise UserError(
-            f"{file}: a vocabulary_subset is not supported; export the draft without one"
         )
     if "exit_layers" not in raw:
         raise UserError(f"{file} lacks exit_layers; export the draft again")
@@ -373,4 +397,6 @@ def _draft_config(file: Path) -> DraftConfig:
             raise UserError(
                 f"{file}: {name}={values!r} must be a list of numbers, such as [6, 9, 12] exits; export the draft again"
             )
-    return DraftConfig(tuple(exits), tuple(thresholds))
+    subset = raw.get("vocabulary_subset")
+    vocabulary = None if subset is None else DraftVocabulary.from_json(subset, file)
+    return DraftConfig(tuple(exits), tuple(thresholds)), vocabulary

@@ -52,6 +52,7 @@ class Request:
         max_length_B: int32, prompt plus new tokens at most.
         stop_ids_BN: int32, token ids that end a row; -1 where there are fewer.
         exit_threshold_E: f32, one per exit in use.
+        vocabulary_K: int32, ascending: the ids that a draft with a trimmed head is read over; None for all.
     """
 
     sampling: SamplingArrays
@@ -59,6 +60,7 @@ class Request:
     max_length_B: jax.Array
     stop_ids_BN: jax.Array
     exit_threshold_E: jax.Array
+    vocabulary_K: jax.Array | None = None
 
 
 @flax.struct.dataclass

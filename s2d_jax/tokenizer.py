@@ -157,6 +157,10 @@ class Tokenizer:
         """Every token's string -> its id."""
         return self._fast.get_vocab()
 
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ascending ids of all tokens that text is not merged into: control tokens, tags, and those that end an answer."""
+        return tuple(sorted({*self._fast.added_tokens_decoder, *self.stop_token_ids}))
+
     def save(self, directory: str | Path) -> None:
         """Writes what `from_directory` reads.
 

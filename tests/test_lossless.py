@@ -20,16 +20,19 @@ from tiny import enumerable_draft, enumerable_model
 from s2d_jax import linear
 from s2d_jax.config import SamplingParams
 from s2d_jax.decoder import Decoder, HeuristicLength, Target, fixed_length
+from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, chain
 from s2d_jax.drafters.chain import ChainConfig
 from s2d_jax.model import Transformer
 from s2d_jax.prepare import prepare_for_decode
+from s2d_jax.pretrained import with_trimmed_head
 from s2d_jax.proposal import Request, SamplingArrays
 
 SAMPLES, BATCH = 200_000, 50_000
 ALPHA = 1e-4
 VOCAB, EMITTED, WIDTH = 8, 3, 2
 PROMPT = (3, 1, 4, 1, 5)
+LISTED = (0, 2, 3, 6, 7)  # of a trimmed head
 
 PLAIN = SamplingParams(temperature=1.0)
 FILTERED = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, min_p=0.03)
@@ -43,10 +46,12 @@ class Mode:
     sampling: SamplingParams = PLAIN
     target_format: str = "f32"
     draft_format: str = "f32"
+    trimmed: bool = False
 
     def __str__(self):
         parts = [self.policy, "sampled" if self.sampled else "argmax"]
-        parts += ["heuristic"] * self.heuristic + ["filtered"] * (self.sampling is FILTERED)
+        parts += ["trimmed"] * self.trimmed + ["heuristic"] * self.heuristic
+        parts += ["filtered"] * (self.sampling is FILTERED)
         formats = (self.target_format, self.draft_format)
         return "-".join([*parts, *(formats if formats != ("f32", "f32") else ())])
 
@@ -65,12 +70,19 @@ MODES = [
     Mode("thresholds", target_format="int8", draft_format="bf16"),
     Mode("independent", False, target_format="int8", draft_format="int8"),
     Mode("thresholds", sampling=FILTERED, draft_format="int8"),
+    *(
+        Mode(policy, sampled, trimmed=True)
+        for policy in ("independent", "thresholds")
+        for sampled in (True, False)
+    ),
+    Mode("thresholds", sampling=FILTERED, trimmed=True),
 ]
 
 
 def _decoder(mode: Mode, target, draft) -> Decoder:
     config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled)
-    model = Transformer(draft.config, draft.dtype)
+    size = None if draft.vocabulary is None else draft.vocabulary.size
+    model = Transformer(draft.config, draft.dtype, trimmed_head_size=size)
     drafter = {
         "none": NoDrafter(0),
         "independent": IndependentDrafter(model, config),
@@ -92,6 +104,8 @@ def _models():
 def _emitted_counts(mode: Mode) -> np.ndarray:
     """Counts `[8, 8, 8]` of the first three tokens of 200,000 continuations."""
     target, draft = _models()
+    if mode.trimmed:
+        draft = with_trimmed_head(draft, DraftVocabulary(np.array(LISTED)))
     target = prepare_for_decode(target, mode.target_format)
     draft = prepare_for_decode(draft, mode.draft_format)
     decoder = _decoder(mode, target, draft)
@@ -110,6 +124,7 @@ def _emitted_counts(mode: Mode) -> np.ndarray:
             max_length_B=length_B + EMITTED + 1,
             stop_ids_BN=jnp.full((BATCH, 1), -1, jnp.int32),
             exit_threshold_E=jnp.array([0.55, 0.6, 0.0][: 3 if mode.policy == "thresholds" else 1]),
+            vocabulary_K=jnp.array(LISTED) if mode.trimmed else None,
         )
         state = decoder.prefill(params, request, tokens_BC, length_B, width)
         state = decoder.run(params, request, state)
@@ -197,3 +212,15 @@ def test_soft_q_for_argmax_drafts_is_caught(monkeypatch):
 
     monkeypatch.setattr(chain, "_choose", choose_wrongly)
     assert _p_value(_emitted_counts(Mode("thresholds")), _exact(PLAIN)) < ALPHA / len(MODES)
+
+
+@pytest.mark.slow
+def test_a_q_at_the_wrong_ids_is_caught(monkeypatch):
+    """The q of a trimmed head, left at its first K ids, must fail this very test."""
+
+    def left_in_place(probs_BGK, ids_K, vocab_size):
+        return jnp.pad(probs_BGK, ((0, 0), (0, 0), (0, vocab_size - len(ids_K))))
+
+    monkeypatch.setattr(chain, "_over_all_ids", left_in_place)
+    counts = _emitted_counts(Mode("thresholds", trimmed=True))
+    assert _p_value(counts, _exact(PLAIN)) < ALPHA / len(MODES)

@@ -357,7 +357,7 @@ def test_any_model_is_a_draft_with_one_exit(llama_directory):
             "exit_thresholds='0' must be a list of numbers",
         ),
         ({"format": 1}, "lacks exit_layers; export the draft again"),
-        ({"format": 1, "exit_layers": [4], "vocabulary_subset": [1]}, "a vocabulary_subset is not"),
+        ({"format": 1, "exit_layers": [4], "vocabulary_subset": [1]}, "no readable draft v"),
         ({"format": 1, "exit_layers": [2, 4], "exit_thresholds": [0.5]}, "1 values for 2 exits"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Drafting a chain, token by token: the loop that every chain drafter shares, and how one token is chosen."""
+"""Drafting a chain, token by token: the loop that every chain drafter shares, and how one token is chosen.
+
+While drafting, K stands for the entries of the draft's logits: the target's vocabulary, or the list of a trimmed head.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from s2d_jax.kv_cache import write_window
 from s2d_jax.proposal import Proposal, Request, is_stop
 from s2d_jax.sampling import fold_in, probabilities, sample
 
-# step(state, tokens_BC, end_B, live_B) -> (f32 logits [B, V] after the first end_B tokens, state)
+# step(state, tokens_BC, end_B, live_B) -> (f32 logits [B, K] after the first end_B tokens, state)
 Step = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -23,7 +26,7 @@ class ChainConfig:
 
     Attributes:
         width: G, the most tokens drafted in a round.
-        vocab_size: of the target; draft logits are cut or padded to it.
+        vocab_size: V, of the target; draft logits are cut or padded to it.
         greedy: every row has temperature 0.
         sampled: draw drafted tokens from q; else draft the mode, with a one-hot q.
     """
@@ -40,6 +43,19 @@ def fit_vocabulary(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
     if missing > 0:
         return jnp.pad(logits_BV, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     return logits_BV[:, :vocab_size]
+
+
+def num_entries(config: ChainConfig, request: Request) -> int:
+    """K, how many entries the draft's logits have."""
+    return config.vocab_size if request.vocabulary_K is None else len(request.vocabulary_K)
+
+
+def fit_draft_logits(config: ChainConfig, logits: jax.Array, request: Request) -> jax.Array:
+    """The logits `[B, K]` that drafting works on: listed ids that the target lacks get no probability."""
+    ids_K = request.vocabulary_K
+    if ids_K is None:
+        return fit_vocabulary(logits, config.vocab_size)
+    return jnp.where((ids_K < config.vocab_size)[None, :], logits, -jnp.inf)
 
 
 def propose_chain(
@@ -59,15 +75,18 @@ def propose_chain(
     """
     B, G = tokens_BC.shape[0], config.width
     keep_probs = config.sampled and not config.greedy
-    probs_BGV = jnp.zeros((B, G, config.vocab_size), jnp.float32) if keep_probs else None
-    proposal = Proposal(jnp.zeros((B, G), jnp.int32), jnp.zeros(B, jnp.int32), probs_BGV)
+    # In the loop the q of each token has the draft's own K entries.
+    K = num_entries(config, request)
+    probs_BGK = jnp.zeros((B, G, K), jnp.float32) if keep_probs else None
+    proposal = Proposal(jnp.zeros((B, G), jnp.int32), jnp.zeros(B, jnp.int32), probs_BGK)
 
     def draft_one(carry):
         i, live_B, tokens_BC, proposal, state = carry
-        logits_BV, state = step(state, tokens_BC, length_B + i, live_B)
-        token_B, probs_BV = _choose(config, logits_BV, request, fold_in(key_B, length_B + i))
+        logits_BK, state = step(state, tokens_BC, length_B + i, live_B)
+        index_B, probs_BK = _choose(config, logits_BK, request, fold_in(key_B, length_B + i))
+        token_B = index_B if request.vocabulary_K is None else request.vocabulary_K[index_B]
         tokens_BC = write_window(tokens_BC, token_B[:, None], length_B + i, axis=1)
-        proposal = _append(proposal, i, token_B, probs_BV, live_B)
+        proposal = _append(proposal, i, token_B, probs_BK, live_B)
         live_B = live_B & (i + 1 < num_draft_B) & ~is_stop(token_B, request.stop_ids_BN)
         return i + 1, live_B, tokens_BC, proposal, state
 
@@ -76,23 +95,36 @@ def propose_chain(
 
     start = (jnp.int32(0), num_draft_B > 0, tokens_BC, proposal, state)
     *_, proposal, state = jax.lax.while_loop(unfinished, draft_one, start)
+    if keep_probs and request.vocabulary_K is not None:
+        probs_BGK, ids_K = proposal.draft_probs_BGV, request.vocabulary_K
+        proposal = proposal.replace(
+            draft_probs_BGV=_over_all_ids(probs_BGK, ids_K, config.vocab_size)
+        )
     return proposal, state
 
 
-def _choose(config: ChainConfig, logits_BV, request: Request, key_B):
-    """The next drafted token `[B]`, and the q it was drawn from (None when it is the mode)."""
+def _over_all_ids(probs_BGK, ids_K, vocab_size: int) -> jax.Array:
+    """f32 `[B, G, V]`: 0 at ids that are not listed. Once per round: it is as large as the target's vocabulary."""
+    zeros_BGV = jnp.zeros((*probs_BGK.shape[:2], vocab_size), jnp.float32)
+    return zeros_BGV.at[:, :, ids_K].set(
+        probs_BGK, indices_are_sorted=True, unique_indices=True, mode="drop"
+    )
+
+
+def _choose(config: ChainConfig, logits_BK, request: Request, key_B):
+    """The entry `[B]` of the next drafted token, and the q it was drawn from (None when it is the mode)."""
     if config.greedy or not config.sampled:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), None
-    probs_BV = probabilities(logits_BV[:, None], request.sampling)[:, 0]
-    return sample(probs_BV, key_B), probs_BV
+        return jnp.argmax(logits_BK, axis=-1).astype(jnp.int32), None
+    probs_BK = probabilities(logits_BK[:, None], request.sampling)[:, 0]
+    return sample(probs_BK, key_B), probs_BK
 
 
-def _append(proposal: Proposal, i, token_B, probs_BV, live_B) -> Proposal:
+def _append(proposal: Proposal, i, token_B, probs_BK, live_B) -> Proposal:
     """Writes the token of step `i` (a row that is not live keeps its count, so its entry means nothing)."""
     put = jax.lax.dynamic_update_slice_in_dim
-    if probs_BV is not None:
-        probs_BGV = put(proposal.draft_probs_BGV, probs_BV[:, None], i, 1)
-        proposal = proposal.replace(draft_probs_BGV=probs_BGV)
+    if probs_BK is not None:
+        probs_BGK = put(proposal.draft_probs_BGV, probs_BK[:, None], i, 1)
+        proposal = proposal.replace(draft_probs_BGV=probs_BGK)
     return proposal.replace(
         tokens_BG=put(proposal.tokens_BG, token_B[:, None], i, 1),
         num_draft_B=proposal.num_draft_B + live_B.astype(jnp.int32),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax.control import run_if
-from s2d_jax.drafters.chain import ChainConfig, fit_vocabulary, propose_chain
+from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, propose_chain
 from s2d_jax.kv_cache import KVCache, read_window
 from s2d_jax.model import Transformer
 
@@ -74,10 +74,10 @@ class IndependentDrafter:
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         def step(state, tokens_BC, end_B, live_B):
             last_BD, state = self._pass(params, state, tokens_BC, live_B)
-            logits_BV = self._apply(params, "logits", last_BD)
+            logits_BK = self._apply(params, "logits", last_BD)
             drafted_B = state.drafted_B + live_B.astype(jnp.int32)
-            logits_BV = fit_vocabulary(logits_BV, self.chain.vocab_size)
-            return logits_BV, state.replace(drafted_B=drafted_B)
+            logits_BK = fit_draft_logits(self.chain, logits_BK, request)
+            return logits_BK, state.replace(drafted_B=drafted_B)
 
         # After a round whose tokens were all accepted two tokens wait: the last drafted one, and the bonus token.
         behind_B = (state.cache.length_B < length_B - 1) & (num_draft_B > 0)

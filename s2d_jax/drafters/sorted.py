@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax.control import run_if
-from s2d_jax.drafters.chain import ChainConfig, fit_vocabulary, propose_chain
+from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, num_entries, propose_chain
 from s2d_jax.kv_cache import KVCache, read_window, write_window
 from s2d_jax.model import Transformer
 
@@ -41,14 +41,18 @@ class _Leaving:
     """The tokens of one step on their way through the exits."""
 
     state: SortedState
-    logits_BV: jax.Array
+    logits_BK: jax.Array
     exit_B: jax.Array
     undecided_B: jax.Array
 
 
-def confidence(logits_BV: jax.Array) -> jax.Array:
-    """f32 `[B]`: the largest softmax probability of raw logits, before temperature and filters."""
-    return jnp.exp(jnp.max(logits_BV, axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1))
+def confidence(logits_BK: jax.Array) -> jax.Array:
+    """f32 `[B]`: the largest softmax probability of raw logits, before temperature and filters.
+
+    Under a trimmed head the softmax is over the K listed tokens only, so one threshold means a little less certainty than it
+    does over all tokens. It depends on the vector q alone, so leaving by it keeps the target's distribution.
+    """
+    return jnp.exp(jnp.max(logits_BK, axis=-1) - jax.nn.logsumexp(logits_BK, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,47 +149,47 @@ class SortedDrafter:
 
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         def step(state, tokens_BC, end_B, live_B):
-            return self._step(params, state, tokens_BC, end_B, live_B, request.exit_threshold_E)
+            return self._step(params, state, tokens_BC, end_B, live_B, request)
 
         return propose_chain(
             *(self.chain, step, state, tokens_BC, length_B, num_draft_B, key_B, request)
         )
 
-    def _step(self, params, state, tokens_BC, end_B, live_B, threshold_E):
+    def _step(self, params, state, tokens_BC, end_B, live_B, request):
         """The logits that follow `end_B` tokens, each row's read at its exit. Segments that no row needs are skipped."""
         B = tokens_BC.shape[0]
         leaving = _Leaving(
             state=state,
-            logits_BV=jnp.zeros((B, self.chain.vocab_size), jnp.float32),
+            logits_BK=jnp.zeros((B, num_entries(self.chain, request)), jnp.float32),
             exit_B=jnp.zeros(B, jnp.int32),
             undecided_B=live_B,
         )
         for s in range(len(self.exit_layers)):
 
             def try_exit(leaving, s=s):
-                return self._try_exit(params, leaving, s, tokens_BC, end_B, threshold_E)
+                return self._try_exit(params, leaving, s, tokens_BC, end_B, request)
 
             leaving = run_if(jnp.any(leaving.undecided_B), try_exit, leaving)
         counts_BE = leaving.state.exit_counts_BE
         counts_BE += jax.nn.one_hot(leaving.exit_B, counts_BE.shape[1], dtype=jnp.int32) * (
             live_B[:, None].astype(jnp.int32)
         )
-        return leaving.logits_BV, leaving.state.replace(exit_counts_BE=counts_BE)
+        return leaving.logits_BK, leaving.state.replace(exit_counts_BE=counts_BE)
 
-    def _try_exit(self, params, leaving: _Leaving, s, tokens_BC, end_B, threshold_E):
+    def _try_exit(self, params, leaving: _Leaving, s, tokens_BC, end_B, request):
         """Takes the undecided rows through segment `s` and reads its exit; those that are confident stay."""
         undecided_B = leaving.undecided_B
         target_B = jnp.where(undecided_B, end_B, 0)
         # The first segment sees every token as it comes: nearly always just one waits for it.
         width = 1 if s == 0 else self.catch_up_width
         state, last_BD = self.catch_up(params, leaving.state, s, tokens_BC, target_B, width)
-        logits_BV = self.model.apply({"params": params}, last_BD, method="logits")
-        logits_BV = fit_vocabulary(logits_BV, self.chain.vocab_size)
+        logits_BK = self.model.apply({"params": params}, last_BD, method="logits")
+        logits_BK = fit_draft_logits(self.chain, logits_BK, request)
         last = s == len(self.exit_layers) - 1  # it always accepts
-        unsure_B = jnp.bool_(not last) & (confidence(logits_BV) <= threshold_E[s])
+        unsure_B = jnp.bool_(not last) & (confidence(logits_BK) <= request.exit_threshold_E[s])
         return _Leaving(
             state=state,
-            logits_BV=jnp.where(undecided_B[:, None], logits_BV, leaving.logits_BV),
+            logits_BK=jnp.where(undecided_B[:, None], logits_BK, leaving.logits_BK),
             exit_B=jnp.where(undecided_B, s, leaving.exit_B),
             undecided_B=undecided_B & unsure_B,
         )
