@@ -12,13 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from infer.cli import check_writable, run_command_line, screen, written_whole
 from infer.environment import environment
-from infer.loading import load_target
+from infer.formats import short_name
+from infer.loading import load_target, tokenizer_of
 from infer.measure import Sample, measure, round_shares
 from infer.methods import BASELINE, Method, build_methods, parse_methods
 from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, require_targets
 from infer.plots import write_plots
-from infer.questions import Question, read_questions
+from infer.profiling import write_profile
+from infer.questions import Question, encode, read_questions
 from infer.report import make_rows, show_report, write_report
+from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import UserError
 from s2d_jax.pretrained import load_draft, load_model
 
@@ -49,6 +52,8 @@ class Args:
     """Leave the chat template out."""
     phase_questions: int = 0
     """Split the time of a round (draft, verify, rest) on this many of the first questions."""
+    profile: Path | None = None
+    """Write a trace of a warm generation of each method here, for TensorBoard or Perfetto."""
     skip_identity_check: bool = False
     """Do not compare greedy tokens with the width-matched reference."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
@@ -70,6 +75,7 @@ def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
     require_targets(args.target)
     check_writable(args.out / "report.json")
+    use_compile_cache(args.compute.compile_cache)
     names = parse_methods(args.methods)
     args.sampling.params()
     args.drafting.config()
@@ -95,6 +101,8 @@ def bench(args: Args) -> None:
         }
         rows += make_rows(path, args.sampling.temperature, methods, own, shares)
         samples += [_sample_row(path, sample) for sample in own]
+        if args.profile is not None:
+            _profile(args, args.profile / short_name(path), target, methods, questions[0])
         del target, methods
     settings = _settings(args, questions)
     write_report(args.out, environment(args.compute.dtype), settings, rows)
@@ -103,6 +111,12 @@ def bench(args: Args) -> None:
         partial.write_text("".join(lines), encoding="utf-8")
     write_plots(args.out, rows)
     show_report(screen(), settings, rows)
+
+
+def _profile(args: Args, directory: Path, target, methods, question: Question) -> None:
+    prompt = encode(tokenizer_of(target), question.messages([]), raw=args.raw)
+    for method in methods:
+        write_profile(directory / method.name, method.decoder, prompt, args.sampling.params())
 
 
 def _measure(

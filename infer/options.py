@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
+import tyro
 
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 
@@ -26,6 +28,8 @@ class SamplingOptions:
     """Prompt number i is sampled with seed + i, whichever batch it is in."""
     max_new_tokens: int = 256
     """At most this many tokens per answer."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End an answer before this text; may be repeated."""
 
     def params(self, index: int = 0) -> SamplingParams:
         """The sampling parameters of prompt number `index`. Raises UserError for a bad value."""
@@ -64,6 +68,8 @@ class ComputeOptions:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; float32 is the fastest on a CPU."""
+    compile_cache: Path | None = None
+    """Keep compiled programs here, so that the next start is quick. Default: $JAX_COMPILATION_CACHE_DIR, if set."""
 
     @property
     def jax_dtype(self):

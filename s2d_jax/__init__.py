@@ -1,15 +1,20 @@
 """Sorted Speculative Decoding in JAX: one sorted draft makes many target models faster, without changing their output."""
 
+from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import DecodeConfig, DraftConfig, ModelConfig, SamplingParams, UserError
+from s2d_jax.conversation import Conversation
 from s2d_jax.export import export_draft
-from s2d_jax.generation import GenerationResult, SpeculativeDecoder
+from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model, load_draft, load_model
 from s2d_jax.sharding import MeshConfig, make_mesh
 from s2d_jax.stats import GenerationStats
+from s2d_jax.streaming import Delta, GenerationResult, Stream
 from s2d_jax.tokenizer import Tokenizer
 
 __all__ = [
+    "Conversation",
     "DecodeConfig",
+    "Delta",
     "Draft",
     "DraftConfig",
     "GenerationResult",
@@ -19,10 +24,12 @@ __all__ = [
     "ModelConfig",
     "SamplingParams",
     "SpeculativeDecoder",
+    "Stream",
     "Tokenizer",
     "UserError",
     "export_draft",
     "load_draft",
     "load_model",
     "make_mesh",
+    "use_compile_cache",
 ]
