@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from infer.cli import check_writable, run_command_line, screen, written_whole
 from infer.environment import environment
+from infer.formats import short_name
 from infer.kernels import bench_kernels
-from infer.loading import load_listed_draft, load_target
+from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.measure import Sample, measure, round_shares
 from infer.methods import BASELINE, Method, build_methods, parse_methods
 from infer.options import (
@@ -24,8 +25,10 @@ from infer.options import (
     require_targets,
 )
 from infer.plots import write_plots
-from infer.questions import Question, read_questions
+from infer.profiling import write_profile
+from infer.questions import Question, encode, read_questions
 from infer.report import make_rows, show_report, write_report
+from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import UserError
 
 
@@ -55,6 +58,8 @@ class Args:
     """Leave the chat template out."""
     phase_questions: int = 0
     """Split the time of a round (draft, verify, rest) on this many of the first questions."""
+    profile: Path | None = None
+    """Write a trace of a warm generation of each method here, for TensorBoard or Perfetto."""
     skip_identity_check: bool = False
     """Do not compare greedy tokens with the width-matched reference."""
     draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
@@ -82,6 +87,7 @@ def bench(args: Args) -> None:
         return
     require_targets(args.target)
     check_writable(args.out / "report.json")
+    use_compile_cache(args.compute.compile_cache)
     names = parse_methods(args.methods)
     args.sampling.params()
     args.drafting.config()
@@ -112,6 +118,8 @@ def bench(args: Args) -> None:
         }
         rows += make_rows(path, args.sampling.temperature, methods, own, shares)
         samples += [_sample_row(path, sample) for sample in own]
+        if args.profile is not None:
+            _profile(args, args.profile / short_name(path), target, methods, questions[0])
         del target, methods
     settings = _settings(args, questions)
     write_report(args.out, environment(dtype), settings, rows)
@@ -120,6 +128,12 @@ def bench(args: Args) -> None:
         partial.write_text("".join(lines), encoding="utf-8")
     write_plots(args.out, rows)
     show_report(screen(), settings, rows)
+
+
+def _profile(args: Args, directory: Path, target, methods, question: Question) -> None:
+    prompt = encode(tokenizer_of(target), question.messages([]), raw=args.raw)
+    for method in methods:
+        write_profile(directory / method.name, method.decoder, prompt, args.sampling.params())
 
 
 def _measure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def shares(histogram: dict[int, int]) -> str:
     """`{6: 80, 12: 20}` as "6: 80%  12: 20%"; "-" when it is empty."""
@@ -14,3 +16,8 @@ def shares(histogram: dict[int, int]) -> str:
 def rates(values: tuple[float, ...] | list[float]) -> str:
     """Acceptance per depth as ".81 .64 .5"; "-" when it is empty."""
     return " ".join(f"{value:.2f}".removeprefix("0") for value in values) or "-"
+
+
+def short_name(target: str) -> str:
+    """The last part of a path, for column heads and directories."""
+    return Path(target).name.removesuffix(".gguf")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from infer.batching import Answer, answer_all
 from infer.cli import check_writable, run_command_line, screen, written_whole
-from infer.formats import shares
+from infer.formats import shares, short_name
 from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.options import (
     ComputeOptions,
@@ -24,7 +24,10 @@ from infer.options import (
     SamplingOptions,
     require_targets,
 )
+from infer.profiling import write_profile
 from infer.questions import Question, encode, read_questions
+from infer.streaming import stream_answers
+from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Model
@@ -49,6 +52,10 @@ class Args:
     """Continue the bare text instead of putting it through the chat template."""
     batch_size: int = 8
     """Prompts decoded together."""
+    stream: bool = False
+    """Answer one prompt after the other, and print text as it comes."""
+    profile: Path | None = None
+    """Write a trace of a warm generation here, one directory per target, for TensorBoard or Perfetto."""
     draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
@@ -68,6 +75,7 @@ def generate(args: Args) -> None:
     require_targets(args.target)
     if args.out is not None:
         check_writable(args.out)
+    use_compile_cache(args.compute.compile_cache)
     questions, console = _questions(args), screen()
     args.sampling.params()
     config = args.drafting.config()
@@ -80,16 +88,25 @@ def generate(args: Args) -> None:
         target = load_target(path, args.compute.target_format)
         decoder = SpeculativeDecoder(target, draft, config)
         start = time.perf_counter()
-        conversations = _converse(args, decoder, target, questions)
+        if args.stream:
+            params = [args.sampling.params(i) for i in range(len(questions))]
+            conversations = stream_answers(console, decoder, questions, params, raw=args.raw)
+        else:
+            conversations = _converse(args, decoder, target, questions)
         seconds = time.perf_counter() - start
         rows += [
             _row(args, path, question, answers, target.config.eos_token_ids)
             for question, answers in zip(questions, conversations, strict=True)
         ]
-        if args.out is None:
+        if args.out is None and not args.stream:
             _show_answers(console, questions, conversations)
         flat = [answer.stats for answers in conversations for answer in answers]
         _show_stats(console, path, sum_stats(flat), seconds)
+        if args.profile is not None:
+            prompt = encode(tokenizer_of(target), questions[0].messages([]), raw=args.raw)
+            directory = args.profile / short_name(path)
+            write_profile(directory, decoder, prompt, args.sampling.params())
+            console.print(f"trace written to {directory}", soft_wrap=True)
     if args.out is not None:
         with written_whole(args.out) as partial:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -163,6 +180,7 @@ def _row(
             "target_forwards": stats.target_forwards,
             "drafted_tokens": stats.drafted_tokens,
             "accepted_tokens": stats.accepted_tokens,
+            "draft_length_histogram": stats.draft_length_histogram,
             "exit_histogram": stats.exit_histogram,
         },
     }

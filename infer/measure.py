@@ -11,7 +11,7 @@ from infer.options import SamplingOptions
 from infer.questions import Question, encode
 from s2d_jax.config import DecodeConfig, SamplingParams
 from s2d_jax.generation import GenerationResult, SpeculativeDecoder
-from s2d_jax.phases import phase_seconds
+from s2d_jax.phases import ROUND_PHASES
 from s2d_jax.pretrained import Model
 from s2d_jax.stats import GenerationStats, sum_stats
 
@@ -172,10 +172,12 @@ def round_shares(
     raw: bool,
 ) -> dict[str, float]:
     """Shares of a round's time that drafting, verification and the rest take, over first turns."""
-    seconds = dict.fromkeys(("draft", "verify", "rest"), 0.0)
+    seconds = dict.fromkeys(ROUND_PHASES, 0.0)
     for number, question in enumerate(questions):
         prompt = encode(tokenizer_of(target), question.messages([]), raw=raw)
-        spent = phase_seconds(method.decoder, [prompt], [sampling.params(number)])
-        seconds = {phase: total + spent[phase] for phase, total in seconds.items()}
+        request = [prompt], [sampling.params(number)]
+        method.decoder.generate(*request, time_rounds=True)  # the first run is the warm-up
+        spent = method.decoder.generate(*request, time_rounds=True).stats.seconds
+        seconds = {phase: total + spent.get(phase, 0.0) for phase, total in seconds.items()}
     whole = sum(seconds.values())
     return {phase: total / whole for phase, total in seconds.items()} if whole else {}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
+
+import tyro
 
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 
@@ -24,6 +27,8 @@ class SamplingOptions:
     """Prompt number i is sampled with seed + i, whichever batch it is in."""
     max_new_tokens: int = 256
     """At most this many tokens per answer."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End an answer before this text; may be repeated."""
 
     def params(self, index: int = 0) -> SamplingParams:
         """The sampling parameters of prompt number `index`. Raises UserError for a bad value."""
@@ -64,6 +69,8 @@ class ComputeOptions:
     """Of the target's weights; int8 takes a quarter of the memory of f32, and changes the target a little."""
     draft_format: Literal["f32", "bf16", "int8"] = "f32"
     """Of the draft's weights; the output stays the target's whatever it is."""
+    compile_cache: Path | None = None
+    """Keep compiled programs here, so that the next start is quick. Default: $JAX_COMPILATION_CACHE_DIR, if set."""
 
 
 @dataclasses.dataclass(frozen=True)

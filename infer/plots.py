@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from infer.cli import written_whole
-from infer.report import short_name, targets_of
+from infer.formats import short_name
+from infer.report import targets_of
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infer.cli import written_whole
-from infer.formats import rates, shares
+from infer.formats import rates, shares, short_name
 from infer.measure import Sample
 from infer.methods import BASELINE, Method
 from s2d_jax.stats import sum_stats
@@ -82,7 +82,8 @@ def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
         "draft_forwards": stats.draft_forwards,
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,
-        "mean_draft_length": stats.drafted_tokens / max(stats.target_forwards, 1),
+        "mean_draft_length": stats.mean_draft_length,
+        "draft_length_histogram": stats.draft_length_histogram,
         "compile_seconds": sum(sample.compile_seconds for sample in samples),
     }
 
@@ -151,11 +152,6 @@ def _markdown(report: Row) -> str:
 def targets_of(rows: list[Row]) -> list[str]:
     """The targets, in the order measured."""
     return list(dict.fromkeys(row["target"] for row in rows))
-
-
-def short_name(target: str) -> str:
-    """The last part of a path, for column heads."""
-    return Path(target).name.removesuffix(".gguf")
 
 
 def _summary_table(settings: Row, rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:

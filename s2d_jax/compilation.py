@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,20 @@ class Programs(NamedTuple):
     run: Any
 
 
+class RoundPrograms(NamedTuple):
+    """The three parts of a round, each as a program; states are donated.
+
+    Attributes:
+        propose: `(params, request, state) -> (proposal, state)`.
+        verify: `(params, request, state, proposal) -> (verified, state)`.
+        accept: `(request, state, verified) -> state`.
+    """
+
+    propose: Any
+    verify: Any
+    accept: Any
+
+
 _CACHE: dict[Any, Any] = {}
 
 
@@ -31,41 +47,92 @@ def programs(decoder: Decoder, prompt_width: int, args: tuple) -> tuple[Programs
 
     The arguments are arrays, or `jax.ShapeDtypeStruct`s that say where the arrays will be.
     """
-    started, known = time.perf_counter(), len(_CACHE)
-    key = ("prefill", decoder, prompt_width, _signature(args))
-    prefill, state = _once(key, lambda: _compile_prefill(decoder, prompt_width, args))
-    params, request, *_ = args
-    inputs = (params, request, state)
-    run = _once(("run", decoder, _signature(inputs)), lambda: _compile_run(decoder, inputs))
-    seconds = time.perf_counter() - started if len(_CACHE) > known else 0.0
-    return Programs(prefill, run), seconds
-
-
-def _compile_prefill(decoder: Decoder, prompt_width: int, args: tuple):
-    """The compiled prefill, and the `ShapeDtypeStruct`s of the state that it returns."""
 
     def prefill(params, request, tokens_BC, length_B):
         return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
 
-    compiled = jax.jit(prefill).lower(*args).compile()
-    state = jax.tree.map(
+    (program, state), spent = _compiled(("prefill", decoder, prompt_width), prefill, args)
+    params, request, *_ = args
+    run, more = run_program(decoder, (params, request, state))
+    return Programs(program, run), spent + more
+
+
+def run_program(decoder: Decoder, inputs: tuple) -> tuple[Any, float]:
+    """`Programs.run` for `inputs = (params, request, state)`, and the seconds spent compiling."""
+    (program, _), spent = _compiled(("run", decoder), decoder.run, inputs, donate=2)
+    return program, spent
+
+
+def extend_program(decoder: Decoder, width: int, inputs: tuple) -> tuple[Any, float]:
+    """`Decoder.extend` for `(params, request, state, tokens_BC, length_B, kept_B)`; the state is donated."""
+
+    def extend(*arrays):
+        return decoder.extend(*arrays, width)
+
+    (program, _), spent = _compiled(("extend", decoder, width), extend, inputs, donate=2)
+    return program, spent
+
+
+def grow_program(decoder: Decoder, capacity: int, state) -> tuple[Any, float]:
+    """`state -> state` of this capacity, split over devices as before."""
+
+    def grow(state):
+        return decoder.grow(state, capacity)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    (program, _), spent = _compiled(("grow", decoder, capacity), grow, (state,), out=shardings)
+    return program, spent
+
+
+def round_programs(decoder: Decoder, inputs: tuple) -> tuple[RoundPrograms, float]:
+    """The parts of a round for `inputs = (params, request, state)`, and the seconds spent compiling."""
+    params, request, _ = inputs
+    (propose, (proposal, state)), first = _compiled(
+        ("propose", decoder), decoder.propose, inputs, donate=2
+    )
+    inputs = (params, request, state, proposal)
+    (verify, (verified, state)), second = _compiled(
+        ("verify", decoder), decoder.verify, inputs, donate=2
+    )
+    inputs = (request, state, verified)
+    (accept, _), third = _compiled(("accept", decoder), decoder.accept, inputs, donate=1)
+    return RoundPrograms(propose, verify, accept), first + second + third
+
+
+def use_compile_cache(directory: str | Path | None = None) -> None:
+    """Keeps compiled programs on disk, so that later processes load them instead of compiling.
+
+    Args:
+        directory: where; None takes the environment variable `JAX_COMPILATION_CACHE_DIR`, and does nothing if that is not set.
+            Programs are kept however quickly they compiled, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
+    """
+    directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not directory:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=None):
+    """The compiled function with the `ShapeDtypeStruct`s of its result, and the seconds spent compiling (0 if known)."""
+    key = (*key, _signature(inputs))
+    if key in _CACHE:
+        return _CACHE[key], 0.0
+    started = time.perf_counter()
+    jitted = jax.jit(
+        function, donate_argnums=donate, **({} if out is None else {"out_shardings": out})
+    )
+    compiled = jitted.lower(*inputs).compile()
+    result = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(prefill, *args),
+        jax.eval_shape(function, *inputs),
         compiled.output_shardings,
     )
-    return compiled, state
-
-
-def _compile_run(decoder: Decoder, inputs: tuple):
-    return jax.jit(decoder.run, donate_argnums=2).lower(*inputs).compile()
+    _CACHE[key] = compiled, result
+    return _CACHE[key], time.perf_counter() - started
 
 
 def _signature(args: Any) -> tuple:
     leaves, tree = jax.tree.flatten(args)
     return (tree, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
-
-
-def _once(key: Any, make: Callable[[], Any]) -> Any:
-    if key not in _CACHE:
-        _CACHE[key] = make()
-    return _CACHE[key]

@@ -148,6 +148,7 @@ class SamplingParams:
         seed: the request's own random seed.
         stop_token_ids: further ids that end the request, beside the model's own.
         ignore_eos: go on after the model's own end-of-sequence tokens (for measurements).
+        stop: strings that end the request. The text ends before the first of them, the token ids with the one completing it.
     """
 
     temperature: float = 0.0
@@ -158,8 +159,13 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
+        _require(
+            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+            f"stop={self.stop!r} must be a tuple of texts that are not empty, such as ('\\n\\n',)",
+        )
         _require(
             self.temperature >= 0, f"temperature={self.temperature} must be 0 or more; 0 is greedy"
         )
@@ -189,6 +195,9 @@ class DecodeConfig:
         verify_width: without a draft, how many positions one target pass computes; the width-matched reference of identity
             tests sets it to the `verify_width` of the decoder that it checks. None is 1: the fastest plain decoding.
         catch_up_width: how many waiting tokens one pass of deeper layers takes in.
+        prefill_chunk: how many prompt tokens one pass takes in at most; longer prompts take several passes.
+        initial_room: how many new tokens the caches have room for at first. When more are emitted, they are copied into twice
+            the room, which compiles a loop for it; so memory and attention cost what is used, not what `max_new_tokens` allows.
     """
 
     exits: tuple[int, ...] | None = None
@@ -199,6 +208,8 @@ class DecodeConfig:
     draft_sampling: Literal["sample", "argmax"] = "sample"
     verify_width: int | None = None
     catch_up_width: int = 4
+    prefill_chunk: int = 512
+    initial_room: int = 512
 
     def __post_init__(self):
         _require(
@@ -209,7 +220,10 @@ class DecodeConfig:
             self.draft_sampling in ("sample", "argmax"),
             f"draft_sampling={self.draft_sampling!r} is unknown; use sample or argmax",
         )
-        for name in ("num_draft_tokens", "max_draft_tokens", "catch_up_width"):
+        for name in (
+            *("num_draft_tokens", "max_draft_tokens", "catch_up_width"),
+            *("prefill_chunk", "initial_room"),
+        ):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} must be at least 1")
         _require(

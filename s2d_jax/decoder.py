@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax.acceptance import accept_greedy, accept_sampled
-from s2d_jax.kv_cache import KVCache, write_window
+from s2d_jax.chunks import run_chunks
+from s2d_jax.kv_cache import KVCache, grow_axis, write_window
 from s2d_jax.model import Transformer
 from s2d_jax.proposal import Drafter, Proposal, Request, is_stop
 from s2d_jax.sampling import fold_in, probabilities, sample, split
@@ -114,31 +115,60 @@ class Decoder:
             params: `{"target": ..., "draft": ...}`.
             request: per-row parameters.
             tokens_BC: int32 `[B, C]`, prompts on the left; C is the capacity of all caches.
-            length_B: int32, prompt lengths, at most `prompt_width`.
-            prompt_width: static; columns of `tokens_BC` that are computed.
+            length_B: int32, prompt lengths.
+            prompt_width: static; positions that one pass computes. Longer prompts take several passes, behind the caches.
 
         Returns:
             The first `DecodeState`.
         """
-        B, capacity = tokens_BC.shape
-        cache = self.target.new_cache(B, capacity)
-        h_BTD, cache = self.target.forward(params["target"], tokens_BC[:, :prompt_width], cache)
-        last_B1D = jnp.take_along_axis(h_BTD, length_B[:, None, None] - 1, axis=1)
-        logits_B1V = self.target.logits(params["target"], last_B1D)
-        token_B = self._sample(logits_B1V, request, fold_in(request.key_B, length_B))
+        cache = self.target.new_cache(*tokens_BC.shape)
         draft_state = self.drafter.init(params["draft"], tokens_BC, length_B, prompt_width)
-        zeros_B = jnp.zeros(B, jnp.int32)
-        counts_BG = jnp.zeros((B, self.drafter.width), jnp.int32)
+        inputs = (tokens_BC, length_B, prompt_width)
+        return self._first_state(params, request, cache, draft_state, *inputs)
+
+    def extend(self, params, request: Request, state, tokens_BC, length_B, kept_B, width: int):
+        """The same as `prefill` for prompts whose first `kept_B` tokens the caches of `state` already hold.
+
+        Args:
+            params, request, tokens_BC, length_B: as for `prefill`; C is the capacity of the state.
+            state: what an earlier call left.
+            kept_B: int32, less than `length_B` and `state.length_B`.
+            width: static; positions that one pass computes.
+        """
+        cache = state.target_cache.rewind(kept_B)
+        draft_state = self.drafter.rewind(state.draft_state, kept_B)
+        inputs = (tokens_BC, length_B, width)
+        draft_state = self.drafter.extend(params["draft"], draft_state, *inputs)
+        return self._first_state(params, request, cache, draft_state, *inputs)
+
+    def _first_state(self, params, request, cache, draft_state, tokens_BC, length_B, width):
+        """The target's pass over the prompt behind `cache`, and what follows from it."""
+        last_BD, cache = run_chunks(
+            *(lambda *args: self.target.forward(params["target"], *args), cache),
+            *(tokens_BC, length_B, width),
+        )
+        logits_B1V = self.target.logits(params["target"], last_BD[:, None])
+        token_B = self._sample(logits_B1V, request, fold_in(request.key_B, length_B))
+        zeros_B = jnp.zeros_like(length_B)
+        counts_BG = jnp.zeros((len(length_B), self.drafter.width), jnp.int32)
         return DecodeState(
             tokens_BC=write_window(tokens_BC, token_B[:, None], length_B, axis=1),
             length_B=length_B + 1,
-            target_cache=cache.advance_to(length_B),
+            target_cache=cache,
             draft_state=draft_state,
             done_B=(length_B + 1 >= request.max_length_B) | is_stop(token_B, request.stop_ids_BN),
-            draft_length_B=jnp.full((B,), self.first_draft_length, jnp.int32),
+            draft_length_B=jnp.full_like(length_B, self.first_draft_length),
             rounds_B=zeros_B,
             drafted_BG=counts_BG,
             accepted_BG=counts_BG,
+        )
+
+    def grow(self, state: DecodeState, capacity: int) -> DecodeState:
+        """The same state with room for `capacity` positions in each row."""
+        return state.replace(
+            tokens_BC=grow_axis(state.tokens_BC, capacity, axis=1),
+            target_cache=state.target_cache.grow(capacity),
+            draft_state=self.drafter.grow(state.draft_state, capacity),
         )
 
     def _sample(self, logits_B1V, request: Request, key_B) -> jax.Array:
@@ -147,14 +177,23 @@ class Decoder:
         return sample(probabilities(logits_B1V, request.sampling)[:, 0], key_B)
 
     def run(self, params, request: Request, state: DecodeState) -> DecodeState:
-        """Rounds until every row is done: one loop on the device."""
+        """Rounds until every row is done, `request.max_rounds` are over, or a row lacks room for one more: one loop."""
 
-        def round(state):
+        def goes_on(carry):
+            state, rounds = carry
+            return (rounds < request.max_rounds) & ~jnp.all(state.done_B) & self.has_room(state)
+
+        def round(carry):
+            state, rounds = carry
             proposal, state = self.propose(params, request, state)
             verified, state = self.verify(params, request, state, proposal)
-            return self.accept(request, state, verified)
+            return self.accept(request, state, verified), rounds + 1
 
-        return jax.lax.while_loop(lambda state: ~jnp.all(state.done_B), round, state)
+        return jax.lax.while_loop(goes_on, round, (state, jnp.int32(0)))[0]
+
+    def has_room(self, state: DecodeState) -> jax.Array:
+        """bool: whether another round stays within the caches. Rows that are done are written behind as well."""
+        return jnp.all(state.length_B + self.margin <= state.tokens_BC.shape[1])
 
     def propose(self, params, request: Request, state: DecodeState):
         """Drafts; a row never drafts more than it may still emit beside the target's own token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -10,38 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError, check_thresholds
-from s2d_jax.decoder import Decoder, DecodeState, HeuristicLength, Target, fixed_length
+from s2d_jax.conversation import Conversation
+from s2d_jax.decoder import Decoder, HeuristicLength, Target, fixed_length
 from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
 from s2d_jax.drafters.chain import ChainConfig
 from s2d_jax.model import Transformer
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import Drafter, Request, SamplingArrays
+from s2d_jax.session import UNLIMITED, Plan, Session
 from s2d_jax.sharding import mesh_of, replicated
-from s2d_jax.stats import GenerationStats, sum_stats
+from s2d_jax.streaming import GenerationResult, Stream, Timing, growing_rounds
 from s2d_jax.tokenizer import check_same_tokenizer
 
-_SMALLEST_BUCKET = 32
 _STOP_SLOTS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationResult:
-    """What one call generated.
-
-    Attributes:
-        texts: new text per row, special tokens left out; empty strings without a tokenizer.
-        token_ids: new tokens per row, the stop token included.
-        stats: summed over the rows.
-        row_stats: one per row.
-    """
-
-    texts: list[str]
-    token_ids: list[list[int]]
-    stats: GenerationStats
-    row_stats: list[GenerationStats]
 
 
 class SpeculativeDecoder:
@@ -85,46 +69,105 @@ class SpeculativeDecoder:
         sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
         *,
         time_phases: bool = False,
+        time_rounds: bool = False,
     ) -> GenerationResult:
         """Generates for all prompts in one batch.
 
         Args:
-            prompts: texts, taken as they are (`target.tokenizer.render_chat` makes a chat prompt), or token ids.
+            prompts: texts, taken as they are; conversations (lists of messages with role and content), which go through the
+                chat template; or token ids.
             sampling: one for each prompt; or one for all, and then row i uses `seed + i`.
             time_phases: wait between prefill and decoding, to time them apart.
+            time_rounds: time drafting, verification and the rest apart, by running them as programs of their own that are
+                waited for one by one. The phases add up to the total of this call, which is longer than with one loop on the
+                device.
 
         Raises:
-            UserError: for no prompts, an empty prompt, one that fills the target's context, or ids outside the vocabulary.
+            UserError: for no prompts, an empty prompt, one that fills the target's context, ids outside the vocabulary, or stop
+                strings without a tokenizer.
         """
-        if not len(prompts):
-            raise UserError("there are no prompts; give at least one")
-        prompt_ids = [self.encode(prompt) for prompt in prompts]
-        decoder, width, args = self.prepare(prompt_ids, sampling)
-        (prefill, run), compile_seconds = programs(decoder, width, args)
+        timing = Timing(prefill=time_phases, rounds=time_rounds)
+        return self._stream(Session(), prompts, sampling, timing=timing).result
 
+    def stream(
+        self,
+        prompts,
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+        *,
+        rounds_per_look: int = 8,
+    ) -> Stream:
+        """Generates as `generate` does, the same tokens, and gives them out as they come.
+
+        Args:
+            prompts, sampling: as for `generate`.
+            rounds_per_look: the device runs so many rounds, at first fewer, before the host looks at what is new.
+
+        Returns:
+            An iterator over `Delta`s; its `result` is what `generate` returns. Closing it stops decoding and frees the caches.
+        """
+        return self._stream(Session(), prompts, sampling, rounds_per_look=rounds_per_look)
+
+    def conversation(self) -> Conversation:
+        """Generations whose caches serve each other: of a prompt, only what is new is computed."""
+        return Conversation(self._stream, self.target.tokenizer)
+
+    def warmup(
+        self,
+        buckets: Sequence[int] = (64,),
+        batch_sizes: Sequence[int] = (1,),
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+    ) -> float:
+        """Compiles ahead what `generate` and `stream` will need, and runs it for one round.
+
+        Args:
+            buckets: prompt lengths; programs serve all lengths of the same bucket (32, 48, 64, 96, 128, 192, ...).
+            batch_sizes: prompts per call.
+            sampling: `max_new_tokens` and whether the temperature is 0 decide what is compiled; the rest may change later.
+
+        Returns:
+            Wall seconds spent. With a persistent compilation cache (`use_compile_cache`) a later process spends few.
+        """
         started = time.perf_counter()
-        state = prefill(*args)
-        if time_phases:
-            jax.block_until_ready(state)
-        prefilled = time.perf_counter()
-        state = run(*args[:2], state)
-        counters = decoder.drafter.stats(state.draft_state)
-        fetched, counters = jax.device_get((_without_caches(state), counters))
-        ended = time.perf_counter()
+        for batch in batch_sizes:
+            for length in buckets:
+                prompts = [[0] * min(length, self.target.config.max_context - 1)] * batch
+                with self.stream(prompts, dataclasses.replace(sampling, stop=())) as stream:
+                    for _ in itertools.islice(stream, batch + 1):
+                        pass
+        return time.perf_counter() - started
 
-        seconds = {"compile": compile_seconds, "total": ended - started}
-        if time_phases:
-            seconds |= {"prefill": prefilled - started, "decode": ended - prefilled}
-        return self._result(prompt_ids, fetched, counters, seconds)
+    def _stream(
+        self,
+        session: Session,
+        prompts,
+        sampling,
+        *,
+        rounds_per_look: int | None = None,
+        timing: Timing = Timing(),  # noqa: B008 (frozen)
+        keep: bool = False,
+    ) -> Stream:
+        """A generation on `session`; the host looks at the end only unless `rounds_per_look` is given."""
+        if rounds_per_look is not None and rounds_per_look < 1:
+            raise UserError(f"rounds_per_look={rounds_per_look} must be at least 1")
+        rounds = None if rounds_per_look is None else growing_rounds(rounds_per_look)
+        plan = self._plan(prompts, sampling)
+        return Stream(
+            *(session, plan, self.target.tokenizer, self.exits),
+            rounds=rounds,
+            timing=timing,
+            keep=keep,
+        )
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode(self, prompt) -> list[int]:
         """The token ids of a prompt that can be answered; UserError as in `generate`."""
-        if isinstance(prompt, str):
-            if self.target.tokenizer is None:
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+        if isinstance(prompt, str) or is_chat:
+            tokenizer = self.target.tokenizer
+            if tokenizer is None:
                 raise UserError(
-                    f"prompt {prompt[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
+                    f"prompt {str(prompt)[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
                 )
-            prompt = self.target.tokenizer.encode(prompt)
+            prompt = tokenizer.encode_chat(prompt) if is_chat else tokenizer.encode(prompt)
         ids, context = list(prompt), self.target.config.max_context
         if not ids:
             raise UserError("a prompt is empty; give at least one token")
@@ -152,33 +195,47 @@ class SpeculativeDecoder:
 
     def prepare(self, prompts, sampling) -> tuple[Decoder, int, tuple]:
         """What `generate` would run: static decoder, prompt width, and `(params, request, tokens_BC, length_B)`."""
+        plan = self._plan(prompts, sampling)
+        kept = [0] * len(plan.prompts)
+        width = plan.width(kept)
+        arrays = plan.arrays(plan.capacity(kept, width))
+        return plan.decoder, width, (plan.params, plan.request, *arrays)
+
+    def _plan(self, prompts, sampling) -> Plan:
+        if not len(prompts):
+            raise UserError("there are no prompts; give at least one")
         prompt_ids = [self.encode(prompt) for prompt in prompts]
         rows = self._per_row(sampling, len(prompt_ids))
-        greedy = all(row.temperature == 0.0 for row in rows)
-        decoder = self._decoder(greedy)
-        lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
+        if self.target.tokenizer is None and any(row.stop for row in rows):
+            raise UserError(
+                f"stop strings are texts, but {self.target.source} has no tokenizer; use stop_token_ids"
+            )
         context = self.target.config.max_context
-        new_tokens = np.array([row.max_new_tokens for row in rows], np.int32)
-        width = bucket(int(lengths.max()))
-        # The margin is rounded up so that a width-matched reference has caches of the same capacity. Nothing here depends on
-        # where in its bucket a prompt lies, so every prompt of the bucket finds the same programs.
-        margin = -(-decoder.margin // 64) * 64
-        longest = min(width + int(new_tokens.max()), max(width, context))
-        capacity = bucket(longest + margin)
-        tokens = np.zeros((len(prompt_ids), capacity), np.int32)
-        for row, ids in enumerate(prompt_ids):
-            tokens[row, : len(ids)] = ids
         listed = _vocabulary_of(self.draft)
+        limits = [
+            min(len(ids) + row.max_new_tokens, context)
+            for ids, row in zip(prompt_ids, rows, strict=True)
+        ]
         request = Request(
             sampling=SamplingArrays.stack(rows),
             key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
-            max_length_B=jnp.asarray(np.minimum(lengths + new_tokens, context), jnp.int32),
+            max_length_B=jnp.asarray(limits, jnp.int32),
             stop_ids_BN=jnp.asarray(self._stop_ids(rows)),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
+            max_rounds=jnp.asarray(UNLIMITED, jnp.int32),
             vocabulary_K=None if listed is None else jnp.asarray(listed.ids_K),
         )
-        arrays = self._place((request, jnp.asarray(tokens), jnp.asarray(lengths)))
-        return decoder, width, (self._params, *arrays)
+        return Plan(
+            decoder=self._decoder(all(row.temperature == 0.0 for row in rows)),
+            params=self._params,
+            request=self._place(request),
+            rows=rows,
+            prompts=prompt_ids,
+            context=context,
+            prefill_chunk=self.config.prefill_chunk,
+            initial_room=self.config.initial_room,
+            place=self._place,
+        )
 
     def _stop_ids(self, rows: Sequence[SamplingParams]) -> np.ndarray:
         """int32 `[B, N]`: N is a multiple of 8, so that few programs serve any number of stop tokens."""
@@ -224,43 +281,6 @@ class SpeculativeDecoder:
             )
         return jax.device_put(tree, everywhere)
 
-    def _result(self, prompt_ids, state: DecodeState, counters, seconds) -> GenerationResult:
-        exits = self.exits
-        passes = counters.get("segment_passes", ())
-        draft_forwards = {exit: int(n) for exit, n in zip(exits, passes, strict=True)}
-        row_stats, token_ids = [], []
-        for row, ids in enumerate(prompt_ids):
-            new_ids = state.tokens_BC[row, len(ids) : state.length_B[row]].tolist()
-            token_ids.append(new_ids)
-            exit_counts = counters["exit_counts"][row] if exits else ()
-            row_stats.append(
-                GenerationStats(
-                    prompt_tokens=len(ids),
-                    emitted_tokens=len(new_ids),
-                    target_forwards=int(state.rounds_B[row]),
-                    draft_forwards=draft_forwards,
-                    drafted_tokens=int(state.drafted_BG[row].sum()),
-                    accepted_tokens=int(state.accepted_BG[row].sum()),
-                    drafted_per_depth=tuple(state.drafted_BG[row].tolist()),
-                    accepted_per_depth=tuple(state.accepted_BG[row].tolist()),
-                    exit_histogram={e: int(n) for e, n in zip(exits, exit_counts, strict=True)},
-                    seconds=seconds,
-                )
-            )
-        tokenizer = self.target.tokenizer
-        texts = ["" if tokenizer is None else tokenizer.decode(ids) for ids in token_ids]
-        return GenerationResult(texts, token_ids, sum_stats(row_stats), row_stats)
-
-
-def bucket(length: int) -> int:
-    """The smallest of 32, 48, 64, 96, 128, 192, ... that holds `length`: few shapes, so few compilations."""
-    size = _SMALLEST_BUCKET
-    while size < length:
-        if size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
-
 
 def _transformer(model: Model, trimmed_head_size: int | None = None) -> Transformer:
     return Transformer(model.config, model.dtype, trimmed_head_size=trimmed_head_size)
@@ -269,11 +289,6 @@ def _transformer(model: Model, trimmed_head_size: int | None = None) -> Transfor
 def _vocabulary_of(draft: Model | None) -> DraftVocabulary | None:
     """The tokens that a draft's head is read over; None for all."""
     return draft.vocabulary if isinstance(draft, Draft) else None
-
-
-def _without_caches(state: DecodeState) -> DecodeState:
-    """Only what the host reads."""
-    return state.replace(target_cache=None, draft_state=None)
 
 
 def _resolve_exits(draft: Model | None, config: DecodeConfig):

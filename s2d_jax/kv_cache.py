@@ -62,6 +62,21 @@ class KVCache:
         """Declares the positions below `length_B` valid; the caller has written them."""
         return self.replace(length_B=length_B)
 
+    def grow(self, capacity: int) -> KVCache:
+        """The same cache with room for `capacity` positions."""
+        keys, values = (
+            tuple(grow_axis(x, capacity, axis=2) for x in arrays)
+            for arrays in (self.keys, self.values)
+        )
+        return self.replace(keys=keys, values=values)
+
+
+def grow_axis(array: jax.Array, size: int, *, axis: int) -> jax.Array:
+    """`array` with zeros behind it along `axis`, so that it has `size` entries there."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, widths)
+
 
 def write_window(buffer: jax.Array, window: jax.Array, start_B: jax.Array, *, axis: int):
     """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis), in place."""

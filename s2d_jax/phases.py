@@ -1,49 +1,47 @@
-"""Where the time of a round goes: the same rounds, with each part as a program of its own."""
+"""Where the time of a round goes: rounds whose parts are programs of their own."""
 
 from __future__ import annotations
 
-import functools
 import time
+from typing import Any
 
 import jax
 
-from s2d_jax.compilation import programs
-from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax import compilation
+from s2d_jax.decoder import Decoder, DecodeState
+from s2d_jax.proposal import Request
 
-PHASES = ("prefill", "draft", "verify", "rest")
+ROUND_PHASES = ("draft", "verify", "rest")
 
 
-def phase_seconds(decoder: SpeculativeDecoder, prompts, sampling) -> dict[str, float]:
-    """Wall seconds of one call by phase: `prefill`, `draft`, `verify`, and `rest` (acceptance, rewinds, stop conditions).
+def timed_rounds(
+    decoder: Decoder, params: Any, request: Request, state: DecodeState, max_rounds: int
+) -> tuple[DecodeState, dict[str, float], float]:
+    """Up to `max_rounds` rounds, fewer when all rows are done or one lacks room.
 
-    The parts of a round are waited for one by one, which one loop on the device does not do: use the shares, not the sum.
-    Compiling is left out.
+    The parts are waited for one by one, which one loop on the device does not do: `rest` (acceptance, rewinds, stop conditions)
+    also holds the time in which the host asks whether to go on.
+
+    Returns:
+        The state, wall seconds by `ROUND_PHASES` (they add up to the time spent here), and seconds spent compiling beforehand.
     """
-    static, width, args = decoder.prepare(prompts, sampling)
-    params, request, *_ = args
-    (prefill, _), _ = programs(static, width, args)
-    propose = jax.jit(static.propose, donate_argnums=2)
-    verify = jax.jit(static.verify, donate_argnums=2)
-    accept = jax.jit(static.accept, donate_argnums=1)
+    programs, compiling = compilation.round_programs(decoder, (params, request, state))
+    seconds = dict.fromkeys(ROUND_PHASES, 0.0)
+    last = time.perf_counter()
 
-    def one_round(state, clock):
-        proposal, state = clock("draft", propose, params, request, state)
-        verified, state = clock("verify", verify, params, request, state, proposal)
-        return clock("rest", accept, request, state, verified)
+    def clock(phase):
+        nonlocal last
+        now = time.perf_counter()
+        seconds[phase], last = seconds[phase] + now - last, now
 
-    def generate(clock):
-        state = clock("prefill", prefill, *args)
-        while not state.done_B.all():
-            state = one_round(state, clock)
-
-    generate(lambda _, program, *inputs: program(*inputs))  # compiles
-    seconds = dict.fromkeys(PHASES, 0.0)
-    generate(functools.partial(_timed, seconds))
-    return seconds
-
-
-def _timed(seconds, phase, program, *inputs):
-    started = time.perf_counter()
-    outputs = jax.block_until_ready(program(*inputs))
-    seconds[phase] += time.perf_counter() - started
-    return outputs
+    rounds = 0
+    while rounds < max_rounds and not state.done_B.all() and decoder.has_room(state):
+        clock("rest")
+        proposal, state = jax.block_until_ready(programs.propose(params, request, state))
+        clock("draft")
+        verified, state = jax.block_until_ready(programs.verify(params, request, state, proposal))
+        clock("verify")
+        state = jax.block_until_ready(programs.accept(request, state, verified))
+        rounds += 1
+    clock("rest")
+    return state, seconds, compiling

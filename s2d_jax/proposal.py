@@ -52,6 +52,7 @@ class Request:
         max_length_B: int32, prompt plus new tokens at most.
         stop_ids_BN: int32, token ids that end a row; -1 where there are fewer.
         exit_threshold_E: f32, one per exit in use.
+        max_rounds: int32 scalar, rounds after which the loop lets the host look.
         vocabulary_K: int32, ascending: the ids that a draft with a trimmed head is read over; None for all.
     """
 
@@ -60,6 +61,7 @@ class Request:
     max_length_B: jax.Array
     stop_ids_BN: jax.Array
     exit_threshold_E: jax.Array
+    max_rounds: jax.Array
     vocabulary_K: jax.Array | None = None
 
 
@@ -93,7 +95,15 @@ class Drafter(Protocol):
         ...
 
     def init(self, params: Any, tokens_BC: jax.Array, length_B: jax.Array, prompt_width: int):
-        """The state after the prompts `tokens_BC[:, :prompt_width]`, of which `length_B` are real."""
+        """The state after the first `length_B` of `tokens_BC`, computed `prompt_width` (static) at a time."""
+        ...
+
+    def extend(self, params: Any, state, tokens_BC, length_B: jax.Array, width: int):
+        """The state after the first `length_B` of `tokens_BC`, of which `state` holds some; counters start again at 0."""
+        ...
+
+    def grow(self, state, capacity: int):
+        """The same state with room for `capacity` positions in each row."""
         ...
 
     def propose(

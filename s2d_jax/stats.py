@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 
@@ -20,7 +21,11 @@ class GenerationStats:
         drafted_per_depth: rounds that drafted at least 1, 2, ... tokens.
         accepted_per_depth: rounds that accepted at least 1, 2, ... tokens.
         exit_histogram: drafted tokens by the layer they left at.
-        seconds: wall time of the call by phase: `compile`, `total` (without compile), and `prefill`, `decode` when asked for.
+        seconds: wall time of the call by phase: `compile`, `total` (without compile), and when asked for `prefill` and
+            `decode`, or `prefill`, `draft`, `verify` and `rest`; these add up to `total`.
+        rows: how many rows these are the counts of.
+        prefilled_tokens: tokens of the prompt that were computed; the others were in the caches already.
+        overshoot_tokens: tokens that were decoded behind a stop string and dropped; not among the emitted ones.
     """
 
     prompt_tokens: int
@@ -34,11 +39,14 @@ class GenerationStats:
     exit_histogram: dict[int, int]
     seconds: dict[str, float]
     rows: int = 1
+    prefilled_tokens: int = 0
+    overshoot_tokens: int = 0
 
     @property
     def mean_acceptance_length(self) -> float:
         """MAT: tokens emitted per target pass, the bonus or correction token included; autoregressive is 1."""
-        return (self.emitted_tokens - self.rows) / max(self.target_forwards, 1)
+        decoded = self.emitted_tokens + self.overshoot_tokens - self.rows
+        return decoded / max(self.target_forwards, 1)
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -50,6 +58,18 @@ class GenerationStats:
         """Among rounds that drafted a token at this depth, the share that accepted it."""
         pairs = zip(self.accepted_per_depth, self.drafted_per_depth, strict=True)
         return tuple(accepted / max(drafted, 1) for accepted, drafted in pairs)
+
+    @property
+    def mean_draft_length(self) -> float:
+        """Drafted tokens per target pass."""
+        return self.drafted_tokens / max(self.target_forwards, 1)
+
+    @property
+    def draft_length_histogram(self) -> dict[int, int]:
+        """Rounds by the number of tokens that they drafted, 0 included."""
+        at_least = (self.target_forwards, *self.drafted_per_depth, 0)
+        exactly = {n: a - b for n, (a, b) in enumerate(itertools.pairwise(at_least))}
+        return {n: rounds for n, rounds in exactly.items() if rounds}
 
 
 def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
@@ -79,7 +99,7 @@ def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
 
 _SUMMED = (
     *("prompt_tokens", "emitted_tokens", "target_forwards"),
-    *("drafted_tokens", "accepted_tokens", "rows"),
+    *("drafted_tokens", "accepted_tokens", "rows", "prefilled_tokens", "overshoot_tokens"),
 )
 
 

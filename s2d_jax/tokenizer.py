@@ -5,6 +5,7 @@ The only place that touches Hugging Face tokenizers.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -35,6 +36,9 @@ _PADDING = re.compile(
     r"[<\[]\|?(pad|padding|unused|dummy|reserved|extra|placeholder)([_ -]?(special|token|id))*[_ -]?\d*\|?[>\]]",
     re.IGNORECASE,
 )
+
+# Tokens of a single byte in vocabularies with byte fallback.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 # FastChat's `SeparatorStyle.ADD_COLON_TWO` with the separators " " and "</s>": a space after the system text and after each
 # user's turn, the EOS right after each answer. Source: `Conversation.get_prompt` in fastchat/conversation.py.
@@ -122,6 +126,24 @@ class Tokenizer:
             skip_special_tokens=skip_special_tokens,
             clean_up_tokenization_spaces=False,
         )
+
+    def decode_settled(self, ids: Sequence[int]) -> str:
+        """The beginning of the text of `ids` that no further token can change.
+
+        Held back are a last character of which bytes are missing, and bytes written as tokens of their own (`<0xE2>`): whether
+        they are characters is known at the end of their run only.
+        """
+        ids = list(ids)
+        while ids and ids[-1] not in self._whole_ids:
+            ids.pop()
+        return self.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+
+    @functools.cached_property
+    def _whole_ids(self) -> frozenset[int]:
+        """All but bytes, and but what leaves no text and so does not end a run of bytes either."""
+        special = {i for i, token in self._fast.added_tokens_decoder.items() if token.special}
+        tokens = self.vocabulary().items()
+        return frozenset(i for token, i in tokens if not _BYTE.fullmatch(token)) - special
 
     def render_chat(
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_draft, tiny_model, tiny_params, tiny_tokenizer
 
-from s2d_jax import generation, kv_cache
+from s2d_jax import kv_cache
+from s2d_jax.buckets import bucket
 from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
 from s2d_jax.decoder import HeuristicLength
@@ -309,7 +310,7 @@ def test_bad_requests_say_what_is_wrong(target, draft):
     [(1, 32), (32, 32), (33, 48), (49, 64), (65, 96), (1000, 1024), (1025, 1536)],
 )
 def test_buckets(length, expected):
-    assert generation.bucket(length) == expected
+    assert bucket(length) == expected
 
 
 def test_seeds_are_reproducible(target, draft):

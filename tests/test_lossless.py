@@ -124,6 +124,7 @@ def _emitted_counts(mode: Mode) -> np.ndarray:
             max_length_B=length_B + EMITTED + 1,
             stop_ids_BN=jnp.full((BATCH, 1), -1, jnp.int32),
             exit_threshold_E=jnp.array([0.55, 0.6, 0.0][: 3 if mode.policy == "thresholds" else 1]),
+            max_rounds=jnp.int32(100),
             vocabulary_K=jnp.array(LISTED) if mode.trimmed else None,
         )
         state = decoder.prefill(params, request, tokens_BC, length_B, width)

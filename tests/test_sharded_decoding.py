@@ -13,7 +13,7 @@ import pytest
 from tiny import tiny_config, tiny_params
 
 from s2d_jax.compilation import programs
-from s2d_jax.config import DraftConfig, ModelConfig, SamplingParams, UserError
+from s2d_jax.config import DecodeConfig, DraftConfig, ModelConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.model import abstract_params, logical_axes
 from s2d_jax.prepare import prepare_for_decode
@@ -52,6 +52,20 @@ def test_tokens_equal_those_of_one_device(target, draft, tensor, temperature, us
     many = SpeculativeDecoder(_sharded(target, mesh), drafting).generate(PROMPTS, sampling)
     assert many.token_ids == one.token_ids
     assert many.stats.exit_histogram == one.stats.exit_histogram
+
+
+def test_caches_of_a_sharded_target_grow_and_serve_the_next_turn(target, draft):
+    mesh = make_mesh(MeshConfig(tensor=2))
+    config = DecodeConfig(initial_room=8)
+    decoder = SpeculativeDecoder(_sharded(target, mesh), draft, config)
+    conversation, sampling = decoder.conversation(), SamplingParams(max_new_tokens=125)
+    first = conversation.generate(PROMPTS, sampling)
+    later = [[*p, *ids, 3] for p, ids in zip(PROMPTS, first.token_ids, strict=True)]
+    second = conversation.generate(later, sampling)
+    one = SpeculativeDecoder(target, draft, config)
+    assert first.token_ids == one.generate(PROMPTS, sampling).token_ids
+    assert second.token_ids == one.generate(later, sampling).token_ids
+    assert [row.prefilled_tokens for row in second.row_stats] == [2, 2]
 
 
 def test_the_cache_is_split_on_heads_and_never_gathered(target, draft):

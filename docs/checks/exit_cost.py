@@ -7,7 +7,6 @@ import statistics
 import sys
 
 from s2d_jax import DecodeConfig, SamplingParams, SpeculativeDecoder, load_draft, load_model
-from s2d_jax.phases import phase_seconds
 
 target, draft = load_model(sys.argv[1]), load_draft(sys.argv[2])
 repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 5
@@ -25,7 +24,7 @@ for _ in range(repeats):
     for layer, decoder in decoders.items():
         stats = decoder.generate([prompt], sampling).stats
         assert stats.exit_histogram[layer] == stats.drafted_tokens
-        seconds = phase_seconds(decoder, [prompt], sampling)["draft"]
+        seconds = decoder.generate([prompt], sampling, time_rounds=True).stats.seconds["draft"]
         figures[layer].append(1e3 * seconds / stats.drafted_tokens)
 deepest = statistics.median(figures[exits[-1]])
 for layer, column in figures.items():

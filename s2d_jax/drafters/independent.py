@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.chunks import run_chunks
 from s2d_jax.control import run_if
 from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, propose_chain
 from s2d_jax.kv_cache import KVCache, read_window
@@ -60,9 +61,18 @@ class IndependentDrafter:
         cache = KVCache.create(
             *(c.num_layers, B, c.num_kv_heads, capacity, c.head_dim), dtype=self.model.dtype
         )
-        _, cache = self._run(params, cache, tokens_BC[:, :prompt_width])
-        zeros_B = jnp.zeros(B, jnp.int32)
-        return IndependentState(cache.advance_to(length_B), zeros_B, jnp.int32(0))
+        state = IndependentState(cache, jnp.zeros(B, jnp.int32), jnp.int32(0))
+        return self.extend(params, state, tokens_BC, length_B, prompt_width)
+
+    def extend(self, params, state, tokens_BC, length_B, width):
+        def forward(chunk_BW, cache):
+            return self._run(params, cache, chunk_BW)
+
+        _, cache = run_chunks(forward, state.cache, tokens_BC, length_B, width)
+        return IndependentState(cache, jnp.zeros_like(length_B), jnp.int32(0))
+
+    def grow(self, state, capacity):
+        return state.replace(cache=state.cache.grow(capacity))
 
     def _pass(self, params, state: IndependentState, tokens_BC, moving_B):
         """Runs the next token of every row, and counts it in the rows that move. Returns its state `[B, D]`."""

@@ -26,6 +26,12 @@ class NoDrafter:
     def init(self, params, tokens_BC, length_B, prompt_width):
         return ()
 
+    def extend(self, params, state, tokens_BC, length_B, width):
+        return state
+
+    def grow(self, state, capacity):
+        return state
+
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         tokens_BG = jnp.zeros((tokens_BC.shape[0], self.width), jnp.int32)
         return Proposal(tokens_BG, jnp.zeros_like(num_draft_B), None), state

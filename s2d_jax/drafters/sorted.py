@@ -2,7 +2,7 @@
 
 The layers between two exits are a *segment*. Segment s has its own cache, whose length says how many positions it has computed;
 deeper never exceeds shallower. The state that enters segment s > 0 is kept for every position in a buffer, so when a token
-needs segment s, the positions that left earlier are run through it first, in chunks. Prefill is the same with one wide chunk.
+needs segment s, the positions that left earlier are run through it first, in chunks. Prefill is the same with wide chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from s2d_jax.control import run_if
 from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, num_entries, propose_chain
-from s2d_jax.kv_cache import KVCache, read_window, write_window
+from s2d_jax.kv_cache import KVCache, grow_axis, read_window, write_window
 from s2d_jax.model import Transformer
 
 
@@ -93,9 +93,21 @@ class SortedDrafter:
         entry = jnp.zeros((B, capacity, c.embed_dim), self.model.dtype)
         counts_BE = jnp.zeros((B, len(self.exit_layers)), jnp.int32)
         state = SortedState(segments, (entry,) * (len(segments) - 1), counts_BE, counts_BE[0])
-        for s in range(len(segments)):
-            state, _ = self.catch_up(params, state, s, tokens_BC, length_B, prompt_width)
-        return state.replace(segment_passes_E=counts_BE[0])
+        return self.extend(params, state, tokens_BC, length_B, prompt_width)
+
+    def extend(self, params, state, tokens_BC, length_B, width):
+        for s in range(len(state.segments)):
+            state, _ = self.catch_up(params, state, s, tokens_BC, length_B, width)
+        return state.replace(
+            exit_counts_BE=jnp.zeros_like(state.exit_counts_BE),
+            segment_passes_E=jnp.zeros_like(state.segment_passes_E),
+        )
+
+    def grow(self, state, capacity):
+        return state.replace(
+            segments=tuple(cache.grow(capacity) for cache in state.segments),
+            entries=tuple(grow_axis(entry, capacity, axis=1) for entry in state.entries),
+        )
 
     def catch_up(self, params, state: SortedState, s: int, tokens_BC, end_B, width: int):
         """Runs segment `s` until it has computed `end_B` positions of each row, `width` at a time.

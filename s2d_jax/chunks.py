@@ -1,0 +1,49 @@
+"""A prompt of any length through a model of static width: chunk by chunk, behind its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.kv_cache import KVCache, read_window
+
+# forward(tokens [B, W], cache) -> (states [B, W, D], the cache with them written, its length unchanged)
+Forward = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
+
+
+def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
+    """Runs the model until the cache holds `end_B` positions of each row, `width` at a time.
+
+    A row that is ready earlier stays where it is; what is written behind it is overwritten later.
+
+    Args:
+        forward: one pass over `width` positions.
+        cache: holds a prefix of each row of `tokens_BC`, shorter than `end_B`.
+        tokens_BC: int32; C must hold the last chunk to its end, `end_B + width` at most.
+        end_B: int32.
+        width: static.
+
+    Returns:
+        The state `[B, D]` at position `end_B - 1`, and the cache.
+    """
+    chunk_BW = jax.ShapeDtypeStruct((tokens_BC.shape[0], width), tokens_BC.dtype)
+    h_BWD, _ = jax.eval_shape(forward, chunk_BW, cache)
+    nothing_BD = jnp.zeros((h_BWD.shape[0], h_BWD.shape[2]), h_BWD.dtype)
+
+    def run_chunk(carry):
+        cache, last_BD = carry
+        h_BWD, written = forward(read_window(tokens_BC, cache.length_B, width), cache)
+        index_B = end_B - 1 - cache.length_B
+        inside_B = (index_B >= 0) & (index_B < width)
+        at_B11 = jnp.clip(index_B, 0, width - 1)[:, None, None]
+        found_BD = jnp.take_along_axis(h_BWD, at_B11, axis=1)[:, 0]
+        last_BD = jnp.where(inside_B[:, None], found_BD, last_BD)
+        return written.advance_to(jnp.minimum(cache.length_B + width, end_B)), last_BD
+
+    def behind(carry):
+        return jnp.any(carry[0].length_B < end_B)
+
+    cache, last_BD = jax.lax.while_loop(behind, run_chunk, (cache, nothing_BD))
+    return last_BD, cache
