@@ -36,7 +36,7 @@ class Args:
     independent_draft: str | None = None
     """Another model of the same vocabulary, for the method `draft`."""
     methods: str = "ar,s2d"
-    """Some of ar, draft, sd@K (exit K of the draft), s2d; ar, the baseline, is always measured."""
+    """Some of ar, draft, sd@K (exit K of the draft), s2d, auto; ar, the baseline, is always measured."""
     out: Path = Path("runs/bench")
     """Directory of report.json, report.md, samples.jsonl and plots."""
     max_questions: int | None = None
@@ -71,7 +71,7 @@ def bench(args: Args) -> None:
     require_targets(args.target)
     names = parse_methods(args.methods)
     args.sampling.params()
-    args.drafting.config()
+    _check_drafting(args)
     categories = tuple(args.categories.split(",")) if args.categories else ()
     questions = read_questions(
         args.questions, categories=categories, max_questions=args.max_questions
@@ -85,6 +85,8 @@ def bench(args: Args) -> None:
     for path in args.target:
         target = load_target(path, dtype)
         methods = build_methods(names, target, draft, independent, args.drafting)
+        for method in methods:  # a policy that is missing is known before anything is measured
+            method.decoder.settled(args.sampling.temperature)
         own = _measure(args, target, methods, questions)
         shares = {
             method.name: round_shares(
@@ -102,6 +104,12 @@ def bench(args: Args) -> None:
         partial.write_text("".join(lines), encoding="utf-8")
     write_plots(args.out, rows)
     show_report(screen(), settings, rows)
+
+
+def _check_drafting(args: Args) -> None:
+    if args.drafting.policy is not None:
+        raise UserError("--policy auto is a method here; add auto to --methods")
+    dataclasses.replace(args.drafting, policy_file=None).config()
 
 
 def _measure(

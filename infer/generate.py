@@ -65,6 +65,8 @@ def generate(args: Args) -> None:
     draft = load_draft(args.draft, dtype=args.compute.jax_dtype) if args.draft else None
     if draft is None and (config.exits or config.exit_thresholds):
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
+    if draft is None and config.policy:
+        raise UserError("--policy auto chooses how to use a draft; give --draft DIR")
     rows = []
     for path in args.target:
         target = load_target(path, args.compute.jax_dtype)
@@ -147,6 +149,7 @@ def _row(args: Args, target: str, question: Question, answers: list[Answer]) -> 
         "stats": {
             "mean_acceptance_length": round(stats.mean_acceptance_length, 4),
             "target_forwards": stats.target_forwards,
+            "plain_rounds": stats.plain_rounds,
             "drafted_tokens": stats.drafted_tokens,
             "accepted_tokens": stats.accepted_tokens,
             "exit_histogram": stats.exit_histogram,

@@ -12,10 +12,13 @@ import numpy as np
 
 from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError, check_thresholds
-from s2d_jax.decoder import Decoder, DecodeState, HeuristicLength, Target, fixed_length
+from s2d_jax.decoder import Decoder, DecodeState, Target
+from s2d_jax.draft_length import DraftingArrays
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
 from s2d_jax.drafters.chain import ChainConfig
+from s2d_jax.guard import allowance
 from s2d_jax.model import Transformer
+from s2d_jax.policy import load_policy
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import Drafter, Request, SamplingArrays
 from s2d_jax.sharding import mesh_of, replicated
@@ -24,6 +27,8 @@ from s2d_jax.tokenizer import check_same_tokenizer
 
 _SMALLEST_BUCKET = 32
 _STOP_SLOTS = 8
+# Positions that the draft takes in at once after plain rounds: passes this wide cost least per position (docs/experiments.md).
+_RETURN_WIDTH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ class SpeculativeDecoder:
         config: exits, draft length and the like.
 
     Raises:
-        UserError: for different tokenizers, or exits that the draft does not have.
+        UserError: for different tokenizers, exits that the draft does not have, or `policy="auto"` without a draft.
     """
 
     def __init__(
@@ -62,18 +67,39 @@ class SpeculativeDecoder:
         config: DecodeConfig = DecodeConfig(),  # noqa: B008 (frozen)
     ):
         self.target, self.config, self.draft = target, config, draft
+        self._settled: dict[float, SpeculativeDecoder] = {}
+        if config.policy == "auto" and draft is None:
+            raise UserError("policy='auto' chooses how to use a draft; give one, or leave it out")
         self.mesh = mesh_of(target.params)
         self.exits, self.thresholds = _resolve_exits(draft, config)
         if draft is not None:
             _check_vocabularies(target, draft)
+            _check_costs(self.exits, config)
         self._params = {
             "target": target.params,
             "draft": {} if draft is None else self._place(draft.params),
         }
 
+    def settled(self, temperature: float) -> SpeculativeDecoder:
+        """The decoder that really runs at a temperature: this one, or with `policy="auto"` the one that calibration chose.
+
+        Raises:
+            UserError: if nothing was calibrated for it.
+        """
+        if self.config.policy is None:
+            return self
+        if temperature not in self._settled:
+            draft, file = self.draft, self.config.policy_file
+            config = load_policy(self.target, draft, temperature, file).config
+            chosen = (None, DecodeConfig()) if config is None else (draft, config)
+            self._settled[temperature] = SpeculativeDecoder(self.target, *chosen)
+        return self._settled[temperature]
+
     @property
     def verify_width(self) -> int:
-        """Positions that one target pass computes; give it to the `DecodeConfig` of a width-matched reference."""
+        """Positions that one target pass computes at most; give it to the `DecodeConfig` of a width-matched reference."""
+        if self.config.policy == "auto":
+            return self.settled(0.0).verify_width
         if self.draft is not None:
             return self.config.draft_width + 1
         return self.config.verify_width or 1
@@ -96,6 +122,9 @@ class SpeculativeDecoder:
             UserError: for an empty prompt, or one that fills the target's context.
         """
         prompt_ids = [self._encode(prompt) for prompt in prompts]
+        settled = self.settled(_hottest(self._per_row(sampling, len(prompt_ids))))
+        if settled is not self:
+            return settled.generate(prompt_ids, sampling, time_phases=time_phases)
         decoder, width, args = self.prepare(prompt_ids, sampling)
         (prefill, run), compile_seconds = programs(decoder, width, args)
 
@@ -144,6 +173,9 @@ class SpeculativeDecoder:
         """What `generate` would run: static decoder, prompt width, and `(params, request, tokens_BC, length_B)`."""
         prompt_ids = [self._encode(prompt) for prompt in prompts]
         rows = self._per_row(sampling, len(prompt_ids))
+        settled = self.settled(_hottest(rows))
+        if settled is not self:
+            return settled.prepare(prompt_ids, sampling)
         greedy = all(row.temperature == 0.0 for row in rows)
         decoder = self._decoder(greedy)
         lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
@@ -163,6 +195,7 @@ class SpeculativeDecoder:
             max_length_B=jnp.asarray(limits, jnp.int32),
             stop_ids_BN=jnp.asarray([self._stop_ids(row) for row in rows], jnp.int32),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
+            drafting=self._drafting(rows, decoder.drafter.width),
         )
         arrays = self._place((request, jnp.asarray(tokens), jnp.asarray(lengths)))
         return decoder, width, (self._params, *arrays)
@@ -174,15 +207,18 @@ class SpeculativeDecoder:
         return ids + [-1] * (slots - len(ids))
 
     def _decoder(self, greedy: bool) -> Decoder:
-        config = self.config
-        rule = HeuristicLength(config.max_draft_tokens)
+        speculates = self.draft is not None
         return Decoder(
             target=Target(_transformer(self.target), self.mesh),
             drafter=self._drafter(greedy),
             greedy=greedy,
-            next_draft_length=rule if config.draft_length_rule == "heuristic" else fixed_length,
-            first_draft_length=config.num_draft_tokens,
+            widths=self.config.verify_widths if speculates else (self.verify_width,),
         )
+
+    def _drafting(self, rows: Sequence[SamplingParams], width: int) -> DraftingArrays:
+        config = self.config if self.draft is not None else DecodeConfig()
+        allowances = [allowance(row.max_new_tokens) if config.guard else np.inf for row in rows]
+        return DraftingArrays.create(config, allowances, width, max(len(self.exits), 1))
 
     def _drafter(self, greedy: bool) -> Drafter:
         if self.draft is None:
@@ -192,11 +228,13 @@ class SpeculativeDecoder:
             vocab_size=self.target.config.vocab_size,
             greedy=greedy,
             sampled=self.config.draft_sampling == "sample",
+            watched=self.config.draft_length_rule in ("confidence", "expected_gain"),
         )
+        return_width = _RETURN_WIDTH if self.config.guard else 0
         model = _transformer(self.draft)
         if self.exits == (model.config.num_layers,):
-            return IndependentDrafter(model, chain)
-        return SortedDrafter(model, self.exits, chain, self.config.catch_up_width)
+            return IndependentDrafter(model, chain, return_width)
+        return SortedDrafter(model, self.exits, chain, self.config.catch_up_width, return_width)
 
     def _place(self, tree):
         """Replicates over the target's mesh. Next to an abstract target (ahead-of-time compilation) all stays abstract."""
@@ -223,6 +261,7 @@ class SpeculativeDecoder:
                     prompt_tokens=len(ids),
                     emitted_tokens=len(new_ids),
                     target_forwards=int(state.rounds_B[row]),
+                    plain_rounds=int(state.guard.plain_rounds_B[row]) if exits else 0,
                     draft_forwards=draft_forwards,
                     drafted_tokens=int(state.drafted_BG[row].sum()),
                     accepted_tokens=int(state.accepted_BG[row].sum()),
@@ -245,6 +284,11 @@ def bucket(length: int) -> int:
             return size * 3 // 2
         size *= 2
     return size
+
+
+def _hottest(rows: Sequence[SamplingParams]) -> float:
+    """The temperature that decides for a batch: it is greedy only if all rows are."""
+    return max((row.temperature for row in rows), default=0.0)
 
 
 def _transformer(model: Model) -> Transformer:
@@ -275,6 +319,13 @@ def _resolve_exits(draft: Model | None, config: DecodeConfig):
     else:
         thresholds = (*(own_thresholds[own_exits.index(e)] for e in exits[:-1]), 0.0)
     return exits, thresholds
+
+
+def _check_costs(exits: tuple[int, ...], config: DecodeConfig) -> None:
+    if config.costs is not None and len(config.costs.draft_step) != len(exits):
+        raise UserError(
+            f"costs.draft_step has {len(config.costs.draft_step)} values for {len(exits)} exits {exits}; give one per exit"
+        )
 
 
 def _check_vocabularies(target: Model, draft: Model) -> None:
