@@ -26,7 +26,6 @@ RETURN = 32
 Program = Callable[[], float]
 
 
-
 def _empty_state(decoder, width: int, args: tuple) -> DecodeState:
     """A state in mid-text whose caches hold zeros: what a round costs does not depend on what was written."""
     shapes = jax.eval_shape(lambda *args: decoder.prefill(*args, width), *args)

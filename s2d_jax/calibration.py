@@ -4,8 +4,8 @@ A *trace* holds, for every position of the target's own answers and every exit o
 probability that the emitted token was an accepted draft, had this exit drafted here:
 
 - greedy, or a drafted mode: 1 if the exit's mode is the emitted token y, else 0;
-- sampled from q: `min(1, q(y) / p(y))`. A draft is accepted *and* is y with probability `min(p(y), q(y))`, and y is emitted with
-  probability p(y). Its mean over y is `sum(min(p, q))`, the probability that a draft is accepted at all.
+- sampled from q: `min(1, q(y) / p(y))`. A draft is accepted *and* is y with probability `min(p(y), q(y))`, and y is emitted
+  with probability p(y). Its mean over y is `sum(min(p, q))`, the probability that a draft is accepted at all.
 
 So walking along an answer and throwing a coin per position replays a chain exactly, as far as it is accepted. Behind a
 rejected token the draft would have been elsewhere; there the confidences of the answer's own positions stand in.
@@ -139,7 +139,7 @@ def relative_costs(costs: Costs, trace: Trace, exits: tuple[int, ...], width: in
 
 
 def _acceptance_table(trace: Trace, row: int) -> tuple[float, ...]:
-    """Acceptance at evenly spaced confidences: means weighted by nearness, drawn to the confidence itself where data is thin."""
+    """Acceptance at evenly spaced confidences: means weighted by nearness, and the confidence itself where data is thin."""
     at = np.concatenate([answer.confidence[row] for answer in trace.answers]) * (_KNOTS - 1)
     accepted = np.concatenate([answer.accepted[row] for answer in trace.answers])
     table = []

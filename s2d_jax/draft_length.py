@@ -8,13 +8,13 @@ always verified, so the target's distribution is kept whatever is decided here.
 Expected gain. By renewal-reward, the lengths that maximise tokens per second are those that maximise, in each round,
 `E[tokens] - rate * E[cost]`, where `rate` is the number of tokens per unit of cost that the whole policy reaches (at least 1: a
 plain round costs 1 and emits 1). Let h be the product of the acceptance probabilities so far: the probability that the i tokens
-drafted so far are all accepted. The next tokens are not known yet; each is taken to be accepted with the mean probability a, and to
-cost one step s. Then n more tokens are worth
+drafted so far are all accepted. The next tokens are not known yet; each is taken to be accepted with the mean probability a,
+and to cost one step s. Then n more tokens are worth
 
     h (a + a^2 + ... + a^n) - rate (n s + verify[i + n] - verify[i])
 
-and the chain goes on while this is positive for some n. Looking ahead over all n and not one token only matters where the cost of
-verifying rises in steps: the first token of a round pays for a wide pass that the next ones use for nothing.
+and the chain goes on while this is positive for some n. Looking ahead over all n and not one token only matters where the cost
+of verifying rises in steps: the first token of a round pays for a wide pass that the next ones use for nothing.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 The unit is one round of plain decoding, which emits one token. A round that drafts costs `c` and emits `e` tokens, so it saves
 `e - c` (or loses, when negative); the costs are those that calibration measured. Each row has a *credit*:
 
-    credit = allowance                                  at the start: 0.01 * min(max_new_tokens, 256)
-           + 0.01 for every emitted token
+    credit = allowance                                  at the start: 0.015 * min(max_new_tokens, 256)
+           + 0.005 for every emitted token
            + what rounds that drafted have saved, losses included (the sum is capped at `allowance + CREDIT_CAP`)
 
 and it drafts a chain only as long as the credit covers the worst case, in which nothing is accepted (and the draft has to
 catch up first): so the credit never falls below 0. Hence for N emitted tokens
 
-    cost of decoding  <=  N + 0.01 N + 0.01 min(max_new_tokens, 256)
+    cost of decoding  <=  N + 0.005 N + 0.015 min(max_new_tokens, 256)
 
 that is at most 1.02 N for a request that emits at least 256 tokens, or all the tokens that it asked for: **never below
 1 / 1.02 = 0.98 of plain decoding**, whatever the draft is. (What speculation saved before may be lost again; the cap keeps
@@ -31,8 +31,8 @@ import jax.numpy as jnp
 from s2d_jax.draft_length import DraftingArrays
 
 CREDIT_CAP = 8.0
-EARNED_PER_TOKEN = 0.01
-ALLOWANCE_PER_TOKEN = 0.01
+EARNED_PER_TOKEN = 0.005
+ALLOWANCE_PER_TOKEN = 0.015
 ALLOWANCE_TOKENS = 256
 FIRST_WAIT = 8
 LONGEST_WAIT = 1024

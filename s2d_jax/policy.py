@@ -171,9 +171,7 @@ def find_policy(policies: Sequence[Policy], key: PolicyKey) -> Policy | None:
     return min(fitting, key=distance, default=None)
 
 
-def load_policy(
-    target: Model, draft: Model, temperature: float, file: str | Path | None
-) -> Policy:
+def load_policy(target: Model, draft: Model, temperature: float, file: str | Path | None) -> Policy:
     """The policy to decode with.
 
     Args:

@@ -154,7 +154,7 @@ class SortedDrafter:
         )
 
     def _step(self, params, state, tokens_BC, end_B, live_B, threshold_E):
-        """The logits that follow `end_B` tokens, and the exit each row's were read at. Segments that no row needs are skipped."""
+        """The logits that follow `end_B` tokens, and the exit of each row. Segments that no row needs are skipped."""
         B = tokens_BC.shape[0]
         leaving = _Leaving(
             state=state,
