@@ -153,7 +153,7 @@ class Calibration:
 
     def _measure_costs(self) -> dict:
         exits = len(self.draft.draft_config.exit_layers)
-        draft_programs = 3 * exits + (1 if exits > 1 else 0) - (exits - 1) * (exits == 1)
+        draft_programs = 3 * exits + 1 if exits > 1 else 2
         judged = len({0.0, *self.temperatures}) * len(WIDTHS)
         on_built = self._phase("compiling parts", len(WIDTHS) + draft_programs + 1 + judged)
         programs = build_programs(self.target, self.draft, WIDTHS, self.temperatures, on_built)

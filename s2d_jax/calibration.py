@@ -278,7 +278,7 @@ class _Walker:
         if self.rule == "expected_gain":
             assert config.costs is not None
             self.acceptance = config.costs.acceptance
-            self.draw_above, self.more_above = gain_limits(config.costs, config.gain_rate)
+            self.limits = [gain_limits(config.costs, config.gain_rate, n) for n in range(G + 1)]
 
     @staticmethod
     def _width(num_draft: int, config: DecodeConfig) -> int:
@@ -311,6 +311,8 @@ class _Walker:
         """The exits of the tokens drafted from position `at`, and the seconds that took; moves `computed`."""
         chain: list[int] = []
         seconds, hope = 0.0, 1.0
+        gainful = self.rule == "expected_gain"
+        draw_above, more_above = self.limits[most] if gainful else ([], [])
         for i in range(most):
             sure = confidence[at + i]
             exit = 0
@@ -321,12 +323,12 @@ class _Walker:
                 passes = max(1, -(-waiting // self.chunks[s]))
                 seconds += passes * self.passes[s] + self.head
                 computed[s] = at + i + 1
-            if self.rule == "expected_gain":
+            if gainful:
                 hope *= _interpolate(self.acceptance[exit], sure[exit])
-                if hope < self.draw_above[exit][i]:
+                if hope < draw_above[exit][i]:
                     break
                 chain.append(exit)
-                if hope <= self.more_above[exit][i]:
+                if hope <= more_above[exit][i]:
                     break
                 continue
             chain.append(exit)
@@ -335,13 +337,15 @@ class _Walker:
         return chain, seconds
 
 
-def gain_limits(costs: RoundCosts, rate: float) -> tuple[list[list[float]], list[list[float]]]:
-    """The expected-gain rule of `s2d_jax.draft_length` as limits on the product of acceptances.
+def gain_limits(
+    costs: RoundCosts, rate: float, G: int
+) -> tuple[list[list[float]], list[list[float]]]:
+    """The expected-gain rule of `s2d_jax.draft_length` as limits on the product of acceptances, for at most G tokens.
 
     Returns:
         By exit and by the tokens drafted before: the product from which a token is drawn, and above which another step follows.
     """
-    G, a, verify = len(costs.verify) - 1, costs.next_acceptance, costs.verify
+    a, verify = costs.next_acceptance, costs.verify
 
     def limit(i, step, first):
         """`first` 0: this token and those after it; 1: only those after it."""
