@@ -54,8 +54,9 @@ def useless(target) -> Draft:
 
 
 @pytest.mark.parametrize(("rule", "batch"), [*((rule, 4) for rule in RULES), ("guarded gain", 1)])
-def test_greedy_tokens_are_those_of_plain_decoding(target, draft, rule, batch):
+def test_greedy_tokens_are_those_of_plain_decoding(target, draft, monkeypatch, rule, batch):
     """With widths that change the logits differ in their last bits, yet on these models no token does."""
+    monkeypatch.setattr(generation, "allowance", lambda count: 4.0)
     plain = SpeculativeDecoder(target).generate(PROMPTS[:batch], GREEDY)
     result = SpeculativeDecoder(target, draft, RULES[rule]).generate(PROMPTS[:batch], GREEDY)
     assert result.token_ids == plain.token_ids
@@ -220,7 +221,7 @@ def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance):
     (_, cost_B, emitted_B), (credit_NB, length_NB) = jax.lax.scan(step, start, keys)
     assert float(credit_NB.min()) >= 0
     assert (np.asarray(cost_B) <= np.asarray(emitted_B) / 0.98).all()
-    assert float((length_NB > 0).mean()) > 0.01
+    assert float((length_NB > 0).sum()) >= 2 * rows
     if (
         acceptance == 0.9
     ):  # a draft that pays is used at full length by nearly all rows, from the start

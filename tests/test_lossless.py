@@ -52,9 +52,9 @@ class Mode:
         return 3 if self.policy == "thresholds" else 1
 
     def config(self) -> DecodeConfig:
-        """Costs at which rounds of no, one and two tokens all occur; the second verified token is the dear one."""
+        """At these costs rounds of no, one and two tokens all occur."""
         needs_costs = self.guarded or self.rule == "expected_gain"
-        costs = RoundCosts((0.25, 0.3, 0.35)[: self.num_exits], (1.0, 1.15, 1.4), 0.02)
+        costs = RoundCosts((0.25, 0.3, 0.35)[: self.num_exits], (1.0, 1.5, 1.8), 0.02)
         return DecodeConfig(
             # A first draft of one token makes the third emitted token a bonus token.
             num_draft_tokens=1 if self.rule == "heuristic" else WIDTH,
