@@ -45,7 +45,7 @@ class Args:
     independent_draft: str | None = None
     """Another model of the same vocabulary, for the method `draft`."""
     methods: str = "ar,s2d"
-    """Some of ar, draft, sd@K (exit K of the draft), s2d; ar, the baseline, is always measured."""
+    """Some of ar, draft, sd@K (exit K of the draft), s2d, auto; ar, the baseline, is always measured."""
     out: Path = Path("runs/bench")
     """Directory of report.json, report.md, samples.jsonl and plots."""
     max_questions: int | None = None
@@ -90,7 +90,7 @@ def bench(args: Args) -> None:
     use_compile_cache(args.compute.compile_cache)
     names = parse_methods(args.methods)
     args.sampling.params()
-    args.drafting.config()
+    _check_drafting(args)
     categories = tuple(args.categories.split(",")) if args.categories else ()
     if args.questions is None:
         raise UserError("no --questions were given; give a file of prompts")
@@ -109,6 +109,8 @@ def bench(args: Args) -> None:
         target = load_target(path, args.compute.target_format)
         dtype = target.dtype.name
         methods = build_methods(names, target, draft, independent, args.drafting)
+        for method in methods:  # a policy that is missing is known before anything is measured
+            method.decoder.settled(args.sampling.temperature)
         own = _measure(args, target, methods, questions)
         shares = {
             method.name: round_shares(
@@ -134,6 +136,10 @@ def _profile(args: Args, directory: Path, target, methods, question: Question) -
     prompt = encode(tokenizer_of(target), question.messages([]), raw=args.raw)
     for method in methods:
         write_profile(directory / method.name, method.decoder, prompt, args.sampling.params())
+def _check_drafting(args: Args) -> None:
+    if args.drafting.policy is not None:
+        raise UserError("--policy auto is a method here; add auto to --methods")
+    dataclasses.replace(args.drafting, policy_file=None).config()
 
 
 def _measure(

@@ -83,6 +83,8 @@ def generate(args: Args) -> None:
     draft = load_listed_draft(args.draft, vocabulary, args.compute.draft_format)
     if draft is None and (config.exits or config.exit_thresholds):
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
+    if draft is None and config.policy:
+        raise UserError("--policy auto chooses how to use a draft; give --draft DIR")
     rows = []
     for path in args.target:
         target = load_target(path, args.compute.target_format)
@@ -178,6 +180,7 @@ def _row(
         "stats": {
             "mean_acceptance_length": round(stats.mean_acceptance_length, 4),
             "target_forwards": stats.target_forwards,
+            "plain_rounds": stats.plain_rounds,
             "drafted_tokens": stats.drafted_tokens,
             "accepted_tokens": stats.accepted_tokens,
             "draft_length_histogram": stats.draft_length_histogram,

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from infer.options import DraftingOptions
-from s2d_jax.config import DraftConfig, UserError
+from s2d_jax.config import DecodeConfig, DraftConfig, UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 
@@ -31,9 +31,9 @@ def parse_methods(text: str) -> tuple[str, ...]:
     """
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
-        if not re.fullmatch(r"ar|draft|s2d|sd@\d+", name):
+        if not re.fullmatch(r"ar|draft|s2d|auto|sd@\d+", name):
             raise UserError(
-                f"method {name!r} is unknown; use ar, draft, s2d, or sd@K with an exit K"
+                f"method {name!r} is unknown; use ar, draft, s2d, auto, or sd@K with an exit K"
             )
         if names.count(name) > 1:
             raise UserError(f"method {name!r} is given twice in {text}; name it once")
@@ -55,9 +55,13 @@ def build_methods(
     return [_build(name, target, draft, independent, options) for name in names]
 
 
-def _build(name, target, draft, independent, options: DraftingOptions) -> Method:
+def _build(name, target, draft, independent, given: DraftingOptions) -> Method:
+    options = dataclasses.replace(given, policy_file=None)  # only `auto` reads it
     if name == BASELINE:
         return Method(name, "Autoregressive", SpeculativeDecoder(target))
+    if name == "auto" and (draft or independent):
+        config = DecodeConfig(policy="auto", policy_file=given.policy_file)
+        return Method(name, "auto", SpeculativeDecoder(target, draft or independent, config))
     if name == "draft" and independent is not None:
         config = options.config(exits=None, exit_thresholds=None)
         label = f"{Path(independent.source).stem} + SD"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from s2d_jax.config import DecodeConfig, SamplingParams, UserError
+from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,27 @@ class DraftingOptions:
     """Confidence above which a token leaves, one per exit, the last 0, such as .5,.5,0."""
     num_draft_tokens: int = 5
     """Tokens drafted per round (at the start, with the heuristic rule)."""
-    draft_length_rule: Literal["fixed", "heuristic"] = "fixed"
-    """heuristic: +2 after a round that accepted everything, else -1."""
+    draft_length_rule: Literal["fixed", "heuristic", "confidence", "expected_gain"] = "fixed"
+    """heuristic: +2 after a round that accepted everything, else -1. confidence: a token of low
+    confidence is the last of its round. expected_gain: on while another token pays (needs costs)."""
     max_draft_tokens: int = 10
-    """The heuristic never drafts more."""
+    """The heuristic never drafts more; the others are bounded by num-draft-tokens."""
+    min_confidence: float = 0.4
+    """Where the confidence rule stops."""
+    gain_rate: float = 1.0
+    """Tokens that a plain round's time must bring, for expected_gain; 1 is plain decoding's rate."""
+    draft_step_costs: str | None = None
+    """Cost of drafting a token, per exit in use, in plain rounds, such as .2,.3,.4."""
+    verify_costs: str | None = None
+    """Cost of a round beside drafting, after 0, 1, 2, ... drafted tokens, such as 1,1.1,1.3."""
+    guard: bool = False
+    """Fall back to plain rounds where drafting does not pay (needs costs)."""
+    narrow_widths: str | None = None
+    """Further widths of a target pass for rounds with short chains, such as 1,3."""
+    policy: Literal["auto"] | None = None
+    """auto: as infer.calibrate found for this target, device and temperature."""
+    policy_file: str | None = None
+    """Where infer.calibrate --out wrote the policy; default: the draft's sorted_draft.json."""
     draft_sampling: Literal["sample", "argmax"] = "sample"
     """At temperatures above 0: draft a sample of the exit's distribution, or its mode."""
 
@@ -58,6 +75,12 @@ class DraftingOptions:
         values = dataclasses.asdict(self)
         values["exits"] = parse_numbers("exits", self.exits, int)
         values["exit_thresholds"] = parse_numbers("exit-thresholds", self.exit_thresholds, float)
+        values["narrow_widths"] = parse_numbers("narrow-widths", self.narrow_widths, int)
+        steps = parse_numbers("draft-step-costs", values.pop("draft_step_costs"), float)
+        verify = parse_numbers("verify-costs", values.pop("verify_costs"), float)
+        if (steps is None) != (verify is None):
+            raise UserError("--draft-step-costs and --verify-costs go together; give both")
+        values["costs"] = None if steps is None else RoundCosts(steps, verify)
         return DecodeConfig(**{**values, **changes})
 
 

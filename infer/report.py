@@ -79,6 +79,7 @@ def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
         "runs": len(samples),
         "new_tokens": stats.emitted_tokens,
         "target_forwards": stats.target_forwards,
+        "plain_rounds": stats.plain_rounds,
         "draft_forwards": stats.draft_forwards,
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,

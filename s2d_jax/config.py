@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 FAMILIES = ("llama", "qwen2")
+LENGTH_RULES = ("fixed", "heuristic", "confidence", "expected_gain")
 
 
 class UserError(ValueError):
@@ -179,6 +180,56 @@ class SamplingParams:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundCosts:
+    """What a round costs, in units of one round of plain decoding. Not compiled in.
+
+    `infer.calibrate` measures these; the expected-gain rule and the guard decide by them.
+
+    Attributes:
+        draft_step: of drafting one token, one per exit in use, leaving there.
+        verify: `verify[g]` is the rest of a round that drafted g tokens; `verify[0]` is 1.
+        catch_up: of one position that the draft has not seen, when it is taken up again after plain rounds.
+        acceptance: per exit in use, the probability that a token is accepted at confidences 0, 1/(N-1), ..., 1 (linear
+            between them); empty takes the confidence itself.
+        next_acceptance: the probability that a token not yet drafted will be accepted, if all before it are.
+
+    Raises:
+        UserError: for negative costs or probabilities outside [0, 1].
+    """
+
+    draft_step: tuple[float, ...]
+    verify: tuple[float, ...]
+    catch_up: float = 0.0
+    acceptance: tuple[tuple[float, ...], ...] = ()
+    next_acceptance: float = 0.5
+
+    def __post_init__(self):
+        _require(
+            len(self.draft_step) > 0 and min(self.draft_step) >= 0,
+            f"draft_step={self.draft_step} must be costs of 0 or more, one per exit; a plain round costs 1",
+        )
+        _require(
+            len(self.verify) >= 2 and self.verify[0] == 1.0 and min(self.verify) > 0,
+            f"verify={self.verify} must start with 1, the cost of a plain round, and go on with that after 1, 2, ... tokens",
+        )
+        _require(self.catch_up >= 0, f"catch_up={self.catch_up} must be 0 or more")
+        _require(
+            not self.acceptance
+            or (
+                len(self.acceptance) == len(self.draft_step)
+                and len({len(knots) for knots in self.acceptance}) == 1
+                and len(self.acceptance[0]) >= 2
+            ),
+            f"acceptance has {len(self.acceptance)} tables for {len(self.draft_step)} exits; give one of equal length for each",
+        )
+        probabilities = (*sum(self.acceptance, ()), self.next_acceptance)
+        _require(
+            all(0 <= p <= 1 for p in probabilities),
+            f"acceptance={self.acceptance}, next_acceptance={self.next_acceptance} must lie in [0, 1]: probabilities",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """What is compiled into a decoder, and the defaults of what is not.
 
@@ -186,10 +237,19 @@ class DecodeConfig:
         exits: the draft's exits to use. One exit k is the fixed-exit policy ("SoFT Lk + SD"), several are threshold exits
             ("S2D"). None takes all exits of the draft.
         exit_thresholds: one per used exit; None takes the draft's own. Not compiled in.
-        num_draft_tokens: tokens drafted per round at the start, or always with the "fixed" rule.
-        draft_length_rule: "fixed", or "heuristic": per row, +2 when all drafted tokens were accepted, else -1, at least 1
-            (Hugging Face's schedule of that name).
+        num_draft_tokens: tokens drafted per round: always ("fixed"), at the start ("heuristic"), or at most (the others).
+        draft_length_rule: per row. "fixed"; "heuristic": +2 when all drafted tokens were accepted, else -1, at least 1
+            (Hugging Face's schedule of that name); "confidence": the first token of low confidence is the last of its round;
+            "expected_gain": on while another token pays at the measured costs (`s2d_jax.draft_length`).
         max_draft_tokens: the cap of the heuristic; the verified width is one more.
+        min_confidence: where the "confidence" rule stops. Not compiled in.
+        gain_rate: tokens that a plain round's time must bring, for "expected_gain". 1 is plain decoding's own rate; the rate
+            that the whole policy reaches is the right value. Not compiled in.
+        costs: needed by "expected_gain" and `guard`.
+        guard: watch what speculation saves in each row, and fall back to plain rounds where it does not (`s2d_jax.guard`).
+        narrow_widths: further widths, below the full one, that a target pass may have: it takes the smallest that holds the
+            longest chain of the round. () always computes the full width, and then greedy output equals the width-matched
+            reference bit for bit; None is (1,) with a guard or "expected_gain", else ().
         draft_sampling: "sample" draws drafted tokens from the exit's own distribution q; "argmax" drafts its mode and
             verifies with a one-hot q. Both are lossless.
         verify_width: without a draft, how many positions one target pass computes; the width-matched reference of identity
@@ -198,24 +258,41 @@ class DecodeConfig:
         prefill_chunk: how many prompt tokens one pass takes in at most; longer prompts take several passes.
         initial_room: how many new tokens the caches have room for at first. When more are emitted, they are copied into twice
             the room, which compiles a loop for it; so memory and attention cost what is used, not what `max_new_tokens` allows.
+        policy: "auto" takes the exits, lengths, costs and guard that `infer.calibrate` found for this target on this device
+            and temperature, instead of those above; they must then be left at their defaults.
+        policy_file: where calibration wrote them; None is the draft's own sorted_draft.json.
     """
 
     exits: tuple[int, ...] | None = None
     exit_thresholds: tuple[float, ...] | None = None
     num_draft_tokens: int = 5
-    draft_length_rule: Literal["fixed", "heuristic"] = "fixed"
+    draft_length_rule: Literal["fixed", "heuristic", "confidence", "expected_gain"] = "fixed"
     max_draft_tokens: int = 10
+    min_confidence: float = 0.4
+    gain_rate: float = 1.0
+    costs: RoundCosts | None = None
+    guard: bool = False
+    narrow_widths: tuple[int, ...] | None = None
     draft_sampling: Literal["sample", "argmax"] = "sample"
     verify_width: int | None = None
     catch_up_width: int = 4
     prefill_chunk: int = 512
     initial_room: int = 512
+    policy: Literal["auto"] | None = None
+    policy_file: str | None = None
 
     def __post_init__(self):
         _require(
-            self.draft_length_rule in ("fixed", "heuristic"),
-            f"draft_length_rule={self.draft_length_rule!r} is unknown; use fixed or heuristic",
+            self.draft_length_rule in LENGTH_RULES,
+            f"draft_length_rule={self.draft_length_rule!r} is unknown; use one of {', '.join(LENGTH_RULES)}",
         )
+        _require(
+            0 <= self.min_confidence <= 1,
+            f"min_confidence={self.min_confidence} must lie in [0, 1]: it is a probability",
+        )
+        _require(self.gain_rate >= 0, f"gain_rate={self.gain_rate} must be 0 or more")
+        self._check_costs()
+        self._check_policy()
         _require(
             self.draft_sampling in ("sample", "argmax"),
             f"draft_sampling={self.draft_sampling!r} is unknown; use sample or argmax",
@@ -227,7 +304,7 @@ class DecodeConfig:
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} must be at least 1")
         _require(
-            self.draft_length_rule == "fixed" or self.num_draft_tokens <= self.max_draft_tokens,
+            self.draft_length_rule != "heuristic" or self.num_draft_tokens <= self.max_draft_tokens,
             f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.max_draft_tokens}; raise the cap",
         )
         _require(
@@ -237,7 +314,49 @@ class DecodeConfig:
         if self.exits is not None:
             DraftConfig(self.exits, self.exit_thresholds or ())
 
+    def _check_costs(self) -> None:
+        needed = "guard" if self.guard else self.draft_length_rule
+        _require(
+            self.costs is not None or needed not in ("guard", "expected_gain"),
+            f"{needed} needs the costs of a round; give costs=RoundCosts(...), or policy='auto' after infer.calibrate",
+        )
+        known = None if self.costs is None else len(self.costs.verify)
+        _require(
+            known is None or known == self.draft_width + 1,
+            f"costs.verify has {known} values for at most {self.draft_width} drafted tokens; give {self.draft_width + 1}",
+        )
+        widths = self.narrow_widths or ()
+        _require(
+            list(widths) == sorted(set(widths)) and all(1 <= w <= self.draft_width for w in widths),
+            f"narrow_widths={widths} must ascend, within 1..{self.draft_width} (the full width is {self.draft_width + 1})",
+        )
+
+    def _check_policy(self) -> None:
+        _require(
+            self.policy in (None, "auto"), f"policy={self.policy!r} is unknown; use auto or None"
+        )
+        _require(
+            self.policy_file is None or self.policy == "auto",
+            f"policy_file={self.policy_file} is only read with policy='auto'; give both",
+        )
+        if self.policy == "auto":
+            free = ("policy", "policy_file", "catch_up_width")
+            fields = [field for field in dataclasses.fields(self) if field.name not in free]
+            changed = [f.name for f in fields if getattr(self, f.name) != f.default]
+            _require(
+                not changed, f"policy='auto' decides {', '.join(changed)} itself; leave it out"
+            )
+
     @property
     def draft_width(self) -> int:
         """G: the most tokens that one round may draft."""
-        return self.num_draft_tokens if self.draft_length_rule == "fixed" else self.max_draft_tokens
+        heuristic = self.draft_length_rule == "heuristic"
+        return self.max_draft_tokens if heuristic else self.num_draft_tokens
+
+    @property
+    def verify_widths(self) -> tuple[int, ...]:
+        """The widths that a target pass may have, ascending; the last is G + 1."""
+        narrow = self.narrow_widths
+        if narrow is None:
+            narrow = (1,) if self.guard or self.draft_length_rule == "expected_gain" else ()
+        return (*narrow, self.draft_width + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -21,3 +21,15 @@ def run_if(predicate: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -
         return jnp.bool_(False), body(state[1])
 
     return jax.lax.while_loop(lambda state: state[0], once, (predicate, carry))[1]
+
+
+def at_width(
+    widths: Sequence[int], needed: jax.Array, body: Callable[[int, Carry], Carry], carry: Carry
+) -> Carry:
+    """Applies `body(width, carry)` with the smallest of the static, ascending `widths` that is at least the scalar `needed`."""
+    if len(widths) == 1:
+        return body(widths[0], carry)
+    for below, width in zip((-1, *widths), widths, strict=False):
+        chosen = (needed > below) & (needed <= width)
+        carry = run_if(chosen, lambda carry, width=width: body(width, carry), carry)
+    return carry

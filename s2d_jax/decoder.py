@@ -7,7 +7,6 @@ knows how many layers or exits they have.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,6 +15,9 @@ import jax.numpy as jnp
 
 from s2d_jax.acceptance import accept_greedy, accept_sampled
 from s2d_jax.chunks import run_chunks
+from s2d_jax.control import at_width
+from s2d_jax.draft_length import next_length
+from s2d_jax.guard import GuardState, affordable_length, charge, settle
 from s2d_jax.kv_cache import KVCache, grow_axis, write_window
 from s2d_jax.model import Transformer
 from s2d_jax.proposal import Drafter, Proposal, Request, is_stop
@@ -32,10 +34,11 @@ class DecodeState:
         target_cache: holds `length_B - 1` positions of each row.
         draft_state: the drafter's own.
         done_B: bool, rows that have ended.
-        draft_length_B: int32, tokens that each row drafts in its next round.
+        draft_length_B: int32, tokens that each row may draft in its next round.
         rounds_B: int32, target passes of each row after prefill.
         drafted_BG: int32, rounds that drafted at least 1, 2, ... G tokens.
         accepted_BG: int32, rounds that accepted at least 1, 2, ... G tokens.
+        guard: what speculation has saved in each row.
     """
 
     tokens_BC: jax.Array
@@ -47,6 +50,7 @@ class DecodeState:
     rounds_B: jax.Array
     drafted_BG: jax.Array
     accepted_BG: jax.Array
+    guard: GuardState
 
 
 @flax.struct.dataclass
@@ -93,15 +97,14 @@ class Decoder:
         target: the verifying model.
         drafter: how tokens are drafted.
         greedy: every row has temperature 0, so no probabilities are computed.
-        next_draft_length: `(draft_length_B, num_draft_B, num_accepted_B) -> draft_length_B` of the next round.
-        first_draft_length: tokens drafted in the first round.
+        widths: how many positions a target pass may compute, ascending; the last is the drafter's width and one. A round takes
+            the smallest that holds its longest chain.
     """
 
     target: Target
     drafter: Drafter
     greedy: bool
-    next_draft_length: Callable[..., jax.Array]
-    first_draft_length: int
+    widths: tuple[int, ...]
 
     @property
     def margin(self) -> int:
@@ -157,10 +160,11 @@ class Decoder:
             target_cache=cache,
             draft_state=draft_state,
             done_B=(length_B + 1 >= request.max_length_B) | is_stop(token_B, request.stop_ids_BN),
-            draft_length_B=jnp.full_like(length_B, self.first_draft_length),
+            draft_length_B=request.drafting.first_B,
             rounds_B=zeros_B,
             drafted_BG=counts_BG,
             accepted_BG=counts_BG,
+            guard=GuardState.create(request.drafting),
         )
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState:
@@ -198,21 +202,36 @@ class Decoder:
     def propose(self, params, request: Request, state: DecodeState):
         """Drafts; a row never drafts more than it may still emit beside the target's own token."""
         budget_B = request.max_length_B - state.length_B
-        num_draft_B = jnp.minimum(state.draft_length_B, budget_B - 1)
+        affordable_B = affordable_length(state.guard, request.drafting)
+        num_draft_B = jnp.minimum(jnp.minimum(state.draft_length_B, affordable_B), budget_B - 1)
         num_draft_B = jnp.where(state.done_B, 0, num_draft_B)
         draft_key_B, _ = self._round_keys(request, state)
         proposal, draft_state = self.drafter.propose(
             *(params["draft"], state.draft_state, state.tokens_BC, state.length_B),
             *(num_draft_B, draft_key_B, request),
         )
+        if "exit_counts" in (after := self.drafter.stats(draft_state)):
+            steps_BE = after["exit_counts"] - self.drafter.stats(state.draft_state)["exit_counts"]
+            state = state.replace(guard=charge(state.guard, request.drafting, steps_BE))
         return proposal, state.replace(draft_state=draft_state)
 
     def verify(self, params, request: Request, state: DecodeState, proposal: Proposal):
         """One target pass over the last emitted token and the drafted ones."""
         last_B1 = jnp.take_along_axis(state.tokens_BC, state.length_B[:, None] - 1, axis=1)
         window_BT = jnp.concatenate([last_B1, proposal.tokens_BG], axis=1)
-        h_BTD, cache = self.target.forward(params["target"], window_BT, state.target_cache)
-        logits_BTV = self.target.logits(params["target"], h_BTD)
+        B, T = window_BT.shape
+
+        def forward(width, carry):
+            cache, logits_BTV = carry
+            h_BTD, cache = self.target.forward(params["target"], window_BT[:, :width], cache)
+            own_BTV = self.target.logits(params["target"], h_BTD)
+            if width == T:
+                return cache, own_BTV
+            return cache, jax.lax.dynamic_update_slice(logits_BTV, own_BTV, (0, 0, 0))
+
+        nothing_BTV = jnp.zeros((B, T, self.target.model.config.vocab_size), jnp.float32)
+        carry = state.target_cache, nothing_BTV
+        cache, logits_BTV = at_width(self.widths, _needed_width(proposal), forward, carry)
         _, accept_key_B = self._round_keys(request, state)
         verified = Verified(proposal, logits_BTV, accept_key_B)
         return verified, state.replace(target_cache=cache)
@@ -220,13 +239,17 @@ class Decoder:
     def accept(self, request: Request, state: DecodeState, verified: Verified) -> DecodeState:
         """Emits the accepted tokens and one more, rewinds both caches, and checks the stop conditions."""
         proposal, live_B = verified.proposal, ~state.done_B
-        if self.greedy:
-            num_accepted_B, next_token_B = accept_greedy(proposal, verified.logits_BTV)
-        else:
-            target_probs_BTV = probabilities(verified.logits_BTV, request.sampling)
-            num_accepted_B, next_token_B = accept_sampled(
-                proposal, target_probs_BTV, verified.key_B
-            )
+
+        def judge(width, _):
+            logits_BTV, drafted = verified.logits_BTV[:, :width], proposal.first(width - 1)
+            if self.greedy:
+                return accept_greedy(drafted, logits_BTV)
+            target_probs_BTV = probabilities(logits_BTV, request.sampling)
+            return accept_sampled(drafted, target_probs_BTV, verified.key_B)
+
+        carry = (jnp.zeros_like(state.length_B),) * 2
+        needed = _needed_width(proposal)
+        num_accepted_B, next_token_B = at_width(self.widths, needed, judge, carry)
         emitted_BT = jnp.pad(proposal.tokens_BG, ((0, 0), (0, 1)))
         emitted_BT = write_window(emitted_BT, next_token_B[:, None], num_accepted_B, axis=1)
         num_emitted_B, stopped_B = _until_stop(emitted_BT, num_accepted_B + 1, request.stop_ids_BN)
@@ -243,12 +266,15 @@ class Decoder:
             target_cache=state.target_cache.advance_to(length_B - 1),
             draft_state=self.drafter.rewind(state.draft_state, length_B - 1),
             done_B=state.done_B | stopped_B | (length_B >= request.max_length_B),
-            draft_length_B=self.next_draft_length(
-                state.draft_length_B, proposal.num_draft_B, num_accepted_B
+            draft_length_B=next_length(
+                *(request.drafting, state.draft_length_B, proposal.num_draft_B, num_accepted_B)
             ),
             rounds_B=state.rounds_B + live_B.astype(jnp.int32),
             drafted_BG=state.drafted_BG + reached_BG(proposal.num_draft_B),
             accepted_BG=state.accepted_BG + reached_BG(num_accepted_B),
+            guard=settle(
+                *(state.guard, request.drafting, proposal.num_draft_B, num_emitted_B, live_B)
+            ),
         )
 
     def _round_keys(self, request: Request, state: DecodeState):
@@ -265,17 +291,6 @@ def _until_stop(emitted_BT, num_emitted_B, stop_ids_BN):
     return jnp.where(stopped_B, first_stop_B + 1, num_emitted_B), stopped_B
 
 
-def fixed_length(draft_length_B, num_draft_B, num_accepted_B):
-    """The same number of drafted tokens in every round."""
-    return draft_length_B
-
-
-@dataclasses.dataclass(frozen=True)
-class HeuristicLength:
-    """Hugging Face's schedule: two more when all drafted tokens were accepted, else one fewer, within 1..maximum."""
-
-    maximum: int
-
-    def __call__(self, draft_length_B, num_draft_B, num_accepted_B):
-        change_B = jnp.where(num_accepted_B == num_draft_B, 2, -1).astype(jnp.int32)
-        return jnp.clip(draft_length_B + change_B, 1, self.maximum)
+def _needed_width(proposal: Proposal) -> jax.Array:
+    """int32 scalar: positions that this round's target pass has to compute."""
+    return jnp.max(proposal.num_draft_B) + 1

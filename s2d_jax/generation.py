@@ -13,11 +13,14 @@ import numpy as np
 
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError, check_thresholds
 from s2d_jax.conversation import Conversation
-from s2d_jax.decoder import Decoder, HeuristicLength, Target, fixed_length
+from s2d_jax.decoder import Decoder, Target
+from s2d_jax.draft_length import DraftingArrays
 from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
 from s2d_jax.drafters.chain import ChainConfig
+from s2d_jax.guard import allowance
 from s2d_jax.model import Transformer
+from s2d_jax.policy import load_policy
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import Drafter, Request, SamplingArrays
 from s2d_jax.session import UNLIMITED, Plan, Session
@@ -26,6 +29,8 @@ from s2d_jax.streaming import GenerationResult, Stream, Timing, growing_rounds
 from s2d_jax.tokenizer import check_same_tokenizer
 
 _STOP_SLOTS = 8
+# Positions that the draft takes in at once after plain rounds: passes this wide cost least per position (docs/experiments.md).
+_RETURN_WIDTH = 32
 
 
 class SpeculativeDecoder:
@@ -37,7 +42,7 @@ class SpeculativeDecoder:
         config: exits, draft length and the like.
 
     Raises:
-        UserError: for different tokenizers, or exits that the draft does not have.
+        UserError: for different tokenizers, exits that the draft does not have, or `policy="auto"` without a draft.
     """
 
     def __init__(
@@ -47,18 +52,39 @@ class SpeculativeDecoder:
         config: DecodeConfig = DecodeConfig(),  # noqa: B008 (frozen)
     ):
         self.target, self.config, self.draft = target, config, draft
+        self._settled: dict[float, SpeculativeDecoder] = {}
+        if config.policy == "auto" and draft is None:
+            raise UserError("policy='auto' chooses how to use a draft; give one, or leave it out")
         self.mesh = mesh_of(target.params)
         self.exits, self.thresholds = _resolve_exits(draft, config)
         if draft is not None:
             _check_vocabularies(target, draft)
+            _check_costs(self.exits, config)
         self._params = {
             "target": target.params,
             "draft": {} if draft is None else self._place(draft.params),
         }
 
+    def settled(self, temperature: float) -> SpeculativeDecoder:
+        """The decoder that really runs at a temperature: this one, or with `policy="auto"` the one that calibration chose.
+
+        Raises:
+            UserError: if nothing was calibrated for it.
+        """
+        if self.config.policy is None:
+            return self
+        if temperature not in self._settled:
+            draft, file = self.draft, self.config.policy_file
+            config = load_policy(self.target, draft, temperature, file).config
+            chosen = (None, DecodeConfig()) if config is None else (draft, config)
+            self._settled[temperature] = SpeculativeDecoder(self.target, *chosen)
+        return self._settled[temperature]
+
     @property
     def verify_width(self) -> int:
-        """Positions that one target pass computes; give it to the `DecodeConfig` of a width-matched reference."""
+        """Positions that one target pass computes at most; give it to the `DecodeConfig` of a width-matched reference."""
+        if self.config.policy == "auto":
+            return self.settled(0.0).verify_width
         if self.draft is not None:
             return self.config.draft_width + 1
         return self.config.verify_width or 1
@@ -152,7 +178,7 @@ class SpeculativeDecoder:
         rounds = None if rounds_per_look is None else growing_rounds(rounds_per_look)
         plan = self._plan(prompts, sampling)
         return Stream(
-            *(session, plan, self.target.tokenizer, self.exits),
+            *(session, plan, self.target.tokenizer),
             rounds=rounds,
             timing=timing,
             keep=keep,
@@ -206,6 +232,9 @@ class SpeculativeDecoder:
             raise UserError("there are no prompts; give at least one")
         prompt_ids = [self.encode(prompt) for prompt in prompts]
         rows = self._per_row(sampling, len(prompt_ids))
+        settled = self.settled(_hottest(rows))
+        if settled is not self:
+            return settled._plan(prompt_ids, rows)
         if self.target.tokenizer is None and any(row.stop for row in rows):
             raise UserError(
                 f"stop strings are texts, but {self.target.source} has no tokenizer; use stop_token_ids"
@@ -216,6 +245,7 @@ class SpeculativeDecoder:
             min(len(ids) + row.max_new_tokens, context)
             for ids, row in zip(prompt_ids, rows, strict=True)
         ]
+        decoder = self._decoder(all(row.temperature == 0.0 for row in rows))
         request = Request(
             sampling=SamplingArrays.stack(rows),
             key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
@@ -224,12 +254,14 @@ class SpeculativeDecoder:
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
             max_rounds=jnp.asarray(UNLIMITED, jnp.int32),
             vocabulary_K=None if listed is None else jnp.asarray(listed.ids_K),
+            drafting=self._drafting(rows, decoder.drafter.width),
         )
         return Plan(
-            decoder=self._decoder(all(row.temperature == 0.0 for row in rows)),
+            decoder=decoder,
             params=self._params,
             request=self._place(request),
             rows=rows,
+            exits=self.exits,
             prompts=prompt_ids,
             context=context,
             prefill_chunk=self.config.prefill_chunk,
@@ -245,15 +277,18 @@ class SpeculativeDecoder:
         return np.array([row + [-1] * (slots - len(row)) for row in ids], np.int32)
 
     def _decoder(self, greedy: bool) -> Decoder:
-        config = self.config
-        rule = HeuristicLength(config.max_draft_tokens)
+        speculates = self.draft is not None
         return Decoder(
             target=Target(_transformer(self.target), self.mesh),
             drafter=self._drafter(greedy),
             greedy=greedy,
-            next_draft_length=rule if config.draft_length_rule == "heuristic" else fixed_length,
-            first_draft_length=config.num_draft_tokens,
+            widths=self.config.verify_widths if speculates else (self.verify_width,),
         )
+
+    def _drafting(self, rows: Sequence[SamplingParams], width: int) -> DraftingArrays:
+        config = self.config if self.draft is not None else DecodeConfig()
+        allowances = [allowance(row.max_new_tokens) if config.guard else np.inf for row in rows]
+        return DraftingArrays.create(config, allowances, width, max(len(self.exits), 1))
 
     def _drafter(self, greedy: bool) -> Drafter:
         if self.draft is None:
@@ -263,12 +298,14 @@ class SpeculativeDecoder:
             vocab_size=self.target.config.vocab_size,
             greedy=greedy,
             sampled=self.config.draft_sampling == "sample",
+            watched=self.config.draft_length_rule in ("confidence", "expected_gain"),
         )
+        return_width = _RETURN_WIDTH if self.config.guard else 0
         listed = _vocabulary_of(self.draft)
         model = _transformer(self.draft, None if listed is None else listed.size)
         if self.exits == (model.config.num_layers,):
-            return IndependentDrafter(model, chain)
-        return SortedDrafter(model, self.exits, chain, self.config.catch_up_width)
+            return IndependentDrafter(model, chain, return_width)
+        return SortedDrafter(model, self.exits, chain, self.config.catch_up_width, return_width)
 
     def _place(self, tree):
         """Replicates over the target's mesh. Next to an abstract target (ahead-of-time compilation) all stays abstract."""
@@ -280,6 +317,12 @@ class SpeculativeDecoder:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
             )
         return jax.device_put(tree, everywhere)
+
+
+
+def _hottest(rows: Sequence[SamplingParams]) -> float:
+    """The temperature that decides for a batch: it is greedy only if all rows are."""
+    return max((row.temperature for row in rows), default=0.0)
 
 
 def _transformer(model: Model, trimmed_head_size: int | None = None) -> Transformer:
@@ -310,6 +353,13 @@ def _resolve_exits(draft: Model | None, config: DecodeConfig):
     else:
         thresholds = (*(own_thresholds[own_exits.index(e)] for e in exits[:-1]), 0.0)
     return exits, thresholds
+
+
+def _check_costs(exits: tuple[int, ...], config: DecodeConfig) -> None:
+    if config.costs is not None and len(config.costs.draft_step) != len(exits):
+        raise UserError(
+            f"costs.draft_step has {len(config.costs.draft_step)} values for {len(exits)} exits {exits}; give one per exit"
+        )
 
 
 def _check_vocabularies(target: Model, draft: Model) -> None:

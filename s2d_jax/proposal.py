@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.config import SamplingParams
+from s2d_jax.draft_length import DraftingArrays
 
 
 @flax.struct.dataclass
@@ -53,6 +54,7 @@ class Request:
         stop_ids_BN: int32, token ids that end a row; -1 where there are fewer.
         exit_threshold_E: f32, one per exit in use.
         max_rounds: int32 scalar, rounds after which the loop lets the host look.
+        drafting: what decides how many tokens each row drafts.
         vocabulary_K: int32, ascending: the ids that a draft with a trimmed head is read over; None for all.
     """
 
@@ -62,6 +64,7 @@ class Request:
     stop_ids_BN: jax.Array
     exit_threshold_E: jax.Array
     max_rounds: jax.Array
+    drafting: DraftingArrays
     vocabulary_K: jax.Array | None = None
 
 
@@ -79,6 +82,11 @@ class Proposal:
     tokens_BG: jax.Array
     num_draft_B: jax.Array
     draft_probs_BGV: jax.Array | None
+
+    def first(self, count: int) -> Proposal:
+        """Only the first `count` drafted positions; no row has more."""
+        probs_BGV = None if self.draft_probs_BGV is None else self.draft_probs_BGV[:, :count]
+        return self.replace(tokens_BG=self.tokens_BG[:, :count], draft_probs_BGV=probs_BGV)
 
 
 class Drafter(Protocol):

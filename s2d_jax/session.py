@@ -30,6 +30,7 @@ class Plan:
         params: `{"target": ..., "draft": ...}`.
         request: per-row parameters, on the device.
         rows: the sampling parameters of each row.
+        exits: of the draft, for the statistics.
         prompts: token ids of each row.
         context: positions that the target can take.
         prefill_chunk: positions that one pass over a prompt computes at most.
@@ -41,6 +42,7 @@ class Plan:
     params: Any
     request: Request
     rows: list[SamplingParams]
+    exits: tuple[int, ...]
     prompts: list[list[int]]
     context: int
     prefill_chunk: int
@@ -109,9 +111,9 @@ class Session:
 
     def begin(self, plan: Plan, *, wait: bool = False) -> None:
         """Runs what the caches do not hold of the prompts, and emits each row's first token; `wait` times it as `prefill`."""
+        kept = self._kept(plan)
         self._plan, self.seconds = plan, {"compile": 0.0, "total": 0.0}
         phase = "prefill" if wait else None
-        kept = self._kept(plan.prompts)
         self.prefilled = [len(ids) - held for ids, held in zip(plan.prompts, kept, strict=True)]
         width = plan.width(kept)
         capacity = plan.capacity(kept, width)
@@ -189,9 +191,12 @@ class Session:
         limit = jax.device_put(np.int32(rounds), request.max_rounds.sharding)
         return request.replace(max_rounds=limit)
 
-    def _kept(self, prompts: list[list[int]]) -> list[int]:
+    def _kept(self, plan: Plan) -> list[int]:
         """How many leading tokens of each prompt the caches hold; one is left to be computed."""
+        prompts = plan.prompts
         if self._state is None or self._look is None:
+            return [0] * len(prompts)
+        if plan.exits != self._plan.exits:  # another policy, at another temperature
             return [0] * len(prompts)
         tokens_BC, length_B = self._look.state.tokens_BC, self._look.state.length_B
         if len(length_B) != len(prompts):

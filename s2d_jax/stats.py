@@ -15,6 +15,7 @@ class GenerationStats:
         prompt_tokens: tokens of the prompt.
         emitted_tokens: new tokens, prefill's included.
         target_forwards: target passes after prefill.
+        plain_rounds: those of them for which a draft was there, but drafted nothing.
         draft_forwards: runs of each of the draft's segments for the whole batch, `{exit layer: runs}`.
         drafted_tokens: tokens proposed.
         accepted_tokens: tokens proposed and accepted (also those that were cut off behind a stop token).
@@ -31,6 +32,7 @@ class GenerationStats:
     prompt_tokens: int
     emitted_tokens: int
     target_forwards: int
+    plain_rounds: int
     draft_forwards: dict[int, int]
     drafted_tokens: int
     accepted_tokens: int
@@ -98,7 +100,7 @@ def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
 
 
 _SUMMED = (
-    *("prompt_tokens", "emitted_tokens", "target_forwards"),
+    *("prompt_tokens", "emitted_tokens", "target_forwards", "plain_rounds"),
     *("drafted_tokens", "accepted_tokens", "rows", "prefilled_tokens", "overshoot_tokens"),
 )
 

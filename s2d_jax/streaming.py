@@ -72,7 +72,6 @@ class Stream(Iterator[Delta]):
         session: where it runs; what its caches hold of the prompts is not computed again.
         plan: what is asked for.
         tokenizer: of the target; None gives no text.
-        exits: of the draft, for the statistics.
         rounds: rounds between two looks; None looks at the end only, or for stop strings.
         timing: what is timed.
         keep: leave the caches in the session at the end.
@@ -83,13 +82,12 @@ class Stream(Iterator[Delta]):
         session: Session,
         plan: Plan,
         tokenizer: Tokenizer | None,
-        exits: tuple[int, ...],
         *,
         rounds: Iterator[int] | None = None,
         timing: Timing = Timing(),
         keep: bool = False,
     ):
-        self._session, self._plan, self._exits, self._keep = session, plan, exits, keep
+        self._session, self._plan, self._keep = session, plan, keep
         self._texts = [RowText(tokenizer, row.stop) for row in plan.rows]
         self._done = [False] * len(plan.rows)
         self._seen = [len(ids) for ids in plan.prompts]
@@ -176,13 +174,14 @@ class Stream(Iterator[Delta]):
         return GenerationResult(texts, token_ids, sum_stats(row_stats), row_stats)
 
     def _row_stats(self, row: int) -> GenerationStats:
-        state, counters, exits = self._look.state, self._look.counters, self._exits
+        state, counters, exits = self._look.state, self._look.counters, self._plan.exits
         exit_counts = counters["exit_counts"][row] if exits else ()
         text = self._texts[row]
         return GenerationStats(
             prompt_tokens=len(self._plan.prompts[row]),
             emitted_tokens=len(text.token_ids),
             target_forwards=int(state.rounds_B[row]),
+            plain_rounds=int(state.guard.plain_rounds_B[row]) if exits else 0,
             draft_forwards=self._draft_forwards,
             drafted_tokens=int(state.drafted_BG[row].sum()),
             accepted_tokens=int(state.accepted_BG[row].sum()),
@@ -197,7 +196,7 @@ class Stream(Iterator[Delta]):
     @property
     def _draft_forwards(self) -> dict[int, int]:
         passes = np.asarray(self._look.counters.get("segment_passes", ()))
-        return {exit: int(n) for exit, n in zip(self._exits, passes, strict=True)}
+        return {exit: int(n) for exit, n in zip(self._plan.exits, passes, strict=True)}
 
 
 def growing_rounds(most: int) -> Iterator[int]:

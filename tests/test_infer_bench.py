@@ -175,6 +175,7 @@ def sample(method, question_id, seconds, emitted, passes, identical=True):
         prompt_tokens=5,
         emitted_tokens=emitted,
         target_forwards=passes,
+        plain_rounds=0,
         draft_forwards={6: 8},
         drafted_tokens=10,
         accepted_tokens=6,

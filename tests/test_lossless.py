@@ -18,8 +18,9 @@ from scipy import stats
 from tiny import enumerable_draft, enumerable_model
 
 from s2d_jax import linear
-from s2d_jax.config import SamplingParams
-from s2d_jax.decoder import Decoder, HeuristicLength, Target, fixed_length
+from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams
+from s2d_jax.decoder import Decoder, Target
+from s2d_jax.draft_length import DraftingArrays
 from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, chain
 from s2d_jax.drafters.chain import ChainConfig
@@ -42,18 +43,38 @@ FILTERED = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, min_p=0.03)
 class Mode:
     policy: str  # none, independent, fixed, thresholds
     sampled: bool = True
-    heuristic: bool = False
+    rule: str = "fixed"
+    guarded: bool = False
     sampling: SamplingParams = PLAIN
     target_format: str = "f32"
     draft_format: str = "f32"
     trimmed: bool = False
 
     def __str__(self):
-        parts = [self.policy, "sampled" if self.sampled else "argmax"]
-        parts += ["trimmed"] * self.trimmed + ["heuristic"] * self.heuristic
+        parts = [self.policy, "sampled" if self.sampled else "argmax", self.rule]
+        parts += ["trimmed"] * self.trimmed + ["guarded"] * self.guarded
         parts += ["filtered"] * (self.sampling is FILTERED)
         formats = (self.target_format, self.draft_format)
         return "-".join([*parts, *(formats if formats != ("f32", "f32") else ())])
+
+    @property
+    def num_exits(self) -> int:
+        return 3 if self.policy == "thresholds" else 1
+
+    def config(self) -> DecodeConfig:
+        """At these costs rounds of no, one and two tokens all occur."""
+        needs_costs = self.guarded or self.rule == "expected_gain"
+        costs = RoundCosts((0.25, 0.3, 0.35)[: self.num_exits], (1.0, 1.5, 1.8), 0.02)
+        return DecodeConfig(
+            # A first draft of one token makes the third emitted token a bonus token.
+            num_draft_tokens=1 if self.rule == "heuristic" else WIDTH,
+            max_draft_tokens=WIDTH,
+            draft_length_rule=self.rule,
+            min_confidence=0.45,
+            costs=costs if needs_costs else None,
+            guard=self.guarded,
+            narrow_widths=(1, 2) if needs_costs or self.rule == "confidence" else (),
+        )
 
 
 MODES = [
@@ -65,8 +86,15 @@ MODES = [
         for sampled in (True, False)
     ),
     *(Mode("thresholds", sampled, sampling=FILTERED) for sampled in (True, False)),
-    *(Mode("thresholds", sampled, heuristic=True) for sampled in (True, False)),
-    Mode("fixed", heuristic=True, sampling=FILTERED),
+    *(Mode("thresholds", sampled, "heuristic") for sampled in (True, False)),
+    Mode("fixed", rule="heuristic", sampling=FILTERED),
+    *(Mode("independent", sampled, "confidence") for sampled in (True, False)),
+    Mode("thresholds", rule="confidence", sampling=FILTERED),
+    *(Mode("thresholds", sampled, "expected_gain") for sampled in (True, False)),
+    Mode("independent", rule="expected_gain"),
+    Mode("independent", guarded=True),
+    Mode("thresholds", rule="expected_gain", guarded=True),
+    Mode("thresholds", sampled=False, rule="confidence", guarded=True, sampling=FILTERED),
     Mode("thresholds", target_format="int8", draft_format="bf16"),
     Mode("independent", False, target_format="int8", draft_format="int8"),
     Mode("thresholds", sampling=FILTERED, draft_format="int8"),
@@ -80,19 +108,19 @@ MODES = [
 
 
 def _decoder(mode: Mode, target, draft) -> Decoder:
-    config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled)
+    watched = mode.rule in ("confidence", "expected_gain")
+    config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled, watched=watched)
     size = None if draft.vocabulary is None else draft.vocabulary.size
     model = Transformer(draft.config, draft.dtype, trimmed_head_size=size)
+    back = 3 if mode.guarded else 0
     drafter = {
         "none": NoDrafter(0),
-        "independent": IndependentDrafter(model, config),
-        "fixed": SortedDrafter(model, (1,), config, 2),
-        "thresholds": SortedDrafter(model, draft.draft_config.exit_layers, config, 2),
+        "independent": IndependentDrafter(model, config, back),
+        "fixed": SortedDrafter(model, (1,), config, 2, back),
+        "thresholds": SortedDrafter(model, draft.draft_config.exit_layers, config, 2, back),
     }[mode.policy]
-    rule = HeuristicLength(WIDTH) if mode.heuristic else fixed_length
-    # A first draft of one token makes the third emitted token a bonus token.
-    first = 1 if mode.heuristic else WIDTH
-    return Decoder(Target(Transformer(target.config, target.dtype)), drafter, False, rule, first)
+    widths = (1,) if mode.policy == "none" else mode.config().verify_widths
+    return Decoder(Target(Transformer(target.config, target.dtype)), drafter, False, widths)
 
 
 @functools.cache
@@ -123,21 +151,32 @@ def _emitted_counts(mode: Mode) -> np.ndarray:
             # Room for one more, so that the first round may draft at its full length.
             max_length_B=length_B + EMITTED + 1,
             stop_ids_BN=jnp.full((BATCH, 1), -1, jnp.int32),
-            exit_threshold_E=jnp.array([0.55, 0.6, 0.0][: 3 if mode.policy == "thresholds" else 1]),
+            exit_threshold_E=jnp.array([0.55, 0.6, 0.0][: mode.num_exits]),
             max_rounds=jnp.int32(100),
+            drafting=_drafting(mode, decoder.drafter.width),
             vocabulary_K=jnp.array(LISTED) if mode.trimmed else None,
         )
         state = decoder.prefill(params, request, tokens_BC, length_B, width)
         state = decoder.run(params, request, state)
-        return state.tokens_BC[:, width : width + EMITTED], decoder.drafter.stats(state.draft_state)
+        counters = decoder.drafter.stats(state.draft_state)
+        counters |= {"rounds": state.rounds_B, "plain_rounds": state.guard.plain_rounds_B}
+        return state.tokens_BC[:, width : width + EMITTED], counters
 
     counts = np.zeros((VOCAB,) * EMITTED, np.int64)
     for call in range(SAMPLES // BATCH):
         emitted, drafted = jax.device_get(generate(params, jnp.uint32(call * BATCH)))
         np.add.at(counts, tuple(emitted.T), 1)
     if mode.policy == "thresholds":  # the test means nothing unless every exit is used
-        assert (drafted["exit_counts"].sum(axis=0) > 0.05 * drafted["exit_counts"].sum()).all()
+        assert (drafted["exit_counts"].sum(axis=0) > 0.03 * drafted["exit_counts"].sum()).all()
+    if mode.guarded or mode.rule == "expected_gain":  # ... and rounds both with and without drafts
+        assert 0.05 < drafted["plain_rounds"].sum() / drafted["rounds"].sum() < 0.95
     return counts
+
+
+def _drafting(mode: Mode, width: int) -> DraftingArrays:
+    # Rows start with credits of many sizes, and spend them: plain rounds come before and after drafted ones.
+    credits = np.arange(BATCH) % 50 / 25 if mode.guarded else np.full(BATCH, np.inf)
+    return DraftingArrays.create(mode.config(), credits, width, mode.num_exits)
 
 
 def _filtered(row: np.ndarray, sampling: SamplingParams) -> np.ndarray:

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.draft_length import confidence, decide
 from s2d_jax.kv_cache import write_window
 from s2d_jax.proposal import Proposal, Request, is_stop
 from s2d_jax.sampling import fold_in, probabilities, sample
 
-# step(state, tokens_BC, end_B, live_B) -> (f32 logits [B, K] after the first end_B tokens, state)
-Step = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# step(state, tokens_BC, end_B, live_B) -> (f32 logits [B, K] after the first end_B tokens, int32 [B] index of the exit, state)
+Step = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,14 @@ class ChainConfig:
         vocab_size: V, of the target; draft logits are cut or padded to it.
         greedy: every row has temperature 0.
         sampled: draw drafted tokens from q; else draft the mode, with a one-hot q.
+        watched: a chain may end early by its confidences.
     """
 
     width: int
     vocab_size: int
     greedy: bool
     sampled: bool
+    watched: bool = False
 
 
 def fit_vocabulary(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
@@ -68,10 +71,10 @@ def propose_chain(
     key_B,
     request: Request,
 ) -> tuple[Proposal, Any]:
-    """Drafts until every row has `num_draft_B` tokens, or has drafted one of its stop tokens.
+    """Drafts until every row has `num_draft_B` tokens, or has drafted one of its stop tokens, or its rule ends the chain.
 
-    Whether a row goes on depends on tokens that were already drafted, never on the probability of one that would be dropped,
-    so the target's distribution is kept.
+    Whether a row goes on depends on tokens that were already drafted and on q vectors, never on the probability of a token that
+    would be dropped, so the target's distribution is kept.
     """
     B, G = tokens_BC.shape[0], config.width
     keep_probs = config.sampled and not config.greedy
@@ -81,19 +84,27 @@ def propose_chain(
     proposal = Proposal(jnp.zeros((B, G), jnp.int32), jnp.zeros(B, jnp.int32), probs_BGK)
 
     def draft_one(carry):
-        i, live_B, tokens_BC, proposal, state = carry
-        logits_BK, state = step(state, tokens_BC, length_B + i, live_B)
+        i, live_B, hope_B, tokens_BC, proposal, state = carry
+        logits_BK, exit_B, state = step(state, tokens_BC, length_B + i, live_B)
+        more_B = i + 1 < num_draft_B
+        if config.watched:
+            sure_B = confidence(logits_BK)
+            draw_B, goes_on_B, hope_B = decide(
+                request.drafting, i, hope_B, sure_B, exit_B, num_draft_B
+            )
+            live_B, more_B = live_B & draw_B, more_B & goes_on_B
         index_B, probs_BK = _choose(config, logits_BK, request, fold_in(key_B, length_B + i))
         token_B = index_B if request.vocabulary_K is None else request.vocabulary_K[index_B]
         tokens_BC = write_window(tokens_BC, token_B[:, None], length_B + i, axis=1)
         proposal = _append(proposal, i, token_B, probs_BK, live_B)
-        live_B = live_B & (i + 1 < num_draft_B) & ~is_stop(token_B, request.stop_ids_BN)
-        return i + 1, live_B, tokens_BC, proposal, state
+        live_B = live_B & more_B & ~is_stop(token_B, request.stop_ids_BN)
+        return i + 1, live_B, hope_B, tokens_BC, proposal, state
 
     def unfinished(carry):
         return jnp.any(carry[1])
 
-    start = (jnp.int32(0), num_draft_B > 0, tokens_BC, proposal, state)
+    hope_B = jnp.ones(B, jnp.float32)
+    start = (jnp.int32(0), num_draft_B > 0, hope_B, tokens_BC, proposal, state)
     *_, proposal, state = jax.lax.while_loop(unfinished, draft_one, start)
     if keep_probs and request.vocabulary_K is not None:
         probs_BGK, ids_K = proposal.draft_probs_BGV, request.vocabulary_K

@@ -35,10 +35,12 @@ class IndependentDrafter:
     Attributes:
         model: the draft.
         chain: what every chain drafter needs.
+        return_width: positions that one pass takes in when a row drafts again after plain rounds; 0 if rows never pause.
     """
 
     model: Transformer
     chain: ChainConfig
+    return_width: int = 0
 
     @property
     def width(self) -> int:
@@ -46,7 +48,7 @@ class IndependentDrafter:
 
     @property
     def margin(self) -> int:
-        return self.chain.width + 1
+        return self.chain.width + max(1, self.return_width)
 
     def _apply(self, params, method, *args):
         return self.model.apply({"params": params}, *args, method=method)
@@ -81,14 +83,33 @@ class IndependentDrafter:
         cache = cache.advance_to(cache.length_B + moving_B.astype(jnp.int32))
         return h_B1D[:, 0], state.replace(cache=cache, passes=state.passes + 1)
 
+    def _return(self, params, state: IndependentState, tokens_BC, end_B):
+        """Takes in what the target emitted in plain rounds, up to `end_B` positions of each row."""
+        width = self.return_width
+
+        def run_chunk(state):
+            cache = state.cache
+            _, written = self._run(params, cache, read_window(tokens_BC, cache.length_B, width))
+            reached_B = jnp.minimum(cache.length_B + width, end_B)
+            cache = written.advance_to(jnp.maximum(cache.length_B, reached_B))
+            return state.replace(cache=cache, passes=state.passes + 1)
+
+        return jax.lax.while_loop(
+            lambda state: jnp.any(state.cache.length_B < end_B), run_chunk, state
+        )
+
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         def step(state, tokens_BC, end_B, live_B):
             last_BD, state = self._pass(params, state, tokens_BC, live_B)
             logits_BK = self._apply(params, "logits", last_BD)
             drafted_B = state.drafted_B + live_B.astype(jnp.int32)
             logits_BK = fit_draft_logits(self.chain, logits_BK, request)
-            return logits_BK, state.replace(drafted_B=drafted_B)
+            return logits_BK, jnp.zeros_like(drafted_B), state.replace(drafted_B=drafted_B)
 
+        if self.return_width:
+            # All but the last two positions: those are waiting after any round, and go one by one.
+            end_B = jnp.where(num_draft_B > 0, length_B - 2, 0)
+            state = self._return(params, state, tokens_BC, end_B)
         # After a round whose tokens were all accepted two tokens wait: the last drafted one, and the bonus token.
         behind_B = (state.cache.length_B < length_B - 1) & (num_draft_B > 0)
         state = run_if(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax.control import run_if
+from s2d_jax.draft_length import confidence
 from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, num_entries, propose_chain
 from s2d_jax.kv_cache import KVCache, grow_axis, read_window, write_window
 from s2d_jax.model import Transformer
@@ -46,15 +47,6 @@ class _Leaving:
     undecided_B: jax.Array
 
 
-def confidence(logits_BK: jax.Array) -> jax.Array:
-    """f32 `[B]`: the largest softmax probability of raw logits, before temperature and filters.
-
-    Under a trimmed head the softmax is over the K listed tokens only, so one threshold means a little less certainty than it
-    does over all tokens. It depends on the vector q alone, so leaving by it keeps the target's distribution.
-    """
-    return jnp.exp(jnp.max(logits_BK, axis=-1) - jax.nn.logsumexp(logits_BK, axis=-1))
-
-
 @dataclasses.dataclass(frozen=True)
 class SortedDrafter:
     """Drafts with the exits `exit_layers` of one model; a single exit is the fixed-exit policy.
@@ -64,12 +56,14 @@ class SortedDrafter:
         exit_layers: ascending layer counts at which tokens may leave.
         chain: what every chain drafter needs.
         catch_up_width: positions that one pass of a deeper segment takes in.
+        return_width: the same for the first segment, when a row drafts again after plain rounds; 0 if rows never pause.
     """
 
     model: Transformer
     exit_layers: tuple[int, ...]
     chain: ChainConfig
     catch_up_width: int
+    return_width: int = 0
 
     @property
     def width(self) -> int:
@@ -77,7 +71,7 @@ class SortedDrafter:
 
     @property
     def margin(self) -> int:
-        return self.chain.width + self.catch_up_width
+        return self.chain.width + max(self.catch_up_width, self.return_width)
 
     def _bounds(self, s: int) -> tuple[int, int]:
         return (0, *self.exit_layers)[s], self.exit_layers[s]
@@ -163,12 +157,16 @@ class SortedDrafter:
         def step(state, tokens_BC, end_B, live_B):
             return self._step(params, state, tokens_BC, end_B, live_B, request)
 
+        if self.return_width:
+            # All but the last two positions: those are waiting after any round, and go one by one.
+            end_B = jnp.where(num_draft_B > 0, length_B - 2, 0)
+            state, _ = self.catch_up(params, state, 0, tokens_BC, end_B, self.return_width)
         return propose_chain(
             *(self.chain, step, state, tokens_BC, length_B, num_draft_B, key_B, request)
         )
 
     def _step(self, params, state, tokens_BC, end_B, live_B, request):
-        """The logits that follow `end_B` tokens, each row's read at its exit. Segments that no row needs are skipped."""
+        """The logits that follow `end_B` tokens, and the exit of each row. Segments that no row needs are skipped."""
         B = tokens_BC.shape[0]
         leaving = _Leaving(
             state=state,
@@ -186,7 +184,8 @@ class SortedDrafter:
         counts_BE += jax.nn.one_hot(leaving.exit_B, counts_BE.shape[1], dtype=jnp.int32) * (
             live_B[:, None].astype(jnp.int32)
         )
-        return leaving.logits_BK, leaving.state.replace(exit_counts_BE=counts_BE)
+        state = leaving.state.replace(exit_counts_BE=counts_BE)
+        return leaving.logits_BK, leaving.exit_B, state
 
     def _try_exit(self, params, leaving: _Leaving, s, tokens_BC, end_B, request):
         """Takes the undecided rows through segment `s` and reads its exit; those that are confident stay."""

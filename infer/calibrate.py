@@ -1,0 +1,297 @@
+"""Computes how to decode with a target and a draft on this machine: `python -m infer.calibrate --target DIR --draft DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from infer.cli import run_command_line, screen
+from infer.costs import build_programs, costs_of, medians
+from infer.environment import environment
+from infer.loading import load_target, tokenizer_of
+from infer.measure import warm_run
+from infer.options import ComputeOptions, require_targets
+from infer.questions import encode, read_questions
+from infer.trace import BATCH, answer_prompts, record_trace
+from s2d_jax.calibration import (
+    Costs,
+    Prediction,
+    Trace,
+    best_of_families,
+    candidates,
+    predict,
+)
+from s2d_jax.config import DecodeConfig, SamplingParams, UserError
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.policy import Policy, PolicyKey, policy_file_of, read_policies, write_policies
+from s2d_jax.pretrained import Draft, Model, load_draft
+
+DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
+WIDTHS = (1, 2, 3, 4, 6, 9)
+REPEATS, WALKS, CONFIRMED = 3, 4, 3
+# A winner must gain more than what timing alone may show.
+SMALLEST_GAIN = 1.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Measure costs, record acceptance, compute the best policy, confirm it, and write it down."""
+
+    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Model directory, hub id or .gguf file; several are calibrated in turn."""
+    draft: str | None = None
+    """Exported sorted draft, or any model with the same vocabulary."""
+    questions: Path = DEFAULT_QUESTIONS
+    """Prompts like those that will be asked."""
+    temperature: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
+    """Temperatures to calibrate for; several may be given. Default: 0 and 1."""
+    out: Path | None = None
+    """Write policies here instead of into the draft's sorted_draft.json (see --policy-file)."""
+    prompts: int = 16
+    """Answers that the trace is recorded on."""
+    new_tokens: int = 64
+    """Tokens of each answer."""
+    minutes: float = 10.0
+    """Stop confirming candidates after so many minutes per target."""
+    raw: bool = False
+    """Leave the chat template out."""
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
+
+    def __post_init__(self):
+        for name in ("prompts", "new_tokens", "minutes"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise UserError(f"{name.replace('_', '-')} {value} must be above 0")
+        for temperature in self.temperature:
+            SamplingParams(temperature=temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class Confirmed:
+    """A candidate that was timed: speedups over plain decoding, prefill left out and included."""
+
+    prediction: Prediction
+    decode_speedup: float
+    speedup: float
+    mean_acceptance_length: float
+
+
+def main() -> None:
+    run_command_line(Args, calibrate)
+
+
+def calibrate(args: Args) -> None:
+    """Calibrates every target and writes its policies."""
+    require_targets(args.target)
+    if args.draft is None:
+        raise UserError("no --draft was given; give an exported sorted draft, or another model")
+    questions = read_questions(args.questions)
+    draft = load_draft(args.draft, dtype=args.compute.jax_dtype)
+    file = policy_file_of(draft, args.out)
+    read_policies(file)  # a damaged file is known before anything is measured
+    for path in args.target:
+        target = load_target(path, args.compute.jax_dtype)
+        # Prompts from all over the file.
+        step = max(1, len(questions) // args.prompts)
+        chosen = questions[::step][: args.prompts]
+        prompts = [
+            encode(tokenizer_of(target), question.messages([]), raw=args.raw) for question in chosen
+        ]
+        with _progress() as progress:
+            policies = Calibration(args, target, draft, prompts, progress).run()
+        write_policies(file, policies)
+        screen().print(f"{len(policies)} policies written to {file}", soft_wrap=True)
+        del target
+
+
+def _progress() -> Progress:
+    return Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("elapsed"), TimeElapsedColumn()),
+        console=screen(stderr=True),
+    )
+
+
+class Calibration:
+    """The phases of calibrating one target."""
+
+    def __init__(self, args: Args, target: Model, draft: Draft, prompts, progress: Progress):
+        self.args, self.target, self.draft = args, target, draft
+        self.prompts, self.progress = prompts, progress
+        self.temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
+        self.started = time.perf_counter()
+
+    def run(self) -> list[Policy]:
+        seconds = self._measure_costs()
+        traces = {temperature: self._record(temperature) for temperature in self.temperatures}
+        policies = []
+        for number, temperature in enumerate(self.temperatures):
+            trace = traces[temperature]
+            costs = costs_of(
+                *(seconds, self.draft, WIDTHS, temperature), DecodeConfig().catch_up_width
+            )
+            walks = 1 if temperature == 0 else WALKS
+            found = candidates(costs, trace, WIDTHS[-1] - 1)
+            predictions = predict(trace, costs, found, repeats=walks, seed=0)
+            share = (number + 1) / len(self.temperatures)
+            confirmed = self._confirm(predictions, temperature, share)
+            policy = self._decide(costs, trace, predictions, confirmed, temperature)
+            _show(self.target.source, temperature, predictions, confirmed, policy)
+            policies.append(policy)
+        return policies
+
+    def _phase(self, name: str, total: int):
+        task = self.progress.add_task(name, total=total)
+        return lambda count=1: self.progress.update(task, advance=count)
+
+    def _measure_costs(self) -> dict:
+        exits = len(self.draft.draft_config.exit_layers)
+        draft_programs = 3 * exits + 1 if exits > 1 else 2
+        judged = len({0.0, *self.temperatures}) * len(WIDTHS)
+        on_built = self._phase("compiling parts", len(WIDTHS) + draft_programs + 1 + judged)
+        programs = build_programs(self.target, self.draft, WIDTHS, self.temperatures, on_built)
+        return medians(programs, REPEATS, self._phase("measuring parts", REPEATS * len(programs)))
+
+    def _record(self, temperature: float) -> Trace:
+        args, name = self.args, f"temperature {temperature:g}"
+        sampling = SamplingParams(temperature=temperature, max_new_tokens=args.new_tokens)
+        on_batch = self._phase(f"{name}: answering", len(self.prompts))
+        sequences = answer_prompts(self.target, self.prompts, sampling, on_batch)
+        on_answer = self._phase(f"{name}: recording", len(sequences))
+        trace = record_trace(
+            *(self.target, self.draft, sequences, [len(p) for p in self.prompts]),
+            *(args.new_tokens, temperature, on_answer),
+        )
+        if not trace.answers:
+            raise UserError(
+                f"{self.target.source} answers every prompt of {args.questions} with one token; give other prompts"
+            )
+        return trace
+
+    def _confirm(
+        self, predictions: Sequence[Prediction], temperature: float, share: float
+    ) -> list[Confirmed]:
+        """Times the best candidates and plain decoding in alternation, until `share` of the time is used up."""
+        chosen = best_of_families(predictions, CONFIRMED)
+        plain = SpeculativeDecoder(self.target)
+        decoders = [
+            SpeculativeDecoder(self.target, self.draft, _config(prediction))
+            for prediction in chosen
+        ]
+        runs: list[list] = [[] for _ in (plain, *decoders)]
+        phase = self._phase(f"temperature {temperature:g}: confirming", BATCH)
+        for number, prompt in enumerate(self.prompts[:BATCH]):
+            sampling = SamplingParams(
+                temperature=temperature, max_new_tokens=self.args.new_tokens, seed=number
+            )
+            for column, decoder in zip(runs, (plain, *decoders), strict=True):
+                column.append(warm_run(decoder, prompt, sampling)[0].stats)
+            phase()
+            if time.perf_counter() - self.started > share * 60 * self.args.minutes:
+                break
+        phase(BATCH)
+        return [
+            Confirmed(
+                prediction,
+                _speed(column, decode=True) / _speed(runs[0], decode=True),
+                _speed(column, decode=False) / _speed(runs[0], decode=False),
+                statistics.fmean(stats.mean_acceptance_length for stats in column),
+            )
+            for prediction, column in zip(chosen, runs[1:], strict=True)
+        ]
+
+    def _decide(
+        self, costs: Costs, trace: Trace, predictions, confirmed, temperature: float
+    ) -> Policy:
+        best = max(confirmed, key=lambda entry: entry.speedup)
+        wins = best.speedup >= SMALLEST_GAIN
+        evidence = {
+            "target": self.target.source,
+            "chosen": best.prediction.candidate.name if wins else "no speculation",
+            "seconds": dataclasses.asdict(costs),
+            "trace": _summary(trace),
+            "predicted": {p.candidate.name: round(p.speedup, 4) for p in predictions[:20]},
+            "confirmed": {
+                entry.prediction.candidate.name: {
+                    "predicted_decode_speedup": round(entry.prediction.speedup, 4),
+                    "measured_decode_speedup": round(entry.decode_speedup, 4),
+                    "measured_speedup": round(entry.speedup, 4),
+                    "predicted_mean_acceptance_length": round(
+                        entry.prediction.mean_acceptance_length, 4
+                    ),
+                    "measured_mean_acceptance_length": round(entry.mean_acceptance_length, 4),
+                }
+                for entry in confirmed
+            },
+            "minutes": round((time.perf_counter() - self.started) / 60, 2),
+            "environment": environment(self.args.compute.dtype),
+        }
+        key = PolicyKey.of(self.target, self.draft, temperature)
+        return Policy(key, _config(best.prediction) if wins else None, evidence)
+
+
+def _config(prediction: Prediction) -> DecodeConfig:
+    config = prediction.candidate.config
+    assert config is not None
+    return config
+
+
+def _speed(column, *, decode: bool) -> float:
+    """Mean over prompts of new tokens per second, with or without prefill."""
+    if decode:
+        return statistics.fmean((s.emitted_tokens - 1) / s.seconds["decode"] for s in column)
+    return statistics.fmean(s.emitted_tokens / s.seconds["total"] for s in column)
+
+
+def _summary(trace: Trace) -> dict:
+    def means(name, row):
+        total = sum(float(getattr(answer, name)[row].sum()) for answer in trace.answers)
+        return round(total / sum(answer.accepted.shape[1] for answer in trace.answers), 4)
+
+    rows = range(len(trace.exits))
+    return {
+        "answers": len(trace.answers),
+        "positions": sum(answer.accepted.shape[1] for answer in trace.answers),
+        "acceptance": {trace.exits[row]: means("accepted", row) for row in rows},
+        "confidence": {trace.exits[row]: means("confidence", row) for row in rows},
+    }
+
+
+def _show(
+    target: str,
+    temperature: float,
+    predictions: Sequence[Prediction],
+    confirmed: Sequence[Confirmed],
+    policy: Policy,
+) -> None:
+    title = f"{Path(target).name}, temperature {temperature:g}: {policy.evidence['chosen']}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("candidate", overflow="fold")
+    for name in ("drafted", "MAT", "predicted", "measured", "with prefill"):
+        table.add_column(name, justify="right")
+    timed = {entry.prediction.candidate.name: entry for entry in confirmed}
+    shown = [*(entry.prediction for entry in confirmed)]
+    shown += [p for p in predictions if p.candidate.config is None]
+    shown += [p for p in best_of_families(predictions, 12) if p not in shown]
+    for prediction in sorted(shown, key=lambda p: -p.speedup):
+        entry = timed.get(prediction.candidate.name)
+        table.add_row(
+            prediction.candidate.name,
+            f"{prediction.mean_draft_length:.2f}",
+            f"{prediction.mean_acceptance_length:.2f}",
+            f"{prediction.speedup:.2f}",
+            "-" if entry is None else f"{entry.decode_speedup:.2f}",
+            "-" if entry is None else f"{entry.speedup:.2f}",
+        )
+    screen().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Measures what the parts of a round cost, each inside the compiled loop that it runs in when decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.acceptance import accept_greedy, accept_sampled
+from s2d_jax.calibration import Costs
+from s2d_jax.config import DecodeConfig, SamplingParams
+from s2d_jax.decoder import DecodeState
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.pretrained import Draft
+from s2d_jax.proposal import Proposal, SamplingArrays
+from s2d_jax.sampling import probabilities
+
+# Rounds per measurement, drafted tokens per round, and positions of context that the caches hold.
+ROUNDS, TOKENS, CONTEXT = 12, 4, 128
+RETURN = 32
+
+Program = Callable[[], float]
+
+
+def _empty_state(decoder, width: int, args: tuple) -> DecodeState:
+    """A state in mid-text whose caches hold zeros: what a round costs does not depend on what was written."""
+    shapes = jax.eval_shape(lambda *args: decoder.prefill(*args, width), *args)
+    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    length_B = jnp.full_like(state.length_B, CONTEXT)
+    return state.replace(
+        length_B=length_B,
+        target_cache=state.target_cache.advance_to(length_B - 1),
+        draft_length_B=args[1].drafting.first_B,
+        guard=state.guard.replace(credit_B=args[1].drafting.allowance_B),
+    )
+
+
+def _prepared(decoder: SpeculativeDecoder, *, rounds: int):
+    """Static decoder, arguments and state of one row that goes on for `rounds` tokens."""
+    sampling = SamplingParams(max_new_tokens=rounds, ignore_eos=True)
+    static, width, args = decoder.prepare([[1] * CONTEXT], [sampling])
+    params, request, tokens_BC, length_B = args
+    # No token ends the row, whatever the zeros in the caches make of it.
+    request = request.replace(stop_ids_BN=jnp.full_like(request.stop_ids_BN, -1))
+    args = (params, request, tokens_BC, length_B)
+    return static, args, _empty_state(static, width, args)
+
+
+def verify_program(target, width: int) -> Program:
+    """Seconds of a round of plain decoding whose target pass has `width` positions."""
+    decoder = SpeculativeDecoder(target, None, DecodeConfig(verify_width=width))
+    static, args, state = _prepared(decoder, rounds=ROUNDS)
+    run = jax.jit(static.run).lower(*args[:2], state).compile()
+    return _timed(lambda: run(*args[:2], state).rounds_B, ROUNDS)
+
+
+def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, Program]:
+    """Seconds of drafting a token, by the exit that is forced: `("step", exit)`; and of a position that is caught up with
+    when a row has been plain, `("catch_up",)`."""
+    config = DecodeConfig(exits=exits, num_draft_tokens=TOKENS)
+    decoder = SpeculativeDecoder(target, draft, config)
+    static, args, state = _prepared(decoder, rounds=ROUNDS * (TOKENS + 1))
+    drafter = dataclasses.replace(static.drafter, return_width=RETURN)
+    params, request, tokens_BC, _ = args
+
+    @jax.jit
+    def rounds(params, request, tokens_BC, draft_state, behind):
+        length_B = state.length_B
+
+        def one(_, draft_state):
+            # One position waits, as after most rounds, or more.
+            draft_state = drafter.rewind(draft_state, length_B - 1 - behind)
+            count_B = jnp.full_like(length_B, TOKENS)
+            return drafter.propose(
+                *(params, draft_state, tokens_BC, length_B, count_B, request.key_B, request)
+            )[1]
+
+        return jax.lax.fori_loop(0, ROUNDS, one, draft_state)
+
+    ready = _filled(state.draft_state, state.length_B - 1)
+    no_stop = request.replace(stop_ids_BN=jnp.full_like(request.stop_ids_BN, -1))
+
+    def program(thresholds, behind, count):
+        asked = no_stop.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
+        inputs = (params["draft"], asked, tokens_BC, ready, jnp.int32(behind))
+        return _timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
+
+    steps = ROUNDS * TOKENS
+    found: dict[tuple, Program] = {}
+    for index, exit in enumerate(exits):  # 1 is never passed, -1 always
+        thresholds = (*(1.0 for _ in exits[:index]), *(-1.0 for _ in exits[index:]))
+        found["step", exit] = program(thresholds, 0, steps)
+    found["behind", exits[-1]] = program(thresholds, RETURN + 1, ROUNDS)
+    return found
+
+
+def _filled(draft_state, length_B):
+    """The drafter's state with `length_B` positions computed in all of its caches."""
+
+    def fill(leaf):
+        return leaf.advance_to(length_B) if hasattr(leaf, "advance_to") else leaf
+
+    return jax.tree.map(fill, draft_state, is_leaf=lambda leaf: hasattr(leaf, "advance_to"))
+
+
+def head_program(draft: Draft) -> Program:
+    """Seconds of reading the draft's logits at one position, and their argmax."""
+    from s2d_jax.model import Transformer
+
+    dtype = jax.tree.leaves(draft.params)[0].dtype
+    model = Transformer(draft.config, dtype=dtype)
+
+    @jax.jit
+    def heads(params, h_BD):
+        def one(_, h_BD):
+            logits_BV = model.apply({"params": params}, h_BD, method="logits")
+            token_B = jnp.argmax(logits_BV, axis=-1)
+            return h_BD.at[:, 0].set(token_B.astype(dtype))
+
+        return jax.lax.fori_loop(0, ROUNDS * TOKENS, one, h_BD)
+
+    h_BD = jnp.ones((1, draft.config.embed_dim), dtype)
+    return _timed(lambda: heads(draft.params, h_BD), ROUNDS * TOKENS)
+
+
+def judge_program(vocab_size: int, width: int, temperature: float) -> Program:
+    """Seconds of accepting: argmax when greedy, probabilities and coins when sampled."""
+    G = width - 1
+    row = SamplingArrays.stack([SamplingParams(temperature=temperature)])
+    drafted = jnp.full((1, G, vocab_size), 1.0 / vocab_size, jnp.float32)
+    proposal = Proposal(jnp.zeros((1, G), jnp.int32), jnp.full((1,), G, jnp.int32), drafted)
+    key_B = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
+
+    @jax.jit
+    def judge(logits_BTV, row, proposal):
+        def one(_, logits_BTV):
+            if temperature == 0:
+                _, token_B = accept_greedy(proposal, logits_BTV)
+            else:
+                probs_BTV = probabilities(logits_BTV, row)
+                _, token_B = accept_sampled(proposal, probs_BTV, key_B)
+            return logits_BTV.at[:, :, 0].add(token_B[:, None].astype(jnp.float32) * 1e-6)
+
+        return jax.lax.fori_loop(0, ROUNDS, one, logits_BTV)
+
+    logits_BTV = jnp.zeros((1, width, vocab_size), jnp.float32)
+    return _timed(lambda: judge(logits_BTV, row, proposal), ROUNDS)
+
+
+def _timed(run: Callable, count: int) -> Program:
+    jax.block_until_ready(run())  # compiles and warms up
+
+    def program() -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        return (time.perf_counter() - started) / count
+
+    return program
+
+
+def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
+    """Runs all programs in turn, `repeats` times; the median seconds of each."""
+    seconds: dict = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            seconds[name].append(program())
+            on_run()
+    return {name: statistics.median(column) for name, column in seconds.items()}
+
+
+def build_programs(target, draft: Draft, widths: Sequence[int], temperatures, on_built) -> dict:
+    """All programs that `costs_of` needs; told after each that was compiled."""
+    exits = draft.draft_config.exit_layers
+    programs: dict = {}
+
+    def add(name, program):
+        programs[name] = program
+        on_built()
+
+    for width in widths:
+        add(("verify", width), verify_program(target, width))
+    chosen = [(exit,) for exit in exits] + ([exits] if len(exits) > 1 else [])
+    for used in chosen:
+        for name, program in draft_programs(target, draft, used).items():
+            add((*name, used), program)
+    add(("head",), head_program(draft))
+    for temperature in {0.0, *temperatures}:
+        for width in widths:
+            program = judge_program(target.config.vocab_size, width, temperature)
+            add(("judge", width, temperature), program)
+    return programs
+
+
+def costs_of(seconds: dict, draft: Draft, widths: Sequence[int], temperature: float, chunk: int):
+    """Puts the medians together. A sampled round is a greedy one with another way of accepting and of choosing drafts."""
+    exits = draft.draft_config.exit_layers
+
+    def judging(width):
+        return seconds["judge", width, temperature] - seconds["judge", width, 0.0]
+
+    drawing = judging(1)
+    alone = {exit: seconds["step", exit, (exit,)] + drawing for exit in exits}
+    through = {exit: seconds["step", exit, exits] + drawing for exit in exits}
+    catch_up = {
+        exit: max(seconds["behind", exit, (exit,)] - TOKENS * seconds["step", exit, (exit,)], 0.0)
+        / RETURN
+        for exit in exits
+    }
+    return Costs(
+        verify={width: seconds["verify", width] + judging(width) for width in widths},
+        head=seconds["head",] + drawing,
+        alone=alone,
+        through=through,
+        catch_up=catch_up,
+        chunk=chunk,
+    )

@@ -1,0 +1,118 @@
+"""Records, on a target's own answers, what each exit of a draft would have contributed at every position."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax.calibration import Answer, Trace
+from s2d_jax.config import SamplingParams
+from s2d_jax.draft_length import confidence
+from s2d_jax.drafters.chain import fit_vocabulary
+from s2d_jax.generation import SpeculativeDecoder, bucket
+from s2d_jax.model import Transformer
+from s2d_jax.pretrained import Draft, Model
+from s2d_jax.proposal import SamplingArrays
+from s2d_jax.sampling import probabilities
+
+BATCH = 8
+
+
+def answer_prompts(
+    target: Model, prompts: Sequence[list[int]], sampling: SamplingParams, on_batch: Callable
+) -> list[list[int]]:
+    """The target's own answers, token ids of prompt and answer together."""
+    decoder, answers = SpeculativeDecoder(target), []
+    for start in range(0, len(prompts), BATCH):
+        batch = list(prompts[start : start + BATCH])
+        rows = [*batch, *batch[:1] * (BATCH - len(batch))]
+        new_ids = decoder.generate(rows, sampling).token_ids
+        answers += [[*prompt, *ids] for prompt, ids in zip(batch, new_ids, strict=False)]
+        on_batch(len(batch))
+    return answers
+
+
+def record_trace(
+    target: Model,
+    draft: Draft,
+    sequences: Sequence[list[int]],
+    prompt_lengths: Sequence[int],
+    new_tokens: int,
+    temperature: float,
+    on_answer: Callable[[], None],
+) -> Trace:
+    """One teacher-forced pass of target and draft over each sequence.
+
+    Args:
+        sequences: prompt and answer.
+        prompt_lengths: of each.
+        new_tokens: at most so many of each answer.
+        temperature: at which the answers were made; drafts are drawn at the same.
+        on_answer: told after each.
+    """
+    width = bucket(max(len(ids) for ids in sequences))
+    score = jax.jit(
+        functools.partial(_score, _model(target), _model(draft), draft.draft_config.exit_layers),
+        static_argnums=(4,),
+    )
+    answers = []
+    for ids, prompt_length in zip(sequences, prompt_lengths, strict=True):
+        tokens_1T = np.zeros((1, width), np.int32)
+        tokens_1T[0, : len(ids)] = ids
+        # The first token is emitted by prefill, so the second one is the first that could have been drafted.
+        first = prompt_length + 1
+        count = min(len(ids), prompt_length + new_tokens) - first
+        scored = score(
+            *(target.params, draft.params, jnp.asarray(tokens_1T), jnp.int32(first)),
+            *(new_tokens, jnp.float32(temperature)),
+        )
+        if count > 0:
+            sure_EN, accepted_EN = (np.asarray(part, np.float64)[:, :count] for part in scored)
+            answers.append(Answer(sure_EN, accepted_EN))
+        on_answer()
+    return Trace(draft.draft_config.exit_layers, tuple(answers))
+
+
+def _model(model: Model) -> Transformer:
+    return Transformer(model.config, dtype=jax.tree.leaves(model.params)[0].dtype)
+
+
+def _score(target, draft, exits, target_params, *rest):
+    """Confidence and acceptance, f32 `[E, N]`, of N tokens from position `first` on."""
+    draft_params, tokens_1T, first, count, temperature = rest
+    T = tokens_1T.shape[1]
+    at_N = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), T - 1)
+    emitted_N = tokens_1T[0, at_N]
+
+    def hiddens(model, params, layers):
+        return model.apply({"params": params}, tokens_1T, exit_layers=layers, method="exit_hiddens")
+
+    def logits_NV(model, params, h_1TD):
+        return model.apply({"params": params}, h_1TD[0, at_N - 1], method="logits")
+
+    row = SamplingArrays(
+        temperature_B=temperature[None],
+        top_k_B=jnp.zeros(1, jnp.int32),
+        top_p_B=jnp.ones(1, jnp.float32),
+        min_p_B=jnp.zeros(1, jnp.float32),
+    )
+
+    def prob_N(logits_NV):
+        probs_NV = probabilities(logits_NV[None], row)[0]
+        return jnp.take_along_axis(probs_NV, emitted_N[:, None], axis=1)[:, 0]
+
+    (h_1TD,) = hiddens(target, target_params, (target.config.num_layers,))
+    target_prob_N = prob_N(logits_NV(target, target_params, h_1TD))
+    sure, accepted = [], []
+    for h_1TD in hiddens(draft, draft_params, exits):
+        own_NV = logits_NV(draft, draft_params, h_1TD)
+        sure.append(confidence(own_NV))
+        draft_prob_N = prob_N(fit_vocabulary(own_NV, target.config.vocab_size))
+        ratio_N = jnp.minimum(1.0, draft_prob_N / jnp.maximum(target_prob_N, 1e-30))
+        # Greedy: the draft's distribution is one-hot, and what was emitted is what the target takes.
+        accepted.append(jnp.where(temperature == 0.0, draft_prob_N, ratio_N))
+    return jnp.stack(sure), jnp.stack(accepted)

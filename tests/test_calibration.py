@@ -1,0 +1,234 @@
+"""Replayed chains against hand computation and against real decoding; policies kept and found again; the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from infer_tiny import failing_run, run, save_tiny_models
+from test_draft_length import PROMPTS, draft, target  # noqa: F401 (fixtures)
+
+from infer import bench, generate
+from infer import calibrate as command
+from infer.trace import record_trace
+from s2d_jax.calibration import (
+    Answer,
+    Candidate,
+    Costs,
+    Trace,
+    best_of_families,
+    candidates,
+    gain_limits,
+    predict,
+    replay,
+)
+from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, UserError
+from s2d_jax.draft_length import DraftingArrays, decide
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.policy import (
+    Policy,
+    PolicyKey,
+    find_policy,
+    fingerprint,
+    read_policies,
+    write_policies,
+)
+
+COSTS = Costs(
+    verify={1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3, 6: 1.5, 9: 2.0},
+    head=0.05,
+    alone={1: 0.1, 2: 0.2, 4: 0.3},
+    through={1: 0.1, 2: 0.25, 4: 0.4},
+    catch_up={1: 0.01, 2: 0.02, 4: 0.03},
+    chunk=4,
+)
+
+
+def config(**fields) -> DecodeConfig:
+    return DecodeConfig(narrow_widths=(1,), **fields)
+
+
+def certain(*accepted, confidence=0.9) -> Trace:
+    """One answer of a draft with the exit 4, whose tokens are accepted or not."""
+    row = np.array([accepted], float)
+    return Trace((4,), (Answer(np.full_like(row, confidence), row),))
+
+
+def coins(trace):
+    return [[np.full(answer.accepted.shape[1], 0.5) for answer in trace.answers]]
+
+
+def test_a_chain_replayed_by_hand():
+    trace = certain(1, 1, 0, 1, 1, 1, 1)
+    found = replay(
+        trace, COSTS, Candidate("", "", config(exits=(4,), num_draft_tokens=2)), coins(trace)
+    )
+    # Rounds: 2 accepted, 3 emitted, twice (tokens 1-3, 4-6); then one token is left: nothing is drafted, a plain round.
+    # A draft step costs .3 (.25 of it the pass); after a round that accepted all, one more pass.
+    seconds = (1.2 + 0.6) + (1.2 + 0.6 + 0.25) + 1.0
+    assert found.mean_acceptance_length == pytest.approx(7 / 3)
+    assert found.mean_draft_length == pytest.approx(4 / 3)
+    assert found.speedup == pytest.approx(7 / seconds)
+
+
+def test_rejections_end_a_chain_and_low_confidence_its_drafting():
+    trace = certain(0, 0, 0, 0, confidence=0.3)
+    fields = {"exits": (4,), "num_draft_tokens": 3}
+    fixed = replay(trace, COSTS, Candidate("", "", config(**fields)), coins(trace))
+    assert (fixed.mean_acceptance_length, fixed.mean_draft_length) == (1, (3 + 2 + 1) / 4)
+    rule = config(draft_length_rule="confidence", **fields)
+    assert replay(trace, COSTS, Candidate("", "", rule), coins(trace)).mean_draft_length == 3 / 4
+
+
+def test_gain_limits_are_the_rule_of_the_loop():
+    costs = RoundCosts((0.1, 0.3), (1.0, 1.4, 1.4, 1.9, 1.9), next_acceptance=0.6)
+    own = config(draft_length_rule="expected_gain", num_draft_tokens=4, costs=costs, gain_rate=1.3)
+    drafting = DraftingArrays.create(own, [np.inf] * 400, 4, 2)
+    rng = np.random.default_rng(0)
+    hope, sure = rng.random(400).astype(np.float32), rng.random(400).astype(np.float32)
+    exits = rng.integers(2, size=400).astype(np.int32)
+    draw_above, more_above = gain_limits(costs, 1.3, 3)
+    for i in range(3):
+        limit_B = jnp.full(400, 3, jnp.int32)
+        draw_B, more_B, hope_B = jax.jit(decide)(drafting, i, hope, sure, exits, limit_B)
+        for row, exit in enumerate(exits):
+            assert draw_B[row] == (hope_B[row] >= draw_above[exit][i])
+            assert more_B[row] == (draw_B[row] & (hope_B[row] > more_above[exit][i]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exits": (2,), "num_draft_tokens": 3},
+        {"exits": (4,), "draft_length_rule": "confidence", "min_confidence": 0.6},
+        {
+            "draft_length_rule": "heuristic",
+            "max_draft_tokens": 8,
+            "exit_thresholds": (0.6, 0.6, 0.0),
+        },
+        {"draft_length_rule": "confidence", "exit_thresholds": (0.5, 0.7, 0.0)},
+        {
+            "draft_length_rule": "expected_gain",
+            "gain_rate": 1.4,
+            "exit_thresholds": (0.5, 0.7, 0.0),
+        },
+    ],
+    ids=str,
+)
+def test_the_replay_counts_the_rounds_of_real_decoding(target, draft, fields):  # noqa: F811
+    """Greedy: one teacher-forced pass predicts exactly how many rounds the real loop takes, for every rule."""
+    sampling = SamplingParams(max_new_tokens=48)
+    plain = SpeculativeDecoder(target).generate(PROMPTS, sampling)
+    sequences = [[*p, *ids] for p, ids in zip(PROMPTS, plain.token_ids, strict=True)]
+    trace = record_trace(target, draft, sequences, [len(p) for p in PROMPTS], 48, 0.0, lambda: None)
+    if fields.get("draft_length_rule") == "expected_gain":
+        verify = (1.0, *(1.5,) * 5)
+        fields = {**fields, "costs": RoundCosts((0.1, 0.2, 0.3), verify, next_acceptance=0.6)}
+    own = config(**{"exits": (1, 2, 4), **fields})
+    result = SpeculativeDecoder(target, draft, own).generate(PROMPTS, sampling)
+    assert result.token_ids == plain.token_ids
+    found = replay(trace, COSTS, Candidate("", "", own), coins(trace))
+    emitted = sum(answer.accepted.shape[1] for answer in trace.answers)
+    assert emitted == 4 * 47
+    assert result.stats.target_forwards == round(emitted / found.mean_acceptance_length)
+
+
+def test_a_sampled_trace_holds_exact_acceptance_probabilities(target, draft):  # noqa: F811
+    """The mean over emitted tokens of min(1, q / p) is that of sum(min(p, q)); here p = q, and all are accepted."""
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=20)
+    ids = SpeculativeDecoder(target).generate(PROMPTS[:1], sampling).token_ids[0]
+    itself = dataclasses.replace(draft, params=target.params)
+    trace = record_trace(
+        target, itself, [[*PROMPTS[0], *ids]], [len(PROMPTS[0])], 20, 1.0, lambda: None
+    )
+    assert trace.answers[0].accepted.shape == (3, 19)
+    np.testing.assert_allclose(trace.answers[0].accepted[2], 1.0, atol=1e-4)
+    assert trace.answers[0].accepted[0].mean() < 0.9
+
+
+def test_the_search_finds_what_pays():
+    good, bad = certain(*[1] * 40), certain(*[0] * 40)
+    best = predict(good, COSTS, candidates(COSTS, good, 8), repeats=1, seed=0)[0]
+    assert best.mean_draft_length > 4
+    assert best.speedup > 1.8
+    worst = predict(bad, COSTS, candidates(COSTS, bad, 8), repeats=1, seed=0)
+    assert worst[0].candidate.config is None or worst[0].speedup == 1.0
+    families = best_of_families(worst, 3)
+    assert len({entry.candidate.family for entry in families}) == 3
+
+
+def key(**changes) -> PolicyKey:
+    return dataclasses.replace(PolicyKey("t", "d", "float32/float32", "cpu x 2", 0.0), **changes)
+
+
+def test_policies_are_kept_and_found_again(tmp_path):
+    file = tmp_path / "sorted_draft.json"
+    file.write_text(json.dumps({"format": 1, "exit_layers": [1, 2]}))
+    costs = RoundCosts((0.1, 0.2), (1.0, 1.5, 1.5), 0.01, ((0.0, 0.5, 1.0),) * 2, 0.7)
+    speculate = DecodeConfig(
+        exits=(1, 2), exit_thresholds=(0.5, 0.0), num_draft_tokens=2, costs=costs, guard=True
+    )
+    greedy, warm, hot = (key(temperature=t) for t in (0.0, 0.5, 1.0))
+    write_policies(file, [Policy(greedy, speculate, {"why": 1}), Policy(warm, None, {})])
+    write_policies(file, [Policy(hot, speculate, {}), Policy(greedy, None, {"why": 2})])
+    assert json.loads(file.read_text())["exit_layers"] == [1, 2]
+    policies = read_policies(file)
+    assert len(policies) == 3
+    assert find_policy(policies, greedy).evidence == {"why": 2}
+    assert find_policy(policies, key(temperature=0.9)).config == speculate
+    assert find_policy(policies, key(temperature=0.6)).config is None
+    assert find_policy(policies, key(device="another")) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["sorted_draft.json"]
+    file.write_text('{"policies": [{"key": {}}]}')
+    with pytest.raises(UserError, match="a policy cannot be read"):
+        read_policies(file)
+
+
+def test_fingerprints_tell_weights_apart(target):  # noqa: F811
+    first = fingerprint(target)
+    assert first == fingerprint(dataclasses.replace(target, source="elsewhere"))
+    changed = jax.tree.map(lambda x: x, target.params)
+    changed["layers_2"] = jax.tree.map(lambda x: x + 1, changed["layers_2"])
+    assert fingerprint(dataclasses.replace(target, params=changed)) != first
+    other = dataclasses.replace(target.config, rope_theta=5_000.0)
+    assert fingerprint(dataclasses.replace(target, config=other)) != first
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+def test_calibrate_then_auto(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "WIDTHS", (1, 3))
+    monkeypatch.setattr(command, "CONFIRMED", 1)
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two")))
+    flags = ("--target", models.large, "--draft", models.draft)
+    missing = failing_run(
+        *(generate.main, monkeypatch, capsys, *flags, "--prompt", "x", "--policy", "auto")
+    )
+    assert "has no policy for" in missing
+    assert "python -m infer.calibrate --target" in missing
+    small = ("--prompts", 2, "--new-tokens", 12, "--temperature", 0)
+    run(command.main, monkeypatch, *flags, "--questions", questions, *small)
+    shown = capsys.readouterr().out
+    assert "predicted" in shown
+    assert all(len(line) <= 100 for line in shown.splitlines() if "│" in line)
+    stored = json.loads((tmp_path.parent / models.draft / "sorted_draft.json").read_text())
+    (entry,) = stored["policies"]
+    assert entry["evidence"]["seconds"]["verify"].keys() == {"1", "3"}
+    assert entry["evidence"]["confirmed"]
+    assert entry["evidence"]["trace"]["positions"] == 22
+    run(generate.main, monkeypatch, *flags, "--prompt", "x", "--policy", "auto")
+    out = tmp_path / "bench"
+    limits = ("--questions", questions, "--max-new-tokens", 8, "--out", out)
+    run(bench.main, monkeypatch, *flags, *limits, "--methods", "ar,auto")
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["ar", "auto"]
+    hot = (*flags, *limits, "--methods", "auto", "--temperature", 1)
+    assert "has no policy for" in failing_run(bench.main, monkeypatch, capsys, *hot)
