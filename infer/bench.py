@@ -136,6 +136,8 @@ def _profile(args: Args, directory: Path, target, methods, question: Question) -
     prompt = encode(tokenizer_of(target), question.messages([]), raw=args.raw)
     for method in methods:
         write_profile(directory / method.name, method.decoder, prompt, args.sampling.params())
+
+
 def _check_drafting(args: Args) -> None:
     if args.drafting.policy is not None:
         raise UserError("--policy auto is a method here; add auto to --methods")

@@ -15,9 +15,9 @@ from rich.table import Table
 from infer.cli import run_command_line, screen
 from infer.costs import build_programs, costs_of, medians
 from infer.environment import environment
-from infer.loading import load_target, tokenizer_of
+from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.measure import warm_run
-from infer.options import ComputeOptions, require_targets
+from infer.options import ComputeOptions, DraftOptions, require_targets
 from infer.questions import encode, read_questions
 from infer.trace import BATCH, answer_prompts, record_trace
 from s2d_jax.calibration import (
@@ -28,10 +28,11 @@ from s2d_jax.calibration import (
     candidates,
     predict,
 )
+from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.policy import Policy, PolicyKey, policy_file_of, read_policies, write_policies
-from s2d_jax.pretrained import Draft, Model, load_draft
+from s2d_jax.pretrained import Draft, Model
 
 DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
 WIDTHS = (1, 2, 3, 4, 6, 9)
@@ -62,6 +63,7 @@ class Args:
     """Stop confirming candidates after so many minutes per target."""
     raw: bool = False
     """Leave the chat template out."""
+    draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
 
     def __post_init__(self):
@@ -92,12 +94,14 @@ def calibrate(args: Args) -> None:
     require_targets(args.target)
     if args.draft is None:
         raise UserError("no --draft was given; give an exported sorted draft, or another model")
+    use_compile_cache(args.compute.compile_cache)
     questions = read_questions(args.questions)
-    draft = load_draft(args.draft, dtype=args.compute.jax_dtype)
+    vocabulary = args.draft_options.draft_vocabulary
+    draft = load_listed_draft(args.draft, vocabulary, args.compute.draft_format)
     file = policy_file_of(draft, args.out)
     read_policies(file)  # a damaged file is known before anything is measured
     for path in args.target:
-        target = load_target(path, args.compute.jax_dtype)
+        target = load_target(path, args.compute.target_format)
         # Prompts from all over the file.
         step = max(1, len(questions) // args.prompts)
         chosen = questions[::step][: args.prompts]
@@ -231,7 +235,7 @@ class Calibration:
                 for entry in confirmed
             },
             "minutes": round((time.perf_counter() - self.started) / 60, 2),
-            "environment": environment(self.args.compute.dtype),
+            "environment": environment(self.target.dtype.name),
         }
         key = PolicyKey.of(self.target, self.draft, temperature)
         return Policy(key, _config(best.prediction) if wins else None, evidence)

@@ -109,21 +109,18 @@ def _filled(draft_state, length_B):
 
 def head_program(draft: Draft) -> Program:
     """Seconds of reading the draft's logits at one position, and their argmax."""
-    from s2d_jax.model import Transformer
-
-    dtype = jax.tree.leaves(draft.params)[0].dtype
-    model = Transformer(draft.config, dtype=dtype)
+    model = draft.transformer
 
     @jax.jit
     def heads(params, h_BD):
         def one(_, h_BD):
             logits_BV = model.apply({"params": params}, h_BD, method="logits")
             token_B = jnp.argmax(logits_BV, axis=-1)
-            return h_BD.at[:, 0].set(token_B.astype(dtype))
+            return h_BD.at[:, 0].set(token_B.astype(draft.dtype))
 
         return jax.lax.fori_loop(0, ROUNDS * TOKENS, one, h_BD)
 
-    h_BD = jnp.ones((1, draft.config.embed_dim), dtype)
+    h_BD = jnp.ones((1, draft.config.embed_dim), draft.dtype)
     return _timed(lambda: heads(draft.params, h_BD), ROUNDS * TOKENS)
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2d_jax.buckets import bucket
 from s2d_jax.calibration import Answer, Trace
 from s2d_jax.config import SamplingParams
 from s2d_jax.draft_length import confidence
 from s2d_jax.drafters.chain import fit_vocabulary
-from s2d_jax.generation import SpeculativeDecoder, bucket
-from s2d_jax.model import Transformer
+from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import SamplingArrays
 from s2d_jax.sampling import probabilities
@@ -56,9 +56,12 @@ def record_trace(
     """
     width = bucket(max(len(ids) for ids in sequences))
     score = jax.jit(
-        functools.partial(_score, _model(target), _model(draft), draft.draft_config.exit_layers),
-        static_argnums=(4,),
+        functools.partial(
+            _score, target.transformer, draft.transformer, draft.draft_config.exit_layers
+        ),
+        static_argnums=(5,),
     )
+    ids_K = None if draft.vocabulary is None else jnp.asarray(draft.vocabulary.ids_K)
     answers = []
     for ids, prompt_length in zip(sequences, prompt_lengths, strict=True):
         tokens_1T = np.zeros((1, width), np.int32)
@@ -67,7 +70,7 @@ def record_trace(
         first = prompt_length + 1
         count = min(len(ids), prompt_length + new_tokens) - first
         scored = score(
-            *(target.params, draft.params, jnp.asarray(tokens_1T), jnp.int32(first)),
+            *(target.params, draft.params, ids_K, jnp.asarray(tokens_1T), jnp.int32(first)),
             *(new_tokens, jnp.float32(temperature)),
         )
         if count > 0:
@@ -77,13 +80,9 @@ def record_trace(
     return Trace(draft.draft_config.exit_layers, tuple(answers))
 
 
-def _model(model: Model) -> Transformer:
-    return Transformer(model.config, dtype=jax.tree.leaves(model.params)[0].dtype)
-
-
 def _score(target, draft, exits, target_params, *rest):
     """Confidence and acceptance, f32 `[E, N]`, of N tokens from position `first` on."""
-    draft_params, tokens_1T, first, count, temperature = rest
+    draft_params, ids_K, tokens_1T, first, count, temperature = rest
     T = tokens_1T.shape[1]
     at_N = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), T - 1)
     emitted_N = tokens_1T[0, at_N]
@@ -111,8 +110,16 @@ def _score(target, draft, exits, target_params, *rest):
     for h_1TD in hiddens(draft, draft_params, exits):
         own_NV = logits_NV(draft, draft_params, h_1TD)
         sure.append(confidence(own_NV))
-        draft_prob_N = prob_N(fit_vocabulary(own_NV, target.config.vocab_size))
+        draft_prob_N = prob_N(_over_all_ids(own_NV, ids_K, target.config.vocab_size))
         ratio_N = jnp.minimum(1.0, draft_prob_N / jnp.maximum(target_prob_N, 1e-30))
         # Greedy: the draft's distribution is one-hot, and what was emitted is what the target takes.
         accepted.append(jnp.where(temperature == 0.0, draft_prob_N, ratio_N))
     return jnp.stack(sure), jnp.stack(accepted)
+
+
+def _over_all_ids(logits_NK, ids_K, vocab_size: int):
+    """f32 `[N, V]`: what a trimmed head does not list has no probability."""
+    if ids_K is None:
+        return fit_vocabulary(logits_NK, vocab_size)
+    nothing_NV = jnp.full((logits_NK.shape[0], vocab_size), -jnp.inf, jnp.float32)
+    return nothing_NV.at[:, ids_K].set(logits_NK, mode="drop")

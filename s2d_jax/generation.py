@@ -19,7 +19,6 @@ from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
 from s2d_jax.drafters.chain import ChainConfig
 from s2d_jax.guard import allowance
-from s2d_jax.model import Transformer
 from s2d_jax.policy import load_policy
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import Drafter, Request, SamplingArrays
@@ -279,7 +278,7 @@ class SpeculativeDecoder:
     def _decoder(self, greedy: bool) -> Decoder:
         speculates = self.draft is not None
         return Decoder(
-            target=Target(_transformer(self.target), self.mesh),
+            target=Target(self.target.transformer, self.mesh),
             drafter=self._drafter(greedy),
             greedy=greedy,
             widths=self.config.verify_widths if speculates else (self.verify_width,),
@@ -301,8 +300,7 @@ class SpeculativeDecoder:
             watched=self.config.draft_length_rule in ("confidence", "expected_gain"),
         )
         return_width = _RETURN_WIDTH if self.config.guard else 0
-        listed = _vocabulary_of(self.draft)
-        model = _transformer(self.draft, None if listed is None else listed.size)
+        model = self.draft.transformer
         if self.exits == (model.config.num_layers,):
             return IndependentDrafter(model, chain, return_width)
         return SortedDrafter(model, self.exits, chain, self.config.catch_up_width, return_width)
@@ -319,14 +317,9 @@ class SpeculativeDecoder:
         return jax.device_put(tree, everywhere)
 
 
-
 def _hottest(rows: Sequence[SamplingParams]) -> float:
     """The temperature that decides for a batch: it is greedy only if all rows are."""
     return max((row.temperature for row in rows), default=0.0)
-
-
-def _transformer(model: Model, trimmed_head_size: int | None = None) -> Transformer:
-    return Transformer(model.config, model.dtype, trimmed_head_size=trimmed_head_size)
 
 
 def _vocabulary_of(draft: Model | None) -> DraftVocabulary | None:

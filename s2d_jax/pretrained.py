@@ -72,6 +72,11 @@ class Model:
         """Of activations and caches: that of the norms and biases, whatever the format of the matrices."""
         return get_weight(self.params, FINAL_NORM).dtype
 
+    @property
+    def transformer(self) -> Transformer:
+        """The module that `params` belong to."""
+        return Transformer(self.config, self.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Draft(Model):
@@ -83,6 +88,12 @@ class Draft(Model):
 
     draft_config: DraftConfig
     vocabulary: DraftVocabulary | None = None
+
+    @property
+    def transformer(self) -> Transformer:
+        """The module that `params` belong to; its logits are those of the listed tokens."""
+        size = None if self.vocabulary is None else self.vocabulary.size
+        return Transformer(self.config, self.dtype, trimmed_head_size=size)
 
 
 class WeightSource(Protocol):
