@@ -15,7 +15,6 @@ from s2d_jax import kv_cache
 from s2d_jax.buckets import bucket
 from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
-from s2d_jax.decoder import HeuristicLength
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 
@@ -165,13 +164,6 @@ def test_rows_with_different_numbers_of_stop_tokens(target, draft):
     result = decoder.generate(PROMPTS[:2], rows)
     expected = next((i for i, token in enumerate(free[1]) if token in stops), 39)
     assert result.token_ids == [free[0], free[1][: expected + 1]]
-
-
-def test_the_heuristic_adds_two_or_takes_one_per_row():
-    rule = HeuristicLength(maximum=6)
-    drafted, accepted = jnp.array([5, 5, 5, 1, 2]), jnp.array([5, 4, 0, 0, 2])
-    before = jnp.array([5, 5, 3, 1, 3])
-    np.testing.assert_array_equal(rule(before, drafted, accepted), [6, 4, 2, 1, 5])
 
 
 def test_generation_ends_at_the_context(draft):

@@ -14,7 +14,7 @@ from tiny import tiny_model
 from s2d_jax import generation, guard
 from s2d_jax.compilation import programs
 from s2d_jax.config import DecodeConfig, DraftConfig, RoundCosts, SamplingParams, UserError
-from s2d_jax.draft_length import DraftingArrays, decide
+from s2d_jax.draft_length import DraftingArrays, decide, next_length
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.guard import GuardState
 from s2d_jax.pretrained import Draft, Model
@@ -51,6 +51,15 @@ def useless(target) -> Draft:
     """Random weights of another seed."""
     other = tiny_model(num_layers=4, spread=14.0, seed=5)
     return Draft(other.config, other.params, None, "random", DraftConfig(EXITS, (0.4, 0.4, 0.0)))
+
+
+def test_the_heuristic_adds_two_or_takes_one_per_row():
+    config = DecodeConfig(draft_length_rule="heuristic", max_draft_tokens=6)
+    drafting = DraftingArrays.create(config, [0.0] * 5, width=6, num_exits=1)
+    drafted, accepted = jnp.array([5, 5, 5, 1, 2]), jnp.array([5, 4, 0, 0, 2])
+    before = jnp.array([5, 5, 3, 1, 3])
+    after = next_length(drafting, before, drafted, accepted)
+    np.testing.assert_array_equal(after, [6, 4, 2, 1, 5])
 
 
 @pytest.mark.parametrize(("rule", "batch"), [*((rule, 4) for rule in RULES), ("guarded gain", 1)])
