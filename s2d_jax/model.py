@@ -18,6 +18,8 @@ Params = dict[str, Any]
 
 
 class Embed(nn.Module):
+    """The embedding table `[V, D]`, which a tied head reads as well."""
+
     config: ModelConfig
 
     def setup(self):
@@ -30,6 +32,7 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0, mode="clip")
 
     def attend(self, h: jax.Array) -> jax.Array:
+        """`[..., D]` -> f32 `[..., V]`: the tied head."""
         return linear(h, self.embedding, jnp.float32)
 
 
