@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from s2d_jax.tokenizer import Tokenizer
 CHECKPOINTS = "checkpoints"
 _MODEL_CONFIG = "model_config.json"
 _DRAFT_CONFIG = "draft_config.json"
+# Seconds to wait for the threads of a failed save.
+_LONGEST_ABANDON = 10.0
 
 
 def write_run(
@@ -234,13 +237,28 @@ class Checkpoints:
             cause = _os_error(error)
             if cause is None:
                 raise
-            for remains in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(remains, ignore_errors=True)
-            kept = f"checkpoints {self.steps} are intact" if self.steps else "none was saved before"
+            steps = self.steps
+            self._abandon_save()
+            kept = f"checkpoints {steps} are intact" if steps else "none was saved before"
             remedy = "free some space" if cause.errno == errno.ENOSPC else "check the directory"
             raise UserError(
                 f"saving to {self._directory} failed: {cause.strerror or cause}; {kept}; {remedy} and resume"
             ) from error
+
+
+    def _abandon_save(self) -> None:
+        """Removes what a failed save left. Its other threads may still write, and bring back what is removed, until they end."""
+        assert self._checkpointer is not None
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        self._checkpointer = None
+        deadline = time.monotonic() + _LONGEST_ABANDON
+        while remains := list(self._directory.glob("*.orbax-checkpoint-tmp*")):
+            for path in remains:
+                shutil.rmtree(path, ignore_errors=True)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -75,6 +75,7 @@ class Target:
     mesh: Any = None
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache of all layers, in the compute dtype, split over the mesh if there is one."""
         c, dtype = self.model.config, self.model.dtype
         shape = (c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim)
         return KVCache.create(*shape, dtype=dtype, mesh=self.mesh)
@@ -86,6 +87,7 @@ class Target:
         return apply("run_blocks", h_BTD, cache, 0, self.model.config.num_layers)
 
     def logits(self, params, h: jax.Array) -> jax.Array:
+        """`[..., D]` -> f32 `[..., V]`."""
         return self.model.apply({"params": params}, h, method="logits")
 
 

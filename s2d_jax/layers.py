@@ -106,6 +106,8 @@ def attention(q_BTNH, k_BKSH, v_BKSH, mask_BTS) -> jax.Array:
 
 
 class Attention(nn.Module):
+    """Projections, rotary positions, grouped-query attention over the window or a cache, output projection."""
+
     config: ModelConfig
 
     def setup(self):

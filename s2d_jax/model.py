@@ -19,6 +19,8 @@ Params = dict[str, Any]
 
 
 class Embed(nn.Module):
+    """The embedding table `[V, D]`, which a tied head reads as well."""
+
     config: ModelConfig
 
     def setup(self):
@@ -31,6 +33,7 @@ class Embed(nn.Module):
         return embed(self.embedding, tokens)
 
     def attend(self, h: jax.Array) -> jax.Array:
+        """`[..., D]` -> f32 `[..., V]`: the tied head."""
         return linear(h, self.embedding, jnp.float32)
 
 

@@ -133,6 +133,7 @@ class SafetensorsFiles:
                 self._handles[name] = handle
 
     def read(self, name: str) -> np.ndarray:
+        """One tensor, as it is stored."""
         return self._handles[name].get_tensor(name)
 
 
@@ -149,6 +150,7 @@ class GGUFWeights:
         }
 
     def read(self, name: str) -> np.ndarray:
+        """One tensor in f32, rows of q and k in Hugging Face's order."""
         weight = self._file.tensor(name)
         num_heads = self._heads_of.get(name.split(".")[-2])
         return weight if num_heads is None else unpermute_rope_rows(weight, num_heads)

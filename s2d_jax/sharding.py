@@ -39,6 +39,7 @@ class MeshConfig:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Devices along (data, fsdp, tensor)."""
         return (self.data, self.fsdp, self.tensor)
 
 

@@ -17,6 +17,7 @@ class WeightName:
     gguf: str
 
     def at_layer(self, i: int) -> WeightName:
+        """The names in layer `i`."""
         ours = tuple(part.format(i=i) for part in self.ours)
         return WeightName(ours, self.hf.format(i=i), self.gguf.format(i=i))
 

@@ -17,10 +17,12 @@ from s2d_jax.model import Transformer
 
 @flax.struct.dataclass
 class IndependentState:
-    """Attributes:
-    cache: of all layers of the draft.
-    drafted_B: int32, tokens drafted by each row.
-    passes: int32, how often the draft was run (prefill left out).
+    """What the independent drafter remembers.
+
+    Attributes:
+        cache: of all layers of the draft.
+        drafted_B: int32, tokens drafted by each row.
+        passes: int32, how often the draft was run (prefill left out).
     """
 
     cache: KVCache
