@@ -40,13 +40,15 @@ LONGEST_WAIT = 1024
 
 @flax.struct.dataclass
 class GuardState:
-    """Attributes:
-    credit_B: f32, in plain rounds.
-    plain_run_B: int32, plain rounds since the last one that drafted; as many positions has the draft not seen.
-    wait_B: int32, plain rounds before the next probe.
-    plain_rounds_B: int32, all rounds that drafted nothing.
-    tried_B: bool, whether this round ran the draft.
-    spent_B: f32, what that cost.
+    """What speculation has saved in each row, and when it is tried again.
+
+    Attributes:
+        credit_B: f32, in plain rounds.
+        plain_run_B: int32, plain rounds since the last one that drafted; as many positions has the draft not seen.
+        wait_B: int32, plain rounds before the next probe.
+        plain_rounds_B: int32, all rounds that drafted nothing.
+        tried_B: bool, whether this round ran the draft.
+        spent_B: f32, what that cost.
     """
 
     credit_B: jax.Array
