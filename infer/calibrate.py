@@ -35,7 +35,7 @@ from s2d_jax.policy import Policy, PolicyKey, policy_file_of, read_policies, wri
 from s2d_jax.pretrained import Draft, Model
 
 DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
-WIDTHS = (1, 2, 3, 4, 6, 9)
+WIDTHS = (1, 2, 3, 4, 6, 8)
 REPEATS, WALKS, CONFIRMED = 3, 4, 3
 # A winner must gain more than what timing alone may show.
 SMALLEST_GAIN = 1.01

@@ -22,7 +22,7 @@ import numpy as np
 
 from s2d_jax.config import DecodeConfig, RoundCosts
 
-LENGTHS = (1, 2, 3, 5, 8)
+LENGTHS = (1, 2, 3, 5, 7)
 CONFIDENCES = (0.2, 0.35, 0.5, 0.65, 0.8)
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 RATES = (1.0, 1.15, 1.3, 1.6, 2.0)
