@@ -245,7 +245,6 @@ class Checkpoints:
                 f"saving to {self._directory} failed: {cause.strerror or cause}; {kept}; {remedy} and resume"
             ) from error
 
-
     def _abandon_save(self) -> None:
         """Removes what a failed save left. Its other threads may still write, and bring back what is removed, until they end."""
         assert self._checkpointer is not None

@@ -13,13 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax.config import UserError
+from s2d_jax.config import ModelConfig, UserError
 from s2d_jax.config_translation import read_json
+from s2d_jax.model import Params
+from s2d_jax.sharding import mesh_of, replicated
 from s2d_jax.tokenizer import Tokenizer
+from s2d_jax.weight_formats import take_rows
+from s2d_jax.weight_names import EMBEDDING, LM_HEAD, get_weight
 
 FOLDS = 5
+TRIMMED_HEAD = "trimmed_head"
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -216,3 +223,21 @@ def _from_ranges(text: str, size: int) -> np.ndarray:
     if (listed := sum(map(len, ranges))) != size:
         raise ValueError(f"{listed} ids for size {size}")
     return np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+
+
+def trimmed_params(
+    config: ModelConfig, params: Params, vocabulary: DraftVocabulary | None
+) -> Params:
+    """`params` with the listed rows of the head gathered beside the whole tables; None takes such rows away.
+
+    The head is the embedding where it is tied; the whole embedding still looks tokens up.
+    """
+    trimmed = {name: value for name, value in params.items() if name != TRIMMED_HEAD}
+    if vocabulary is not None:
+        head_VD = get_weight(params, EMBEDDING if config.tie_embeddings else LM_HEAD)
+        head_KD = take_rows(head_VD, jnp.asarray(vocabulary.ids_K))
+        if (mesh := mesh_of(params)) is not None:
+            # K need not divide by the mesh.
+            head_KD = jax.device_put(head_KD, replicated(mesh))
+        trimmed[TRIMMED_HEAD] = {"kernel": head_KD}
+    return trimmed

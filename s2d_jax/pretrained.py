@@ -21,13 +21,13 @@ from s2d_jax.config_translation import (
     read_json,
     saved_eos_token_ids,
 )
-from s2d_jax.draft_vocabulary import DraftVocabulary
+from s2d_jax.draft_vocabulary import DraftVocabulary, trimmed_params
 from s2d_jax.gguf_reader import GGUFFile
 from s2d_jax.model import Params, abstract_params, logical_axes
 from s2d_jax.prepare import load_weight, platform_of
-from s2d_jax.sharding import mesh_of, params_sharding, replicated
+from s2d_jax.sharding import params_sharding
 from s2d_jax.tokenizer import TOKENIZER_FILES, Tokenizer
-from s2d_jax.weight_formats import check_weight_format, compute_dtype, take_rows
+from s2d_jax.weight_formats import check_weight_format, compute_dtype
 from s2d_jax.weight_names import (
     EMBEDDING,
     FINAL_NORM,
@@ -40,7 +40,6 @@ from s2d_jax.weight_names import (
 
 SORTED_DRAFT = "sorted_draft.json"
 SORTED_DRAFT_FORMAT = 1
-TRIMMED_HEAD = "trimmed_head"
 # What is fetched of a model on the hub. A `*` there crosses folders, and a sorted draft has its truncated copies in folders, so
 # each pattern begins with a name. The index of .bin weights tells that there are no others.
 HUB_PATTERNS = (
@@ -362,21 +361,14 @@ def load_draft(
 def with_trimmed_head(draft: Draft, vocabulary: DraftVocabulary | None) -> Draft:
     """The draft with its head read over the listed tokens only, at every exit; None reads it over all.
 
-    The K rows of the head (of the embedding, where it is tied) are gathered once and kept beside the whole tables: every token
-    must still be looked up, and an export is whole.
+    The rows are gathered once and kept beside the whole tables, so an export is whole.
 
     Raises:
         UserError: for ids that the draft lacks, or a list made for another tokenizer.
     """
-    params = {name: value for name, value in draft.params.items() if name != TRIMMED_HEAD}
     if vocabulary is not None:
         vocabulary.check(draft.config.vocab_size, draft.tokenizer)
-        head_VD = get_weight(params, EMBEDDING if draft.config.tie_embeddings else LM_HEAD)
-        head_KD = take_rows(head_VD, jnp.asarray(vocabulary.ids_K))
-        if (mesh := mesh_of(params)) is not None:
-            # K need not divide by the mesh.
-            head_KD = jax.device_put(head_KD, replicated(mesh))
-        params[TRIMMED_HEAD] = {"kernel": head_KD}
+    params = trimmed_params(draft.config, draft.params, vocabulary)
     return dataclasses.replace(draft, params=params, vocabulary=vocabulary)
 
 

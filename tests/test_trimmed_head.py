@@ -14,13 +14,13 @@ from tiny import tiny_draft, tiny_model, tiny_tokenizer
 
 from s2d_jax import generation
 from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
-from s2d_jax.draft_vocabulary import DraftVocabulary
+from s2d_jax.draft_vocabulary import TRIMMED_HEAD, DraftVocabulary
 from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, propose_chain
 from s2d_jax.drafters.sorted import confidence
 from s2d_jax.export import export_draft
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.model import Transformer, logical_axes
-from s2d_jax.pretrained import TRIMMED_HEAD, Draft, Model, load_draft, load_model, with_trimmed_head
+from s2d_jax.pretrained import Draft, Model, load_draft, load_model, with_trimmed_head
 from s2d_jax.proposal import Request, SamplingArrays
 from s2d_jax.sharding import MeshConfig, make_mesh, params_sharding
 
