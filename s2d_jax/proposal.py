@@ -32,6 +32,7 @@ class SamplingArrays:
     @classmethod
     def stack(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
         """The parameters of a batch, one row each."""
+
         def column(name, dtype):
             return jnp.asarray(np.array([getattr(p, name) for p in params], dtype))
 
