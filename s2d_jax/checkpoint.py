@@ -246,7 +246,7 @@ class Checkpoints:
             ) from error
 
     def _abandon_save(self) -> None:
-        """Removes what a failed save left. Its other threads may still write, and bring back what is removed, until they end."""
+        """Removes what a failed save left. Until its other threads end, they may bring back what is removed."""
         assert self._checkpointer is not None
         with contextlib.suppress(Exception):
             self._checkpointer.close()

@@ -56,6 +56,7 @@ class ProgressReport:
                 TimeRemainingColumn(elapsed_when_finished=True),
                 TextColumn("{task.fields[numbers]}"),
                 console=self._console,
+                speed_estimate_period=600.0,  # seconds; lines may come minutes apart
             )
             self._task = self._bar.add_task("training", total=1.0, numbers="")
             self._bar.start()
