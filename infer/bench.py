@@ -151,6 +151,7 @@ def _measure(
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TextColumn("{task.fields[last]}"), TextColumn("ETA"), TimeRemainingColumn()),
         console=screen(stderr=True),
+        speed_estimate_period=600.0,  # seconds; one answer of a large model takes minutes
     )
     with progress:
         total = len(questions) * len(methods) * args.repeats

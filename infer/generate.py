@@ -159,6 +159,7 @@ def _progress() -> Progress:
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TextColumn("{task.fields[speed]}"), TextColumn("ETA"), TimeRemainingColumn()),
         console=screen(stderr=True),
+        speed_estimate_period=600.0,  # seconds; one batch of a large model takes minutes
     )
 
 
