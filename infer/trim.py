@@ -17,7 +17,8 @@ from infer.cli import run_command_line, screen, written_whole
 from s2d_jax.config import UserError
 from s2d_jax.config_translation import read_json
 from s2d_jax.draft_vocabulary import FOLDS, DraftVocabulary, choose_tokens, coverage
-from s2d_jax.pretrained import SORTED_DRAFT, read_description
+from s2d_jax.locate import SORTED_DRAFT
+from s2d_jax.pretrained import read_description
 from s2d_jax.tokenizer import Tokenizer
 
 _SMALLEST_SHOWN = 1000

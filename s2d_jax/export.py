@@ -18,8 +18,9 @@ import numpy as np
 
 from s2d_jax.config import ModelConfig, UserError
 from s2d_jax.config_translation import config_to_hf, merged_ids
+from s2d_jax.locate import SORTED_DRAFT
 from s2d_jax.model import Params, truncated
-from s2d_jax.pretrained import SORTED_DRAFT, SORTED_DRAFT_FORMAT, Draft
+from s2d_jax.pretrained import SORTED_DRAFT_FORMAT, Draft
 from s2d_jax.tokenizer import Tokenizer
 from s2d_jax.weight_names import get_weight, weight_names
 

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from s2d_jax.config import DecodeConfig, RoundCosts, UserError
-from s2d_jax.pretrained import SORTED_DRAFT, Model
+from s2d_jax.locate import SORTED_DRAFT
+from s2d_jax.pretrained import Model
 
 _SAMPLED_WEIGHTS = 16
 # Of DecodeConfig: what a policy does not decide.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +22,8 @@ from s2d_jax.config_translation import (
 )
 from s2d_jax.draft_vocabulary import DraftVocabulary, trimmed_params
 from s2d_jax.gguf_reader import GGUFFile
-from s2d_jax.model import Params, abstract_params, logical_axes
+from s2d_jax.locate import SORTED_DRAFT, locate
+from s2d_jax.model import Params, Transformer, abstract_params, logical_axes
 from s2d_jax.prepare import load_weight, platform_of
 from s2d_jax.sharding import params_sharding
 from s2d_jax.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -38,16 +38,7 @@ from s2d_jax.weight_names import (
     weight_names,
 )
 
-SORTED_DRAFT = "sorted_draft.json"
 SORTED_DRAFT_FORMAT = 1
-# What is fetched of a model on the hub. A `*` there crosses folders, and a sorted draft has its truncated copies in folders, so
-# each pattern begins with a name. The index of .bin weights tells that there are no others.
-HUB_PATTERNS = (
-    *("config.json", "generation_config.json", SORTED_DRAFT),
-    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
-    *("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,30 +276,6 @@ def _load_gguf(path: Path, weight_format: str, mesh: jax.sharding.Mesh | None) -
     return Model(config, params, Tokenizer.from_gguf(file), str(path))
 
 
-def _fetch(name: str) -> Path:
-    """Downloads a model of the Hugging Face hub, or finds it in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name} is no local path and could not be fetched from the hub ({reason}); give a directory or a .gguf file"
-        ) from error
-
-
-def _locate(path: str | Path) -> Path:
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and local.suffix != ".gguf":
-        return _fetch(str(path))
-    raise UserError(
-        f"{path} does not exist; give a Hugging Face directory, a hub id or a .gguf file"
-    )
-
-
 def load_model(
     path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
 ) -> Model:
@@ -323,7 +290,7 @@ def load_model(
         UserError: if the path holds no supported, complete model, or the format is unknown.
     """
     check_weight_format(weight_format)
-    return _load(_locate(path), str(path), weight_format, mesh)
+    return _load(locate(path), str(path), weight_format, mesh)
 
 
 def _load(local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
@@ -347,7 +314,7 @@ def load_draft(
         UserError: as `load_model`, and if an exit is deeper than the draft, or its vocabulary is of another tokenizer.
     """
     check_weight_format(weight_format)
-    local = _locate(path)
+    local = locate(path)
     model = _load(local, str(path), weight_format, mesh)
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     file = local / SORTED_DRAFT
@@ -378,7 +345,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, Tokenizer | None]:
     Raises:
         UserError: if the path holds no supported model.
     """
-    local = _locate(path)
+    local = locate(path)
     if not local.is_dir():
         file = GGUFFile(local)
         return config_from_gguf(file), Tokenizer.from_gguf(file)
