@@ -55,24 +55,20 @@ def blocked(x_MI: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
     values = w.values if isinstance(w, Int8Weight) else w
     channels, columns = values.shape
     x_MI = x_MI.astype(jnp.float32)
-    rows = min(channels, max(1, _BLOCK // columns))
-    if rows == channels:
-        # XLA unrolls a loop of one trip; tied to the activations, the conversion stays where it is.
-        values, x_MI = jax.lax.optimization_barrier((values, x_MI))
-        out_MO = weight_first(x_MI, values.astype(jnp.float32))
-    else:
+    # At least two blocks: XLA unrolls a loop of one trip, and hoists its conversion whatever ties it.
+    rows = min(max(1, -(-channels // 2)), max(1, _BLOCK // columns))
 
-        def one_block(i, out_OM):
-            # XLA's CPU backend turns round the slice and the conversion of a bf16 weight. Tied to the block, the conversion
-            # cannot leave the loop, and inside it the two become one kernel that converts the slice only.
-            tied, start = jax.lax.optimization_barrier((values, i * rows))
-            # Both slices are clamped alike at the end: the last block overlaps the one before.
-            w_RI = jax.lax.dynamic_slice(tied, (start, 0), (rows, columns)).astype(jnp.float32)
-            out_RM = _dot(w_RI, x_MI, jnp.float32)
-            return jax.lax.dynamic_update_slice(out_OM, out_RM, (start, 0))
+    def one_block(i, out_OM):
+        # XLA's CPU backend turns round the slice and the conversion of a bf16 weight. Tied to the block, the conversion
+        # cannot leave the loop, and inside it the two become one kernel that converts the slice only.
+        tied, start = jax.lax.optimization_barrier((values, i * rows))
+        # Both slices are clamped alike at the end: the last block overlaps the one before.
+        w_RI = jax.lax.dynamic_slice(tied, (start, 0), (rows, columns)).astype(jnp.float32)
+        out_RM = _dot(w_RI, x_MI, jnp.float32)
+        return jax.lax.dynamic_update_slice(out_OM, out_RM, (start, 0))
 
-        empty_OM = jnp.zeros((channels, x_MI.shape[0]), jnp.float32)
-        out_MO = jax.lax.fori_loop(0, -(-channels // rows), one_block, empty_OM).T
+    empty_OM = jnp.zeros((channels, x_MI.shape[0]), jnp.float32)
+    out_MO = jax.lax.fori_loop(0, -(-channels // rows), one_block, empty_OM).T
     return out_MO * w.scale[None, :] if isinstance(w, Int8Weight) else out_MO
 
 
