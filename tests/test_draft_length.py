@@ -218,9 +218,9 @@ def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance):
         length_B = jnp.minimum(guard.affordable_length(state, drafting), 5)
         coin_BG = jax.random.bernoulli(key, acceptance, (rows, 5)).astype(jnp.int32)
         accepted_B = jnp.minimum(jnp.cumprod(coin_BG, axis=1).sum(axis=1), length_B)
-        behind_B = state.plain_run_B.astype(jnp.float32) * 0.02 * (length_B > 0)
+        behind_B = jnp.where(length_B > 0, 0.02 * state.plain_run_B.astype(jnp.float32), 0.0)
         state = guard.charge(state, drafting, length_B[:, None])
-        cost_B += drafting.verify_cost_W[length_B] + 0.35 * length_B + behind_B
+        cost_B += drafting.verify_cost_W[length_B] + 0.35 * length_B.astype(jnp.float32) + behind_B
         live_B = jnp.ones(rows, bool)
         state = guard.settle(state, drafting, length_B, accepted_B + 1, live_B)
         return (state, cost_B, emitted_B + accepted_B + 1), (state.credit_B, length_B)
@@ -231,10 +231,8 @@ def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance):
     assert float(credit_NB.min()) >= 0
     assert (np.asarray(cost_B) <= np.asarray(emitted_B) / 0.98).all()
     assert float((length_NB > 0).sum()) >= 2 * rows
-    if (
-        acceptance == 0.9
-    ):  # a draft that pays is used at full length by nearly all rows, from the start
-        assert float((length_NB[20:] == 5).mean()) > 0.9
+    if acceptance == 0.9:  # rows with a bad start wait, the others gain: 4.7 tokens for 3.65 plain rounds
+        assert float(cost_B.sum()) < 0.85 * float(emitted_B.sum())
 
 
 @pytest.mark.parametrize(
