@@ -109,7 +109,7 @@ def _filled(draft_state, length_B):
 
 def head_program(draft: Draft) -> Program:
     """Seconds of reading the draft's logits at one position, and their argmax."""
-    model = draft.transformer
+    model = draft.drafting_transformer
 
     @jax.jit
     def heads(params, h_BD):

@@ -57,7 +57,7 @@ def record_trace(
     width = bucket(max(len(ids) for ids in sequences))
     score = jax.jit(
         functools.partial(
-            _score, target.transformer, draft.transformer, draft.draft_config.exit_layers
+            _score, target.transformer, draft.drafting_transformer, draft.draft_config.exit_layers
         ),
         static_argnums=(5,),
     )

@@ -300,7 +300,8 @@ class SpeculativeDecoder:
             watched=self.config.draft_length_rule in ("confidence", "expected_gain"),
         )
         return_width = _RETURN_WIDTH if self.config.guard else 0
-        model = self.draft.transformer
+        is_draft = isinstance(self.draft, Draft)
+        model = self.draft.drafting_transformer if is_draft else self.draft.transformer
         if self.exits == (model.config.num_layers,):
             return IndependentDrafter(model, chain, return_width)
         return SortedDrafter(model, self.exits, chain, self.config.catch_up_width, return_width)

@@ -64,7 +64,7 @@ class Model:
 
     @property
     def transformer(self) -> Transformer:
-        """The module that `params` belong to."""
+        """The module that `params` belong to, with its whole head."""
         return Transformer(self.config, self.dtype)
 
 
@@ -80,8 +80,8 @@ class Draft(Model):
     vocabulary: DraftVocabulary | None = None
 
     @property
-    def transformer(self) -> Transformer:
-        """The module that `params` belong to; its logits are those of the listed tokens."""
+    def drafting_transformer(self) -> Transformer:
+        """The same, with the head that drafting reads: over the listed tokens, where there is a list."""
         size = None if self.vocabulary is None else self.vocabulary.size
         return Transformer(self.config, self.dtype, trimmed_head_size=size)
 

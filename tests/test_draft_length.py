@@ -231,7 +231,9 @@ def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance):
     assert float(credit_NB.min()) >= 0
     assert (np.asarray(cost_B) <= np.asarray(emitted_B) / 0.98).all()
     assert float((length_NB > 0).sum()) >= 2 * rows
-    if acceptance == 0.9:  # rows with a bad start wait, the others gain: 4.7 tokens for 3.65 plain rounds
+    if (
+        acceptance == 0.9
+    ):  # rows with a bad start wait, the others gain: 4.7 tokens for 3.65 plain rounds
         assert float(cost_B.sum()) < 0.85 * float(emitted_B.sum())
 
 

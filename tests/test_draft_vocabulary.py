@@ -86,7 +86,7 @@ def test_bad_ids(ids, message):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ([1, 2], "x.json holds no readable draft vocabulary"),
+        ([1, 2], "x.json holds a JSON list, an object is expected"),
         ({"ids": "0-3"}, "'size'"),
         ({"size": 5, "ids": "0-3"}, "4 ids for size 5"),
         ({"size": 5, "ids": "0-3000000000"}, "3000000001 ids for size 5"),
@@ -94,7 +94,7 @@ def test_bad_ids(ids, message):
         ({"size": 2, "ids": "0,x"}, "ids '0,x' must look like 0-99,120"),
         ({"size": 3, "ids": "4,0-1"}, "x.json: the draft vocabulary lists id 0 after 4"),
         ({"size": 0, "ids": "3-2"}, "x.json"),
-        (3, "holds no readable"),
+        (3, "holds a JSON int, an object is expected"),
     ],
 )
 def test_bad_files(raw, message, tmp_path):

@@ -132,10 +132,9 @@ def test_full_ignores_the_drafts_own_list(draft, answers, monkeypatch):
     run(trim.main, monkeypatch, "--draft", draft, "--answers", answers, "--size", 40)
     from infer.loading import load_listed_draft
 
-    dtype = "float32"
-    assert load_listed_draft(str(draft), None, dtype).vocabulary.size == 40
-    assert load_listed_draft(str(draft), "full", dtype).vocabulary is None
-    assert load_listed_draft(None, None, dtype) is None
+    assert load_listed_draft(str(draft), None, "f32").vocabulary.size == 40
+    assert load_listed_draft(str(draft), "full", "f32").vocabulary is None
+    assert load_listed_draft(None, None, "f32") is None
 
 
 def test_gguf_and_directories_are_described_without_their_weights(models, tmp_path):

@@ -175,7 +175,7 @@ def _emitted_counts(mode: Mode) -> np.ndarray:
 
 def _drafting(mode: Mode, width: int) -> DraftingArrays:
     # Rows start with credits of many sizes, and spend them: plain rounds come before and after drafted ones.
-    credits = np.arange(BATCH) % 50 / 25 if mode.guarded else np.full(BATCH, np.inf)
+    credits = np.arange(BATCH) % 50 / 10 if mode.guarded else np.full(BATCH, np.inf)
     return DraftingArrays.create(mode.config(), credits, width, mode.num_exits)
 
 

@@ -14,9 +14,9 @@ from tiny import tiny_draft, tiny_model, tiny_tokenizer
 
 from s2d_jax import generation
 from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
+from s2d_jax.draft_length import DraftingArrays, confidence
 from s2d_jax.draft_vocabulary import TRIMMED_HEAD, DraftVocabulary
 from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, propose_chain
-from s2d_jax.drafters.sorted import confidence
 from s2d_jax.export import export_draft
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.model import Transformer, logical_axes
@@ -76,6 +76,8 @@ def _request(rows, ids) -> Request:
         max_length_B=jnp.full(B, 99, jnp.int32),
         stop_ids_BN=jnp.full((B, 1), -1, jnp.int32),
         exit_threshold_E=jnp.zeros(1),
+        max_rounds=jnp.int32(100),
+        drafting=DraftingArrays.create(DecodeConfig(), [np.inf] * B, 2, 1),
         vocabulary_K=jnp.array(ids, jnp.int32),
     )
 
@@ -91,7 +93,8 @@ def test_the_proposal_by_its_definition(sampled):
     request = _request([SamplingParams(temperature=1.0)] * B, ids)
 
     def step(state, tokens_BC, end_B, live_B):
-        return fit_draft_logits(config, jnp.tile(raw_K, (B, 1)), request), state
+        logits_BK = fit_draft_logits(config, jnp.tile(raw_K, (B, 1)), request)
+        return logits_BK, jnp.zeros(B, jnp.int32), state
 
     lengths_B, num_draft_B = jnp.ones(B, jnp.int32), jnp.full(B, 2, jnp.int32)
     tokens_BC = jnp.zeros((B, 8), jnp.int32)
