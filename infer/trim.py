@@ -71,7 +71,8 @@ def trim(args: Args) -> None:
     counts_V, text_counts_V = counts_FV.sum(axis=0), np.zeros(config.vocab_size, np.int64)
     for path in track(args.text, "counting text", console=screen(stderr=True), transient=True):
         text_counts_V += _count_text(_read_text(path), tokenizer, config.vocab_size)
-    keep = sorted({*tokenizer.special_token_ids(), *config.eos_token_ids})
+    special = {*tokenizer.special_token_ids(), *config.eos_token_ids}
+    keep = [i for i in sorted(special) if i < config.vocab_size]
     ids_K = choose_tokens(counts_V, text_counts_V, keep, args.size)
     sizes = _shown_sizes(args.size, len(keep), config.vocab_size)
     covered = coverage(counts_FV, text_counts_V, keep, sizes)
@@ -107,7 +108,8 @@ def read_answers(path: Path) -> Iterator[Written]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file that infer.generate --out wrote")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines: an answer may hold other characters that end a line.
+    lines = path.read_text(encoding="utf-8").split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no answers; give a file that infer.generate --out wrote")
@@ -153,7 +155,8 @@ def _count(answers: Sequence[Written], tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def _count_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    return np.bincount(tokenizer.encode(text), minlength=vocab_size)
+    """int64 `[V]`. A tokenizer may know tokens that the model has no rows for; they are left out."""
+    return np.bincount(tokenizer.encode(text), minlength=vocab_size)[:vocab_size]
 
 
 def _read_text(path: Path) -> str:

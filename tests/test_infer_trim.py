@@ -31,16 +31,16 @@ def draft(models, tmp_path):
 @pytest.fixture
 def answers(tmp_path):
     rows = [
-        {"prompt": "a", "response": "the quick brown fox"},
+        {"prompt": "a", "response": "the quick brown\u2028fox"},
         {"prompt": "b", "responses": ["one two", "three four five"]},
         {"prompt": "c", "messages": [{"role": "assistant", "content": "user asks"}]},
     ]
     path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 
 
-TEXTS = ("the quick brown fox", "one two", "three four five", "user asks")
+TEXTS = ("the quick brown\u2028fox", "one two", "three four five", "user asks")
 
 
 def test_the_list_is_kept_with_the_draft(draft, answers, monkeypatch, capsys):
