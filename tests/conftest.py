@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s2d-jax"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """A process may hold about 65,000 memory maps, and XLA's programs for a CPU take many each: a whole suite's would crash it."""
+    yield
+    from s2d_jax import compilation
+
+    compilation._CACHE.clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 def _from_environment(variable: str) -> Path | None:
