@@ -22,7 +22,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s2d-ja
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
-    """A process may hold about 65,000 memory maps, and XLA's programs for a CPU take many each: a whole suite's would crash it."""
+    """A process may hold about 65,000 memory maps; XLA's programs for a CPU take many each, and a whole suite's too many."""
     yield
     from s2d_jax import compilation
 
