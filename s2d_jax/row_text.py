@@ -50,6 +50,7 @@ class RowText:
 
     def _text_of(self, count: int, ended: bool) -> str:
         """The text of the first `count` tokens; if more may follow, what of it is certain, so that portions change nothing."""
+        assert self._tokenizer is not None
         ids = self.token_ids[:count]
         last = ended and count == len(self.token_ids)
         return self._tokenizer.decode(ids) if last else self._tokenizer.decode_settled(ids)

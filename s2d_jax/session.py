@@ -163,12 +163,15 @@ class Session:
 
     def look(self) -> Look:
         """What the host can know now; waits for the device."""
+        assert self._state is not None, "begin first"
         counters = self._plan.decoder.drafter.stats(self._state.draft_state)
         self._look = Look(*jax.device_get((_without_caches(self._state), counters)))
         return self._look
 
     def end_rows(self, ended: Sequence[bool]) -> None:
         """Declares rows done."""
+        assert self._state is not None, "begin first"
+        assert self._look is not None, "look first"
         done_B = np.asarray(ended) | self._look.state.done_B
         sharding = self._state.done_B.sharding
         self._state = self._state.replace(done_B=jax.device_put(done_B, sharding))
@@ -179,6 +182,7 @@ class Session:
 
     @property
     def _capacity(self) -> int:
+        assert self._state is not None, "begin first"
         return self._state.tokens_BC.shape[1]
 
     def _taken(self) -> DecodeState:

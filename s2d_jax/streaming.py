@@ -174,6 +174,7 @@ class Stream(Iterator[Delta]):
         return GenerationResult(texts, token_ids, sum_stats(row_stats), row_stats)
 
     def _row_stats(self, row: int) -> GenerationStats:
+        assert self._look is not None
         state, counters, exits = self._look.state, self._look.counters, self._plan.exits
         exit_counts = counters["exit_counts"][row] if exits else ()
         text = self._texts[row]
@@ -195,6 +196,7 @@ class Stream(Iterator[Delta]):
 
     @property
     def _draft_forwards(self) -> dict[int, int]:
+        assert self._look is not None
         passes = np.asarray(self._look.counters.get("segment_passes", ()))
         return {exit: int(n) for exit, n in zip(self._plan.exits, passes, strict=True)}
 
