@@ -47,20 +47,20 @@ def questions(tmp_path):
 def test_two_targets_are_measured_with_one_loaded_draft(
     models, questions, tmp_path, monkeypatch, capsys
 ):
-    loaded, load_draft = [], bench.load_draft
+    loaded, load_draft = [], bench.load_listed_draft
 
-    def counting(path, **kwargs):
+    def counting(path, *rest):
         loaded.append(path)
-        return load_draft(path, **kwargs)
+        return load_draft(path, *rest)
 
-    monkeypatch.setattr(bench, "load_draft", counting)
+    monkeypatch.setattr(bench, "load_listed_draft", counting)
     out = tmp_path / "out"
     targets = ("--target", models.small, "--target", models.large)
     flags = ("--draft", models.draft, "--questions", questions, "--out", out)
     methods = ("--methods", "ar,sd@1,s2d", "--max-new-tokens", 8, "--raw")
     run(bench.main, monkeypatch, *targets, *flags, *methods)
 
-    assert loaded == [models.draft]
+    assert loaded == [models.draft, None]  # no independent draft
     report = json.loads((out / "report.json").read_text())
     assert {"cpu", "cores", "threads", "jax", "dtype", "commit"} <= set(report["environment"])
     rows = report["rows"]
