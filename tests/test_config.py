@@ -28,7 +28,7 @@ from s2d_jax.config import DecodeConfig, DraftConfig, UserError
         (lambda: DecodeConfig(num_draft_tokens=0), r"num_draft_tokens=0 must be at least 1"),
         (
             lambda: DecodeConfig(draft_length_rule="x"),
-            r"draft_length_rule='x' is unknown; use fixed or",
+            r"draft_length_rule='x' is unknown; use one of fixed",
         ),
         (
             lambda: DecodeConfig(draft_sampling="x"),
