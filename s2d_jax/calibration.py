@@ -277,7 +277,8 @@ class _Walker:
         self.rule = config.draft_length_rule
         if self.rule == "expected_gain":
             assert config.costs is not None
-            self.acceptance = config.costs.acceptance
+            # Without tables a confidence stands for itself, as in the loop.
+            self.acceptance = config.costs.acceptance or ((0.0, 1.0),) * len(exits)
             self.limits = [gain_limits(config.costs, config.gain_rate, n) for n in range(G + 1)]
 
     @staticmethod
