@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from infer.cli import check_writable, run_command_line, screen, written_whole
+from infer.cli import check_writable, counting_bar, eta, run_command_line, screen
 from infer.environment import environment
 from infer.formats import short_name
 from infer.kernels import bench_kernels
@@ -30,6 +30,7 @@ from infer.questions import Question, encode, read_questions
 from infer.report import make_rows, show_report, write_report
 from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import UserError
+from s2d_jax.files import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +126,8 @@ def bench(args: Args) -> None:
         del target, methods
     settings = _settings(args, questions)
     write_report(args.out, environment(dtype), settings, rows)
-    with written_whole(args.out / "samples.jsonl") as partial:
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        partial.write_text("".join(lines), encoding="utf-8")
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_text(args.out / "samples.jsonl", "".join(lines))
     write_plots(args.out, rows)
     show_report(screen(), settings, rows)
 
@@ -147,13 +147,7 @@ def _check_drafting(args: Args) -> None:
 def _measure(
     args: Args, target, methods: Sequence[Method], questions: list[Question]
 ) -> list[Sample]:
-    progress = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-        *(TextColumn("{task.fields[last]}"), TextColumn("ETA"), TimeRemainingColumn()),
-        console=screen(stderr=True),
-        speed_estimate_period=600.0,  # seconds; one answer of a large model takes minutes
-    )
-    with progress:
+    with counting_bar(TextColumn("{task.fields[last]}"), *eta()) as progress:
         total = len(questions) * len(methods) * args.repeats
         task = progress.add_task(Path(target.source).name[:32], total=total, last="")
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from infer.cli import run_command_line, screen
+from infer.cli import counting_bar, run_command_line, screen
 from infer.costs import build_programs, costs_of, medians
 from infer.environment import environment
 from infer.loading import load_listed_draft, load_target, tokenizer_of
@@ -108,19 +108,11 @@ def calibrate(args: Args) -> None:
         prompts = [
             encode(tokenizer_of(target), question.messages([]), raw=args.raw) for question in chosen
         ]
-        with _progress() as progress:
+        with counting_bar(TextColumn("elapsed"), TimeElapsedColumn()) as progress:
             policies = Calibration(args, target, draft, prompts, progress).run()
         write_policies(file, policies)
         screen().print(f"{len(policies)} policies written to {file}", soft_wrap=True)
         del target
-
-
-def _progress() -> Progress:
-    return Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-        *(TextColumn("elapsed"), TimeElapsedColumn()),
-        console=screen(stderr=True),
-    )
 
 
 class Calibration:

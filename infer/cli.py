@@ -1,4 +1,4 @@
-"""What the command lines of `infer` share: parsing, one-line errors, files written whole."""
+"""What the command lines of `infer` share: parsing, one-line errors, the screen and its progress bars."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from s2d_jax.config import UserError
 
@@ -71,20 +79,22 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} is a directory; give the name of a file")
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renames it at the end, or removes it on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def screen(*, stderr: bool = False) -> Console:
     """A console of at most 100 columns, and of exactly 100 where there is no terminal."""
     console = Console(stderr=stderr, highlight=False)
     width = min(100, console.width) if console.is_terminal else 100
     return Console(stderr=stderr, highlight=False, width=width)
+
+
+def counting_bar(*shown: ProgressColumn) -> Progress:
+    """A progress bar on stderr that counts, with further columns behind it."""
+    return Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *shown),
+        console=screen(stderr=True),
+        speed_estimate_period=600.0,  # seconds; one answer of a large model takes minutes
+    )
+
+
+def eta() -> tuple[TextColumn, TimeRemainingColumn]:
+    """Columns of a `counting_bar` that show the time left."""
+    return TextColumn("ETA"), TimeRemainingColumn()

@@ -13,14 +13,16 @@ from typing import Any
 import flax
 import jax
 
+from s2d_jax.machine import cpu_name, usable_cores
+
 
 def environment(dtype: str) -> dict[str, Any]:
     """Machine, versions, dtype of activations, and the commit of the code if it is in a git work tree."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": usable_cores(),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "dtype": dtype,
@@ -31,15 +33,6 @@ def environment(dtype: str) -> dict[str, Any]:
         "system": platform.platform(),
         "commit": _commit(),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

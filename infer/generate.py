@@ -9,12 +9,12 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.rule import Rule
 from rich.table import Table
 
 from infer.batching import Answer, answer_all
-from infer.cli import check_writable, run_command_line, screen, written_whole
+from infer.cli import check_writable, counting_bar, eta, run_command_line, screen
 from infer.formats import shares, short_name
 from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.options import (
@@ -29,6 +29,7 @@ from infer.questions import Question, encode, read_questions
 from infer.streaming import stream_answers
 from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import UserError
+from s2d_jax.files import write_text
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Model
 from s2d_jax.stats import GenerationStats, sum_stats
@@ -110,9 +111,8 @@ def generate(args: Args) -> None:
             write_profile(directory, decoder, prompt, args.sampling.params())
             console.print(f"trace written to {directory}", soft_wrap=True)
     if args.out is not None:
-        with written_whole(args.out) as partial:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            partial.write_text("".join(lines), encoding="utf-8")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(args.out, "".join(lines))
         console.print(f"{len(rows)} answers written to {args.out}", soft_wrap=True)
 
 
@@ -131,7 +131,7 @@ def _converse(
     """All answers of each question: every first turn, then every second turn, and so on."""
     conversations: list[list[Answer]] = [[] for _ in questions]
     tokenizer = tokenizer_of(target)
-    with _progress() as progress:
+    with counting_bar(TextColumn("{task.fields[speed]}"), *eta()) as progress:
         task = progress.add_task("answering", total=sum(len(q.turns) for q in questions), speed="")
         start, done_tokens = time.perf_counter(), 0
 
@@ -152,15 +152,6 @@ def _converse(
             for i, answer in zip(active, answers, strict=True):
                 conversations[i].append(answer)
     return conversations
-
-
-def _progress() -> Progress:
-    return Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-        *(TextColumn("{task.fields[speed]}"), TextColumn("ETA"), TimeRemainingColumn()),
-        console=screen(stderr=True),
-        speed_estimate_period=600.0,  # seconds; one batch of a large model takes minutes
-    )
 
 
 def _row(

@@ -11,17 +11,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from infer.cli import written_whole
+from s2d_jax.files import write_text, written_whole
 
 Report = dict[str, Any]
 
 
 def write_kernels(directory: Path, report: Report) -> None:
     """Writes kernels.json, kernels.md and kernels.png, each whole or not at all."""
-    with written_whole(directory / "kernels.json") as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    with written_whole(directory / "kernels.md") as partial:
-        partial.write_text(_markdown(report), encoding="utf-8")
+    write_text(directory / "kernels.json", json.dumps(report, indent=2) + "\n")
+    write_text(directory / "kernels.md", _markdown(report))
     figure = _plot(report)
     FigureCanvasAgg(figure)
     with written_whole(directory / "kernels.png") as partial:

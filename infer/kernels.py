@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from infer.cli import screen
+from infer.cli import counting_bar, eta, screen
 from infer.environment import environment
 from infer.kernel_report import show_kernels, write_kernels
 from s2d_jax import product_forms
 from s2d_jax.config import ModelConfig
 from s2d_jax.linear import Form, form_of
+from s2d_jax.machine import usable_cores
 from s2d_jax.pretrained import read_description
 from s2d_jax.weight_formats import WEIGHT_FORMATS, compute_dtype, quantise, weight_bytes
 
@@ -193,7 +192,7 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
     on_device, sums = jnp.asarray(array), jax.jit(lambda a: a.sum(axis=1))
     best = _median_seconds(lambda: jax.block_until_ready(sums(on_device)))
     if jax.default_backend() == "cpu":
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        threads = usable_cores()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             pieces = np.array_split(array, threads)
             best = min(best, _median_seconds(lambda: list(pool.map(np.max, pieces))))
@@ -229,12 +228,7 @@ def bench_kernels(target: str | None, out: Path) -> None:
         UserError: if the target cannot be read.
     """
     chain = chain_of(None if target is None else read_description(target)[0])
-    progress = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-        *(TextColumn("ETA"), TimeRemainingColumn()),
-        console=screen(stderr=True),
-    )
-    with progress:
+    with counting_bar(*eta()) as progress:
         runs = len(CANDIDATES) * len(ROWS) * (1 + _REPEATS)
         task = progress.add_task("measuring the machine", total=runs)
         before = {"gb_per_s": read_bandwidth(), "gf_per_s": matmul_peak()}

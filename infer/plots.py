@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from infer.cli import written_whole
 from infer.formats import short_name
 from infer.report import targets_of
+from s2d_jax.files import written_whole
 
 Row = dict[str, Any]
 

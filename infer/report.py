@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from infer.cli import written_whole
 from infer.formats import rates, shares, short_name
 from infer.measure import Sample
 from infer.methods import BASELINE, Method
+from s2d_jax.files import write_text
 from s2d_jax.stats import sum_stats
 
 Row = dict[str, Any]
@@ -115,10 +115,8 @@ def _by_category(samples: Sequence[Sample], baseline: Sequence[Sample]) -> dict[
 def write_report(directory: Path, environment: Row, settings: Row, rows: list[Row]) -> None:
     """Writes report.json and report.md, each whole or not at all."""
     report = {"environment": environment, "settings": settings, "rows": rows}
-    with written_whole(directory / "report.json") as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    with written_whole(directory / "report.md") as partial:
-        partial.write_text(_markdown(report), encoding="utf-8")
+    write_text(directory / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(directory / "report.md", _markdown(report))
 
 
 def show_report(console: Console, settings: Row, rows: list[Row]) -> None:

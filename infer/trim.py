@@ -13,10 +13,11 @@ import tyro
 from rich.progress import track
 from rich.table import Table
 
-from infer.cli import run_command_line, screen, written_whole
+from infer.cli import run_command_line, screen
 from s2d_jax.config import UserError
 from s2d_jax.config_translation import read_json
 from s2d_jax.draft_vocabulary import FOLDS, DraftVocabulary, choose_tokens, coverage
+from s2d_jax.files import write_text
 from s2d_jax.locate import SORTED_DRAFT
 from s2d_jax.pretrained import read_description
 from s2d_jax.tokenizer import Tokenizer
@@ -194,9 +195,7 @@ def _write(args: Args, vocabulary: DraftVocabulary) -> None:
     if path is None:
         path = Path(args.draft).expanduser() / SORTED_DRAFT
         value = {**read_json(path), "vocabulary_subset": value}
-    with written_whole(path) as partial:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     screen().print(f"written to {path}", soft_wrap=True)
     if value.get("targets"):
         screen().print(

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax.config import DraftConfig, ModelConfig, RopeScaling, UserError
+from s2d_jax.files import write_text
 from s2d_jax.model import abstract_params, logical_axes
 from s2d_jax.pretrained import Draft
 from s2d_jax.sharding import params_sharding
@@ -53,16 +54,6 @@ def write_run(
             os.replace(file, run_dir / file.name)
     for name, value in ((_MODEL_CONFIG, config), (_DRAFT_CONFIG, draft_config)):
         write_text(run_dir / name, json.dumps(dataclasses.asdict(value), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:

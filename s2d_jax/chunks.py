@@ -16,17 +16,17 @@ Forward = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
 def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
     """Runs the model until the cache holds `end_B` positions of each row, `width` at a time.
 
-    A row that is ready earlier stays where it is; what is written behind it is overwritten later.
+    A row that holds as many already stays where it is; what is written behind it is overwritten later.
 
     Args:
         forward: one pass over `width` positions.
-        cache: holds a prefix of each row of `tokens_BC`, shorter than `end_B`.
+        cache: holds a prefix of each row of `tokens_BC`.
         tokens_BC: int32; C must hold the last chunk to its end, `end_B + width` at most.
         end_B: int32.
         width: static.
 
     Returns:
-        The state `[B, D]` at position `end_B - 1`, and the cache.
+        The state `[B, D]` at position `end_B - 1` (zeros in rows that did not move), and the cache.
     """
     chunk_BW = jax.ShapeDtypeStruct((tokens_BC.shape[0], width), tokens_BC.dtype)
     h_BWD, _ = jax.eval_shape(forward, chunk_BW, cache)
@@ -35,15 +35,26 @@ def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
     def run_chunk(carry):
         cache, last_BD = carry
         h_BWD, written = forward(read_window(tokens_BC, cache.length_B, width), cache)
-        index_B = end_B - 1 - cache.length_B
-        inside_B = (index_B >= 0) & (index_B < width)
-        at_B11 = jnp.clip(index_B, 0, width - 1)[:, None, None]
-        found_BD = jnp.take_along_axis(h_BWD, at_B11, axis=1)[:, 0]
-        last_BD = jnp.where(inside_B[:, None], found_BD, last_BD)
-        return written.advance_to(jnp.minimum(cache.length_B + width, end_B)), last_BD
+        last_BD = state_at_end(h_BWD, cache.length_B, end_B, last_BD)
+        return written.advance_to(reached(cache.length_B, width, end_B)), last_BD
 
     def behind(carry):
         return jnp.any(carry[0].length_B < end_B)
 
     cache, last_BD = jax.lax.while_loop(behind, run_chunk, (cache, nothing_BD))
     return last_BD, cache
+
+
+def reached(length_B, width: int, end_B) -> jax.Array:
+    """int32 `[B]`: positions that each row holds after a chunk of `width` behind `length_B`: `end_B` at most, never fewer."""
+    return jnp.maximum(length_B, jnp.minimum(length_B + width, end_B))
+
+
+def state_at_end(h_BWD, length_B, end_B, last_BD) -> jax.Array:
+    """`last_BD`, with the state at position `end_B - 1` in the rows whose chunk behind `length_B` holds it."""
+    width = h_BWD.shape[1]
+    index_B = end_B - 1 - length_B
+    inside_B = (index_B >= 0) & (index_B < width)
+    at_B11 = jnp.clip(index_B, 0, width - 1)[:, None, None]
+    found_BD = jnp.take_along_axis(h_BWD, at_B11, axis=1)[:, 0]
+    return jnp.where(inside_B[:, None], found_BD, last_BD)

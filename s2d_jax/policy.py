@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,9 @@ import jax
 import numpy as np
 
 from s2d_jax.config import DecodeConfig, RoundCosts, UserError
+from s2d_jax.files import write_text
 from s2d_jax.locate import SORTED_DRAFT
+from s2d_jax.machine import cpu_name, usable_cores
 from s2d_jax.pretrained import Model
 
 _SAMPLED_WEIGHTS = 16
@@ -92,21 +92,7 @@ def device_kind() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{device.device_kind} x {jax.device_count()}"
-    return f"{_cpu_name()} x {_cores()}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return f"{cpu_name()} x {usable_cores()}"
 
 
 def policy_file_of(draft: Model, given: str | Path | None) -> Path:
@@ -149,15 +135,7 @@ def write_policies(file: Path, new: Sequence[Policy]) -> None:
     keys = {policy.key for policy in new}
     kept = [policy for policy in read_policies(file) if policy.key not in keys]
     content["policies"] = [_to_json(policy) for policy in (*kept, *new)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        partial.write_text(
-            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_policy(policies: Sequence[Policy], key: PolicyKey) -> Policy | None:

@@ -6,6 +6,8 @@ import contextlib
 import resource
 from collections.abc import Iterator
 
+from s2d_jax.tokenizer import Tokenizer
+
 
 @contextlib.contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
@@ -16,3 +18,17 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def tokenizer_refused(monkeypatch) -> Iterator[None]:
+    """The disk refuses the files of tokenizers."""
+    save = Tokenizer.save
+
+    def limited(self, directory):
+        with file_size_limit(1000):
+            save(self, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", limited)
+        yield

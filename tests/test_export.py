@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from disk import file_size_limit
+from disk import tokenizer_refused
 from hf_tiny import CASES, expect_user_error, hf_logits, hf_model, random_tokens, write_gguf
 from tiny import tiny_config, tiny_params, tiny_tokenizer
 
@@ -24,7 +24,6 @@ from s2d_jax.config import DraftConfig
 from s2d_jax.export import exit_directory, export_draft, save_safetensors
 from s2d_jax.model import Transformer, truncated
 from s2d_jax.pretrained import Draft, load_draft, load_model
-from s2d_jax.tokenizer import Tokenizer
 
 MAX_ABS = 2e-4
 EXITS = DraftConfig((1, 2, 4), (0.6, 0.5, 0.0))
@@ -216,16 +215,9 @@ def test_full_disk_leaves_nothing(earlier, tmp_path, monkeypatch):
 
 def test_a_tokenizer_that_the_disk_refuses_leaves_nothing(tmp_path, monkeypatch):
     """The Rust tokenizer raises no OSError."""
-    save = Tokenizer.save
-
-    def limited(self, directory):
-        with file_size_limit(1000):
-            save(self, directory)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "save", limited)
-        with expect_user_error("out was not written: .*File too large.*; nothing was left behind"):
-            export_draft(make_draft(), tmp_path / "out", {})
+    message = "out was not written: .*File too large.*; nothing was left behind"
+    with tokenizer_refused(monkeypatch), expect_user_error(message):
+        export_draft(make_draft(), tmp_path / "out", {})
     assert list(tmp_path.iterdir()) == []
 
     def full_disk(*_, **__):

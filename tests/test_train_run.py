@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from disk import file_size_limit
+from disk import file_size_limit, tokenizer_refused
 from rich.console import Console
 from tiny import tiny_config, tiny_params, tiny_tokenizer
 
@@ -25,7 +25,6 @@ from s2d_jax.config import DraftConfig
 from s2d_jax.export import export_draft
 from s2d_jax.model import Transformer, truncated
 from s2d_jax.pretrained import Draft, load_draft, load_model
-from s2d_jax.tokenizer import Tokenizer
 from train.config import load_config
 from train.main import main
 from train.progress import ProgressReport
@@ -317,14 +316,7 @@ def test_a_disk_that_refuses_arrays_keeps_the_earlier_checkpoint(
 
 def test_a_start_that_the_disk_refuses_leaves_nothing(source, tmp_path, capsys, monkeypatch):
     run_dir = tmp_path / "run"
-    save = Tokenizer.save
-
-    def limited(self, directory):
-        with file_size_limit(1000):
-            save(self, directory)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "save", limited)
+    with tokenizer_refused(monkeypatch):
         assert launch(source, run_dir) == 2
         assert "File too large" in one_error(capsys)
         assert not run_dir.exists()

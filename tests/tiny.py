@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -121,3 +122,16 @@ def tiny_tokenizer(vocab_size: int = 64, *, chat: bool = True, texts: tuple[str,
     if chat:
         fast.chat_template = TINY_CHAT_TEMPLATE
     return Tokenizer(fast)
+
+
+def copies_of_what_is_kept(text: str, config: ModelConfig, batch: int) -> dict[str, list[str]]:
+    """Copies in a compiled loop's text of what rounds keep in place, at a capacity of 128 and five drafted tokens."""
+    kept = {
+        "keys and values": f"f32[{batch},{config.num_kv_heads},128,{config.head_dim}]",
+        "segment entries": f"f32[{batch},128,{config.embed_dim}]",
+        "draft probabilities": f"f32[{batch},5,{config.vocab_size}]",
+    }
+    assert kept["keys and values"] in text
+    pattern = r"= {}\S* copy\("
+    found = {what: re.findall(pattern.format(re.escape(s)), text) for what, s in kept.items()}
+    return {what: copies for what, copies in found.items() if copies}

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, placed, read_run, write_run, write_text
+from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, placed, read_run, write_run
 from s2d_jax.config import ModelConfig, UserError
+from s2d_jax.files import write_text
 from s2d_jax.model import truncated
 from s2d_jax.pretrained import load_model
 from s2d_jax.sharding import make_mesh

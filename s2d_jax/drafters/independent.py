@@ -69,11 +69,17 @@ class IndependentDrafter:
         return self.extend(params, state, tokens_BC, length_B, prompt_width)
 
     def extend(self, params, state, tokens_BC, length_B, width):
+        cache = self._take_in(params, state.cache, tokens_BC, length_B, width)
+        return IndependentState(cache, jnp.zeros_like(length_B), jnp.int32(0))
+
+    def _take_in(self, params, cache, tokens_BC, end_B, width) -> KVCache:
+        """The cache with at least `end_B` positions of each row, computed `width` at a time."""
+
         def forward(chunk_BW, cache):
             return self._run(params, cache, chunk_BW)
 
-        _, cache = run_chunks(forward, state.cache, tokens_BC, length_B, width)
-        return IndependentState(cache, jnp.zeros_like(length_B), jnp.int32(0))
+        _, cache = run_chunks(forward, cache, tokens_BC, end_B, width)
+        return cache
 
     def grow(self, state, capacity):
         return state.replace(cache=state.cache.grow(capacity))
@@ -87,18 +93,10 @@ class IndependentDrafter:
 
     def _return(self, params, state: IndependentState, tokens_BC, end_B):
         """Takes in what the target emitted in plain rounds, up to `end_B` positions of each row."""
-        width = self.return_width
-
-        def run_chunk(state):
-            cache = state.cache
-            _, written = self._run(params, cache, read_window(tokens_BC, cache.length_B, width))
-            reached_B = jnp.minimum(cache.length_B + width, end_B)
-            cache = written.advance_to(jnp.maximum(cache.length_B, reached_B))
-            return state.replace(cache=cache, passes=state.passes + 1)
-
-        return jax.lax.while_loop(
-            lambda state: jnp.any(state.cache.length_B < end_B), run_chunk, state
-        )
+        behind = jnp.max(end_B - state.cache.length_B)
+        passes = jnp.maximum(0, -(-behind // self.return_width))
+        cache = self._take_in(params, state.cache, tokens_BC, end_B, self.return_width)
+        return state.replace(cache=cache, passes=state.passes + passes)
 
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         def step(state, tokens_BC, end_B, live_B):

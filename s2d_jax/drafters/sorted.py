@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.chunks import reached, state_at_end
 from s2d_jax.control import run_if
 from s2d_jax.draft_length import confidence
 from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, num_entries, propose_chain
@@ -132,14 +133,9 @@ class SortedDrafter:
             entries = list(state.entries)
             if s < len(entries):
                 entries[s] = write_window(entries[s], h_BWD, cache.length_B, axis=1)
-            index_B = end_B - 1 - cache.length_B
-            inside_B = (index_B >= 0) & (index_B < width)
-            at_B11 = jnp.clip(index_B, 0, width - 1)[:, None, None]
-            found_BD = jnp.take_along_axis(h_BWD, at_B11, axis=1)[:, 0]
-            last_BD = jnp.where(inside_B[:, None], found_BD, last_BD)
-            reached_B = jnp.maximum(cache.length_B, jnp.minimum(cache.length_B + width, end_B))
+            last_BD = state_at_end(h_BWD, cache.length_B, end_B, last_BD)
             segments = list(state.segments)
-            segments[s] = written.advance_to(reached_B)
+            segments[s] = written.advance_to(reached(cache.length_B, width, end_B))
             state = state.replace(
                 segments=tuple(segments),
                 entries=tuple(entries),
