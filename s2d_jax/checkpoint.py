@@ -127,7 +127,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int | None = None):
         self._directory = directory
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_of_orbax)
         policy = ocp.training.preservation_policies
         self._checkpointer = None
         if keep is not None:
@@ -252,8 +253,14 @@ class Checkpoints:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of each thread that an error passes; what is raised in the end tells it in one line."""
-    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
+    """Orbax logs the traceback of each thread that an error passes, and leaves failed reads behind that asyncio complains of
+    wherever they are collected. What is raised in the end tells it in one line.
+    """
+    if record.levelno < logging.ERROR:
+        return True
+    if record.name == "asyncio":
+        return re.search("orbax|tensorstore", record.getMessage()) is None
+    return "orbax" not in Path(record.pathname).parts
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
