@@ -197,7 +197,7 @@ def _write(args: Args, vocabulary: DraftVocabulary) -> None:
         value = {**read_json(path), "vocabulary_subset": value}
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     screen().print(f"written to {path}", soft_wrap=True)
-    if value.get("targets"):
+    if value.get("policies"):
         screen().print(
             "The calibrations in it were measured with another head: calibrate again.",
             soft_wrap=True,

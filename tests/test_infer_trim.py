@@ -91,10 +91,10 @@ def test_other_text_comes_after_the_answers(draft, answers, tmp_path, monkeypatc
 
 def test_calibrations_with_another_head_are_pointed_out(draft, answers, monkeypatch, capsys):
     path = draft / "sorted_draft.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "targets": {"a": {}}}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "policies": [{"a": 1}]}))
     run(trim.main, monkeypatch, "--draft", draft, "--answers", answers, "--size", 40)
     assert "calibrate again" in capsys.readouterr().out
-    assert json.loads(path.read_text())["targets"] == {"a": {}}
+    assert json.loads(path.read_text())["policies"] == [{"a": 1}]
 
 
 def test_answers_of_generate_make_a_list_for_any_draft(models, tmp_path, monkeypatch, capsys):
