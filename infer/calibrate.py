@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
@@ -19,24 +19,26 @@ from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.measure import warm_run
 from infer.options import ComputeOptions, DraftOptions, require_targets
 from infer.questions import encode, read_questions
-from infer.trace import BATCH, answer_prompts, record_trace
+from infer.trace import answer_prompts, record_trace
+from s2d_jax.buckets import bucket
 from s2d_jax.calibration import (
     Costs,
     Prediction,
     Trace,
     best_of_families,
     candidates,
-    predict,
 )
 from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.policy import Policy, PolicyKey, policy_file_of, read_policies, write_policies
 from s2d_jax.pretrained import Draft, Model
+from s2d_jax.replay import predict
 
 DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
-WIDTHS = (1, 2, 3, 4, 6, 8)
-REPEATS, WALKS, CONFIRMED = 3, 4, 3
+WIDTHS = (1, 2, 4, 8)
+REPEATS, WALKS = 3, 4
+CONFIRMED, CONFIRMING_PROMPTS = 3, 4
 # A winner must gain more than what timing alone may show.
 SMALLEST_GAIN = 1.01
 
@@ -55,12 +57,12 @@ class Args:
     """Temperatures to calibrate for; several may be given. Default: 0 and 1."""
     out: Path | None = None
     """Write policies here instead of into the draft's sorted_draft.json (see --policy-file)."""
-    prompts: int = 16
-    """Answers that the trace is recorded on."""
+    prompts: int = 8
+    """Answers that the trace is recorded on; the best candidates are timed on four others."""
     new_tokens: int = 64
     """Tokens of each answer."""
     minutes: float = 10.0
-    """Stop confirming candidates after so many minutes per target."""
+    """No more prompts are timed after so many minutes per target; compiling and recording take what they take."""
     raw: bool = False
     """Leave the chat template out."""
     draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
@@ -103,15 +105,15 @@ def calibrate(args: Args) -> None:
     for path in args.target:
         target = load_target(path, args.compute.target_format)
         # Prompts from all over the file.
-        step = max(1, len(questions) // args.prompts)
-        chosen = questions[::step][: args.prompts]
+        step = max(1, len(questions) // (args.prompts + CONFIRMING_PROMPTS))
         prompts = [
-            encode(tokenizer_of(target), question.messages([]), raw=args.raw) for question in chosen
+            encode(tokenizer_of(target), question.messages([]), raw=args.raw)
+            for question in questions[::step][: args.prompts + CONFIRMING_PROMPTS]
         ]
         with counting_bar(TextColumn("elapsed"), TimeElapsedColumn()) as progress:
-            policies = Calibration(args, target, draft, prompts, progress).run()
-        write_policies(file, policies)
-        screen().print(f"{len(policies)} policies written to {file}", soft_wrap=True)
+            for policy in Calibration(args, target, draft, prompts, progress).policies():
+                write_policies(file, [policy])
+        screen().print(f"policies written to {file}", soft_wrap=True)
         del target
 
 
@@ -120,32 +122,39 @@ class Calibration:
 
     def __init__(self, args: Args, target: Model, draft: Draft, prompts, progress: Progress):
         self.args, self.target, self.draft = args, target, draft
-        self.prompts, self.progress = prompts, progress
+        self.progress = progress
+        # Where there are few prompts, those that are timed were recorded as well.
+        self.recorded, self.timed = prompts[: args.prompts], prompts[-CONFIRMING_PROMPTS:]
         self.temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
         self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
 
-    def run(self) -> list[Policy]:
+    def policies(self) -> Iterator[Policy]:
+        """One for each temperature, as they are found."""
         seconds = self._measure_costs()
-        traces = {temperature: self._record(temperature) for temperature in self.temperatures}
-        policies = []
         for number, temperature in enumerate(self.temperatures):
-            trace = traces[temperature]
+            trace = self._record(temperature)
             costs = costs_of(
                 *(seconds, self.draft, WIDTHS, temperature), DecodeConfig().catch_up_width
             )
             walks = 1 if temperature == 0 else WALKS
-            found = candidates(costs, trace, WIDTHS[-1] - 1)
+            found = candidates(costs, trace, WIDTHS)
             predictions = predict(trace, costs, found, repeats=walks, seed=0)
             share = (number + 1) / len(self.temperatures)
             confirmed = self._confirm(predictions, temperature, share)
             policy = self._decide(costs, trace, predictions, confirmed, temperature)
             _show(self.target.source, temperature, predictions, confirmed, policy)
-            policies.append(policy)
-        return policies
+            yield policy
 
     def _phase(self, name: str, total: int):
-        task = self.progress.add_task(name, total=total)
-        return lambda count=1: self.progress.update(task, advance=count)
+        """A progress bar of its own, whose end is noted."""
+        task, began = self.progress.add_task(name, total=total), time.perf_counter()
+
+        def advance(count: int = 1) -> None:
+            self.progress.update(task, advance=count)
+            self.seconds[name] = round(time.perf_counter() - began, 1)
+
+        return advance
 
     def _measure_costs(self) -> dict:
         exits = len(self.draft.draft_config.exit_layers)
@@ -158,11 +167,11 @@ class Calibration:
     def _record(self, temperature: float) -> Trace:
         args, name = self.args, f"temperature {temperature:g}"
         sampling = SamplingParams(temperature=temperature, max_new_tokens=args.new_tokens)
-        on_batch = self._phase(f"{name}: answering", len(self.prompts))
-        sequences = answer_prompts(self.target, self.prompts, sampling, on_batch)
+        on_batch = self._phase(f"{name}: answering", len(self.recorded))
+        sequences = answer_prompts(self.target, self.recorded, sampling, on_batch)
         on_answer = self._phase(f"{name}: recording", len(sequences))
         trace = record_trace(
-            *(self.target, self.draft, sequences, [len(p) for p in self.prompts]),
+            *(self.target, self.draft, sequences, [len(p) for p in self.recorded]),
             *(args.new_tokens, temperature, on_answer),
         )
         if not trace.answers:
@@ -175,24 +184,30 @@ class Calibration:
         self, predictions: Sequence[Prediction], temperature: float, share: float
     ) -> list[Confirmed]:
         """Times the best candidates and plain decoding in alternation, until `share` of the time is used up."""
-        chosen = best_of_families(predictions, CONFIRMED)
+        name, chosen = f"temperature {temperature:g}", best_of_families(predictions, CONFIRMED)
         plain = SpeculativeDecoder(self.target)
         decoders = [
             SpeculativeDecoder(self.target, self.draft, _config(prediction))
             for prediction in chosen
         ]
-        runs: list[list] = [[] for _ in (plain, *decoders)]
-        phase = self._phase(f"temperature {temperature:g}: confirming", BATCH)
-        for number, prompt in enumerate(self.prompts[:BATCH]):
-            sampling = SamplingParams(
-                temperature=temperature, max_new_tokens=self.args.new_tokens, seed=number
-            )
-            for column, decoder in zip(runs, (plain, *decoders), strict=True):
-                column.append(warm_run(decoder, prompt, sampling)[0].stats)
-            phase()
+        everyone = (plain, *decoders)
+        sampling = SamplingParams(
+            temperature=temperature, max_new_tokens=self.args.new_tokens, seed=1
+        )
+        lengths = sorted({bucket(len(prompt)) for prompt in self.timed})
+        on_compiled = self._phase(f"{name}: compiling", len(everyone))
+        for decoder in everyone:
+            decoder.warmup(lengths, sampling=sampling)
+            on_compiled()
+        runs: list[list] = [[] for _ in everyone]
+        on_run = self._phase(f"{name}: confirming", len(self.timed) * len(everyone))
+        for number, prompt in enumerate(self.timed):
+            first = number % len(everyone)
+            for turn in (*range(first, len(everyone)), *range(first)):
+                runs[turn].append(warm_run(everyone[turn], prompt, sampling)[0].stats)
+                on_run()
             if time.perf_counter() - self.started > share * 60 * self.args.minutes:
                 break
-        phase(BATCH)
         return [
             Confirmed(
                 prediction,
@@ -227,6 +242,7 @@ class Calibration:
                 for entry in confirmed
             },
             "minutes": round((time.perf_counter() - self.started) / 60, 2),
+            "phases": dict(self.seconds),
             "environment": environment(self.target.dtype.name),
         }
         key = PolicyKey.of(self.target, self.draft, temperature)

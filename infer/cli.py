@@ -6,9 +6,10 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -24,6 +26,7 @@ from rich.progress import (
 from s2d_jax.config import UserError
 
 Args = TypeVar("Args")
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def run_command_line(args_type: type[Args], run: Callable[[Args], None]) -> None:
@@ -86,9 +89,26 @@ def screen(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=width)
 
 
+class CountingBar(Progress):
+    """A progress bar on stderr; where that is no terminal, a line now and then."""
+
+    _last_line = 0.0
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        now = time.perf_counter()
+        if self.console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        task = next(task for task in self.tasks if task.id == task_id)
+        left = "" if task.time_remaining is None else f", about {task.time_remaining:,.0f} s left"
+        line = f"{task.description} {task.completed:.0f} of {task.total:.0f}{left}"
+        self.console.print(line, markup=False, soft_wrap=True)
+
+
 def counting_bar(*shown: ProgressColumn) -> Progress:
     """A progress bar on stderr that counts, with further columns behind it."""
-    return Progress(
+    return CountingBar(
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *shown),
         console=screen(stderr=True),
         speed_estimate_period=600.0,  # seconds; one answer of a large model takes minutes

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from s2d_jax.acceptance import accept_greedy, accept_sampled
 from s2d_jax.calibration import Costs
-from s2d_jax.config import DecodeConfig, SamplingParams
+from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams
 from s2d_jax.decoder import DecodeState
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft
@@ -61,7 +61,9 @@ def verify_program(target, width: int) -> Program:
 def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, Program]:
     """Seconds of drafting a token, by the exit that is forced: `("step", exit)`; and of a position that is caught up with
     when a row has been plain, `("catch_up",)`."""
-    config = DecodeConfig(exits=exits, num_draft_tokens=TOKENS)
+    # With costs the drafter computes what the rules that may end a chain need, as it will under a policy.
+    nothing = RoundCosts((0.0,) * len(exits), (1.0,) * (TOKENS + 1))
+    config = DecodeConfig(exits=exits, num_draft_tokens=TOKENS, costs=nothing)
     decoder = SpeculativeDecoder(target, draft, config)
     static, args, state = _prepared(decoder, rounds=ROUNDS * (TOKENS + 1))
     drafter = dataclasses.replace(static.drafter, return_width=RETURN)

@@ -49,8 +49,8 @@ class DraftingOptions:
     draft_length_rule: Literal["fixed", "heuristic", "confidence", "expected_gain"] = "fixed"
     """heuristic: +2 after a round that accepted everything, else -1. confidence: a token of low
     confidence is the last of its round. expected_gain: on while another token pays (needs costs)."""
-    max_draft_tokens: int = 10
-    """The heuristic never drafts more; the others are bounded by num-draft-tokens."""
+    max_draft_tokens: int | None = None
+    """The most that a round may draft. Default: 10 for the heuristic, else num-draft-tokens."""
     min_confidence: float = 0.4
     """Where the confidence rule stops."""
     gain_rate: float = 1.0

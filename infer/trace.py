@@ -77,7 +77,7 @@ def record_trace(
             sure_EN, accepted_EN = (np.asarray(part, np.float64)[:, :count] for part in scored)
             answers.append(Answer(sure_EN, accepted_EN))
         on_answer()
-    return Trace(draft.draft_config.exit_layers, tuple(answers))
+    return Trace(draft.draft_config.exit_layers, tuple(answers), new_tokens)
 
 
 def _score(target, draft, exits, target_params, *rest):

@@ -229,6 +229,9 @@ class RoundCosts:
         )
 
 
+_HEURISTIC_CAP = 10
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """What is compiled into a decoder, and the defaults of what is not.
@@ -241,7 +244,8 @@ class DecodeConfig:
         draft_length_rule: per row. "fixed"; "heuristic": +2 when all drafted tokens were accepted, else -1, at least 1
             (Hugging Face's schedule of that name); "confidence": the first token of low confidence is the last of its round;
             "expected_gain": on while another token pays at the measured costs (`s2d_jax.draft_length`).
-        max_draft_tokens: the cap of the heuristic; the verified width is one more.
+        max_draft_tokens: the most tokens that a round may draft; the verified width is one more. Compiled in: with it set,
+            other lengths and rules below it compile nothing anew. None is 10 for the heuristic, else `num_draft_tokens`.
         min_confidence: where the "confidence" rule stops. Not compiled in.
         gain_rate: tokens that a plain round's time must bring, for "expected_gain". 1 is plain decoding's own rate; the rate
             that the whole policy reaches is the right value. Not compiled in.
@@ -267,7 +271,7 @@ class DecodeConfig:
     exit_thresholds: tuple[float, ...] | None = None
     num_draft_tokens: int = 5
     draft_length_rule: Literal["fixed", "heuristic", "confidence", "expected_gain"] = "fixed"
-    max_draft_tokens: int = 10
+    max_draft_tokens: int | None = None
     min_confidence: float = 0.4
     gain_rate: float = 1.0
     costs: RoundCosts | None = None
@@ -298,14 +302,14 @@ class DecodeConfig:
             f"draft_sampling={self.draft_sampling!r} is unknown; use sample or argmax",
         )
         for name in (
-            *("num_draft_tokens", "max_draft_tokens", "catch_up_width"),
+            *("num_draft_tokens", "draft_width", "catch_up_width"),
             *("prefill_chunk", "initial_room"),
         ):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} must be at least 1")
         _require(
-            self.draft_length_rule != "heuristic" or self.num_draft_tokens <= self.max_draft_tokens,
-            f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.max_draft_tokens}; raise the cap",
+            self.num_draft_tokens <= self.draft_width,
+            f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.draft_width}; raise the cap",
         )
         _require(
             self.verify_width is None or self.verify_width >= 1,
@@ -350,8 +354,9 @@ class DecodeConfig:
     @property
     def draft_width(self) -> int:
         """G: the most tokens that one round may draft."""
-        heuristic = self.draft_length_rule == "heuristic"
-        return self.max_draft_tokens if heuristic else self.num_draft_tokens
+        if self.max_draft_tokens is not None:
+            return self.max_draft_tokens
+        return _HEURISTIC_CAP if self.draft_length_rule == "heuristic" else self.num_draft_tokens
 
     @property
     def verify_widths(self) -> tuple[int, ...]:

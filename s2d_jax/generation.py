@@ -286,7 +286,9 @@ class SpeculativeDecoder:
 
     def _drafting(self, rows: Sequence[SamplingParams], width: int) -> DraftingArrays:
         config = self.config if self.draft is not None else DecodeConfig()
-        allowances = [allowance(row.max_new_tokens) if config.guard else np.inf for row in rows]
+        allowances = [
+            allowance(row.max_new_tokens, config) if config.guard else np.inf for row in rows
+        ]
         return DraftingArrays.create(config, allowances, width, max(len(self.exits), 1))
 
     def _drafter(self, greedy: bool) -> Drafter:
@@ -297,7 +299,8 @@ class SpeculativeDecoder:
             vocab_size=self.target.config.vocab_size,
             greedy=greedy,
             sampled=self.config.draft_sampling == "sample",
-            watched=self.config.draft_length_rule in ("confidence", "expected_gain"),
+            watched=self.config.costs is not None
+            or self.config.draft_length_rule in ("confidence", "expected_gain"),
         )
         return_width = _RETURN_WIDTH if self.config.guard else 0
         is_draft = isinstance(self.draft, Draft)

@@ -3,18 +3,20 @@
 The unit is one round of plain decoding, which emits one token. A round that drafts costs `c` and emits `e` tokens, so it saves
 `e - c` (or loses, when negative); the costs are those that calibration measured. Each row has a *credit*:
 
-    credit = allowance                                  at the start: 0.015 * min(max_new_tokens, 256)
+    credit = allowance                                  at the start: 0.015 * min(max_new_tokens, 256), or one failed chain
            + 0.005 for every emitted token
            + what rounds that drafted have saved, losses included (the sum is capped at `allowance + CREDIT_CAP`)
 
 and it drafts a chain only as long as the credit covers the worst case, in which nothing is accepted (and the draft has to
 catch up first): so the credit never falls below 0. Hence for N emitted tokens
 
-    cost of decoding  <=  N + 0.005 N + 0.015 min(max_new_tokens, 256)
+    cost of decoding  <=  1.005 N + max(0.015 min(max_new_tokens, 256), F)
 
-that is at most 1.02 N for a request that emits at least 256 tokens, or all the tokens that it asked for: **never below
-1 / 1.02 = 0.98 of plain decoding**, whatever the draft is. (What speculation saved before may be lost again; the cap keeps
-that to a few rounds, so that a draft which turns bad in mid-text is left soon.) Only prefill is outside of this account.
+where F is what the policy's longest chain costs when all of it is rejected. That is at most 1.02 N, **0.98 of plain decoding**
+whatever the draft is, for a request of 256 tokens, or one that emits all the at least F / 0.015 tokens that it asked for; a
+shorter one may lose one failed chain, F. (Without that much a good draft could not begin: docs/experiments.md. What
+speculation saved before may be lost again; the cap keeps that to a few rounds, so that a draft which turns bad in mid-text is
+left soon.) Only prefill is outside of this account.
 
 A chain that pays may use half of the credit, so that a bad start shortens chains before it ends them: a failed long chain is
 followed by short ones, and a success by long ones. When not even one token is affordable, rounds are plain. A row that has
@@ -24,10 +26,14 @@ each such probe that fails and starts anew with one that succeeds.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.config import DecodeConfig
 from s2d_jax.draft_length import DraftingArrays
 
 CREDIT_CAP = 8.0
@@ -71,9 +77,19 @@ class GuardState:
         )
 
 
-def allowance(max_new_tokens: int) -> float:
-    """Plain rounds that a request may lose."""
-    return ALLOWANCE_PER_TOKEN * min(max_new_tokens, ALLOWANCE_TOKENS)
+def allowance(max_new_tokens: int, config: DecodeConfig) -> float:
+    """Plain rounds that a request may lose. Only for a `config` with costs."""
+    assert config.costs is not None
+    longest = worst_case(config.costs.draft_step, config.costs.verify)[config.num_draft_tokens - 1]
+    return max(ALLOWANCE_PER_TOKEN * min(max_new_tokens, ALLOWANCE_TOKENS), longest)
+
+
+def worst_case(draft_step: Sequence[float], verify: Sequence[float]) -> list[float]:
+    """What chains of 1, 2, ... tokens lose if nothing of them is accepted; a longer one never counts as cheaper."""
+    step = max(draft_step)
+    return list(
+        itertools.accumulate((n * step + v - 1.0 for n, v in enumerate(verify) if n > 0), max)
+    )
 
 
 def affordable_length(guard: GuardState, drafting: DraftingArrays) -> jax.Array:

@@ -17,6 +17,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-modes",
+        action="store_true",
+        help="test every combination of drafting modes for losslessness, not the covering set (hours)",
+    )
+
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s2d-jax"
 
 

@@ -22,9 +22,6 @@ from s2d_jax.calibration import (
     Trace,
     best_of_families,
     candidates,
-    gain_limits,
-    predict,
-    replay,
 )
 from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, UserError
 from s2d_jax.draft_length import DraftingArrays, decide
@@ -37,6 +34,7 @@ from s2d_jax.policy import (
     read_policies,
     write_policies,
 )
+from s2d_jax.replay import gain_limits, predict, replay
 
 COSTS = Costs(
     verify={1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3, 6: 1.5, 9: 2.0},
@@ -46,6 +44,7 @@ COSTS = Costs(
     catch_up={1: 0.01, 2: 0.02, 4: 0.03},
     chunk=4,
 )
+WIDTHS = (1, 2, 4, 9)
 
 
 def config(**fields) -> DecodeConfig:
@@ -55,7 +54,7 @@ def config(**fields) -> DecodeConfig:
 def certain(*accepted, confidence=0.9) -> Trace:
     """One answer of a draft with the exit 4, whose tokens are accepted or not."""
     row = np.array([accepted], float)
-    return Trace((4,), (Answer(np.full_like(row, confidence), row),))
+    return Trace((4,), (Answer(np.full_like(row, confidence), row),), row.size + 1)
 
 
 def coins(trace):
@@ -116,6 +115,12 @@ def test_gain_limits_are_the_rule_of_the_loop():
             "gain_rate": 1.4,
             "exit_thresholds": (0.5, 0.7, 0.0),
         },
+        {"exits": (4,), "num_draft_tokens": 4, "guard": True},
+        {
+            "draft_length_rule": "expected_gain",
+            "exit_thresholds": (0.5, 0.7, 0.0),
+            "guard": True,
+        },
     ],
     ids=str,
 )
@@ -125,9 +130,10 @@ def test_the_replay_counts_the_rounds_of_real_decoding(target, draft, fields):  
     plain = SpeculativeDecoder(target).generate(PROMPTS, sampling)
     sequences = [[*p, *ids] for p, ids in zip(PROMPTS, plain.token_ids, strict=True)]
     trace = record_trace(target, draft, sequences, [len(p) for p in PROMPTS], 48, 0.0, lambda: None)
-    if fields.get("draft_length_rule") == "expected_gain":
-        verify = (1.0, *(1.5,) * 5)
-        fields = {**fields, "costs": RoundCosts((0.1, 0.2, 0.3), verify, next_acceptance=0.6)}
+    if fields.get("draft_length_rule") == "expected_gain" or fields.get("guard"):
+        exits, width = len(fields.get("exits", (1, 2, 4))), fields.get("num_draft_tokens", 5)
+        verify, steps = (1.0, *(1.2,) * width), (0.1, 0.2, 0.3)[-exits:]
+        fields = {**fields, "costs": RoundCosts(steps, verify, 0.02, next_acceptance=0.6)}
     own = config(**{"exits": (1, 2, 4), **fields})
     result = SpeculativeDecoder(target, draft, own).generate(PROMPTS, sampling)
     assert result.token_ids == plain.token_ids
@@ -152,10 +158,10 @@ def test_a_sampled_trace_holds_exact_acceptance_probabilities(target, draft):  #
 
 def test_the_search_finds_what_pays():
     good, bad = certain(*[1] * 40), certain(*[0] * 40)
-    best = predict(good, COSTS, candidates(COSTS, good, 8), repeats=1, seed=0)[0]
+    best = predict(good, COSTS, candidates(COSTS, good, WIDTHS), repeats=1, seed=0)[0]
     assert best.mean_draft_length > 4
     assert best.speedup > 1.8
-    worst = predict(bad, COSTS, candidates(COSTS, bad, 8), repeats=1, seed=0)
+    worst = predict(bad, COSTS, candidates(COSTS, bad, WIDTHS), repeats=1, seed=0)
     assert worst[0].candidate.config is None or worst[0].speedup == 1.0
     families = best_of_families(worst, 3)
     assert len({entry.candidate.family for entry in families}) == 3

@@ -64,7 +64,7 @@ def test_the_heuristic_adds_two_or_takes_one_per_row():
 @pytest.mark.parametrize(("rule", "batch"), [*((rule, 4) for rule in RULES), ("guarded gain", 1)])
 def test_greedy_tokens_are_those_of_plain_decoding(target, draft, monkeypatch, rule, batch):
     """With widths that change the logits differ in their last bits, yet on these models no token does."""
-    monkeypatch.setattr(generation, "allowance", lambda count: 4.0)
+    monkeypatch.setattr(generation, "allowance", lambda *_: 4.0)
     plain = SpeculativeDecoder(target).generate(PROMPTS[:batch], GREEDY)
     result = SpeculativeDecoder(target, draft, RULES[rule]).generate(PROMPTS[:batch], GREEDY)
     assert result.token_ids == plain.token_ids
@@ -113,7 +113,7 @@ def test_a_draft_that_returns_has_caught_up(target, monkeypatch, exits):
 
     At costs at which even that does not pay, rows pause and probe.
     """
-    monkeypatch.setattr(generation, "allowance", lambda count: 45.0)
+    monkeypatch.setattr(generation, "allowance", lambda *_: 45.0)
     costs = RoundCosts((0.1,) * len(exits), (1.0, *(12.0,) * 5))
     config = DecodeConfig(exits=exits, costs=costs, guard=True, exit_thresholds=None)
     itself = Draft(target.config, target.params, None, "itself", DraftConfig(EXITS))
@@ -195,12 +195,13 @@ def _drafting(config, rows=4, allowance=np.inf):
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.9])
-def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance):
-    """Random outcomes for 512 rows and 600 tokens, each at the measured costs: never more than 1 / 0.98 of plain decoding."""
-    tokens, rows = 600, 512
+@pytest.mark.parametrize("tokens", [600, 48])
+def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance, tokens):
+    """Random outcomes for 512 rows, each at the measured costs: never more than 1 / 0.98 of plain decoding, or a failed chain."""
+    rows = 512
     costs = RoundCosts((0.35,), (1.0, 1.5, 1.6, 1.7, 1.8, 1.9), 0.02)
     config = DecodeConfig(costs=costs, guard=True)
-    drafting = _drafting(config, rows, guard.allowance(tokens))
+    drafting = _drafting(config, rows, guard.allowance(tokens, config))
 
     @jax.jit
     def step(carry, key):
@@ -219,10 +220,16 @@ def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance):
     keys = jax.random.split(jax.random.key(0), tokens)
     (_, cost_B, emitted_B), (credit_NB, length_NB) = jax.lax.scan(step, start, keys)
     assert float(credit_NB.min()) >= 0
-    assert (np.asarray(cost_B) <= np.asarray(emitted_B) / 0.98).all()
+    lost_B = np.asarray(cost_B) - np.asarray(emitted_B)
+    if tokens >= 256:
+        assert (lost_B <= np.asarray(emitted_B) * (1 / 0.98 - 1)).all()
+    failed_chain = 5 * 0.35 + 1.9 - 1
+    allowed = 3.84 if tokens == 600 else failed_chain
+    assert (lost_B <= 0.005 * np.asarray(emitted_B) + allowed + 1e-3).all()
+    assert int(np.asarray(length_NB)[0].min()) >= 2  # also a short request begins with chains
     assert float((length_NB > 0).sum()) >= 2 * rows
     if (
-        acceptance == 0.9
+        acceptance == 0.9 and tokens == 600
     ):  # rows with a bad start wait, the others gain: 4.7 tokens for 3.65 plain rounds
         assert float(cost_B.sum()) < 0.85 * float(emitted_B.sum())
 
