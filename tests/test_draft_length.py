@@ -197,7 +197,7 @@ def _drafting(config, rows=4, allowance=np.inf):
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("tokens", [600, 48])
 def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance, tokens):
-    """Random outcomes for 512 rows, each at the measured costs: never more than 1 / 0.98 of plain decoding, or a failed chain."""
+    """Random outcomes for 512 rows at the measured costs: never more than 1 / 0.98 of plain decoding, or a failed chain."""
     rows = 512
     costs = RoundCosts((0.35,), (1.0, 1.5, 1.6, 1.7, 1.8, 1.9), 0.02)
     config = DecodeConfig(costs=costs, guard=True)

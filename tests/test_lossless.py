@@ -109,7 +109,7 @@ MODES = [
 
 
 def _all_modes() -> list[Mode]:
-    """Every combination of drafter, way of drafting, rule, guard, head, filters and formats that enumeration in NumPy can judge.
+    """Every combination of drafter, way of drafting, rule, guard, head, filters and formats that NumPy can judge.
 
     A bf16 target computes in bf16, so its distribution is not that of the enumeration: `test_weight_formats.py` has its tokens.
     """
