@@ -46,7 +46,8 @@ class Args:
     independent_draft: str | None = None
     """Another model of the same vocabulary, for the method `draft`."""
     methods: str = "ar,s2d"
-    """Some of ar, draft, sd@K (exit K of the draft), s2d, auto; ar, the baseline, is always measured."""
+    """Some of ar, draft, sd@K (exit K of the draft), s2d, auto; :G behind one drafts G tokens a round, as in
+    s2d:2,s2d:5. ar, the baseline, is always measured."""
     out: Path = Path("runs/bench")
     """Directory of report.json, report.md, samples.jsonl and plots."""
     max_questions: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import statistics
 import time
@@ -13,7 +14,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from infer.cli import counting_bar, run_command_line, screen
-from infer.costs import build_programs, costs_of, medians
+from infer.costs import build_programs, costs_of, count_builds, medians
 from infer.environment import environment
 from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.measure import warm_run
@@ -31,12 +32,13 @@ from s2d_jax.calibration import (
 from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.machine import usable_cores
 from s2d_jax.policy import Policy, PolicyKey, policy_file_of, read_policies, write_policies
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.replay import predict
 
 DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
-WIDTHS = (1, 2, 4, 8)
+WIDTHS = (1, 4, 8)
 REPEATS, WALKS = 3, 4
 CONFIRMED, CONFIRMING_PROMPTS = 3, 4
 # A winner must gain more than what timing alone may show.
@@ -157,10 +159,8 @@ class Calibration:
         return advance
 
     def _measure_costs(self) -> dict:
-        exits = len(self.draft.draft_config.exit_layers)
-        draft_programs = 3 * exits + 1 if exits > 1 else 2
-        judged = len({0.0, *self.temperatures}) * len(WIDTHS)
-        on_built = self._phase("compiling parts", len(WIDTHS) + draft_programs + 1 + judged)
+        total = count_builds(self.draft, WIDTHS, self.temperatures)
+        on_built = self._phase("compiling parts", total)
         programs = build_programs(self.target, self.draft, WIDTHS, self.temperatures, on_built)
         return medians(programs, REPEATS, self._phase("measuring parts", REPEATS * len(programs)))
 
@@ -195,10 +195,16 @@ class Calibration:
             temperature=temperature, max_new_tokens=self.args.new_tokens, seed=1
         )
         lengths = sorted({bucket(len(prompt)) for prompt in self.timed})
-        on_compiled = self._phase(f"{name}: compiling", len(everyone))
-        for decoder in everyone:
-            decoder.warmup(lengths, sampling=sampling)
-            on_compiled()
+        # Candidates with the same exits run the same programs.
+        distinct = {decoder.exits: decoder for decoder in everyone}.values()
+        on_compiled = self._phase(f"{name}: compiling", len(distinct))
+        with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+            warmed = [
+                pool.submit(decoder.warmup, lengths, sampling=sampling) for decoder in distinct
+            ]
+            for done in concurrent.futures.as_completed(warmed):
+                done.result()
+                on_compiled()
         runs: list[list] = [[] for _ in everyone]
         on_run = self._phase(f"{name}: confirming", len(self.timed) * len(everyone))
         for number, prompt in enumerate(self.timed):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from s2d_jax.calibration import Costs
 from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams
 from s2d_jax.decoder import DecodeState
 from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.machine import usable_cores
 from s2d_jax.pretrained import Draft
 from s2d_jax.proposal import Proposal, SamplingArrays
 from s2d_jax.sampling import probabilities
@@ -172,26 +175,41 @@ def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
 
 
 def build_programs(target, draft: Draft, widths: Sequence[int], temperatures, on_built) -> dict:
-    """All programs that `costs_of` needs; told after each that was compiled."""
+    """All programs that `costs_of` needs, as many compiled at a time as there are cores; told after each."""
     exits = draft.draft_config.exit_layers
-    programs: dict = {}
+    builders: list[Callable[[], dict[tuple, Program]]] = []
 
-    def add(name, program):
-        programs[name] = program
-        on_built()
+    def add(build, *names):
+        builders.append(lambda: {names: build()})
 
     for width in widths:
-        add(("verify", width), verify_program(target, width))
+        add(functools.partial(verify_program, target, width), "verify", width)
     chosen = [(exit,) for exit in exits] + ([exits] if len(exits) > 1 else [])
     for used in chosen:
-        for name, program in draft_programs(target, draft, used).items():
-            add((*name, used), program)
-    add(("head",), head_program(draft))
+        builders.append(lambda used=used: _named(draft_programs(target, draft, used), used))
+    add(functools.partial(head_program, draft), "head")
     for temperature in {0.0, *temperatures}:
         for width in widths:
-            program = judge_program(target.config.vocab_size, width, temperature)
-            add(("judge", width, temperature), program)
+            build = functools.partial(judge_program, target.config.vocab_size, width, temperature)
+            add(build, "judge", width, temperature)
+    programs: dict[tuple, Program] = {}
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+        done = concurrent.futures.as_completed([pool.submit(build) for build in builders])
+        for built in done:
+            programs |= built.result()
+            on_built()
     return programs
+
+
+def count_builds(draft: Draft, widths: Sequence[int], temperatures) -> int:
+    """How often `build_programs` tells that something was compiled."""
+    exits = len(draft.draft_config.exit_layers)
+    judged = len({0.0, *temperatures}) * len(widths)
+    return len(widths) + (exits + 1 if exits > 1 else 1) + 1 + judged
+
+
+def _named(programs: dict[tuple, Program], used: tuple[int, ...]) -> dict[tuple, Program]:
+    return {(*name, used): program for name, program in programs.items()}
 
 
 def costs_of(seconds: dict, draft: Draft, widths: Sequence[int], temperature: float, chunk: int):

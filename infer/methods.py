@@ -31,9 +31,9 @@ def parse_methods(text: str) -> tuple[str, ...]:
     """
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
-        if not re.fullmatch(r"ar|draft|s2d|auto|sd@\d+", name):
+        if not re.fullmatch(r"ar|auto|(draft|s2d|sd@\d+)(:\d+)?", name):
             raise UserError(
-                f"method {name!r} is unknown; use ar, draft, s2d, auto, or sd@K with an exit K"
+                f"method {name!r} is unknown; use ar, draft, s2d, auto, or sd@K with an exit K; :G drafts G tokens, as in s2d:3"
             )
         if names.count(name) > 1:
             raise UserError(f"method {name!r} is given twice in {text}; name it once")
@@ -57,10 +57,19 @@ def build_methods(
 
 def _build(name, target, draft, independent, given: DraftingOptions) -> Method:
     options = dataclasses.replace(given, policy_file=None)  # only `auto` reads it
+    base, _, length = name.partition(":")
+    if length:
+        options = dataclasses.replace(options, num_draft_tokens=int(length))
+    method = _build_base(base, target, draft, independent, options, given.policy_file)
+    label = f"{method.label}, {length} tokens" if length else method.label
+    return dataclasses.replace(method, name=name, label=label)
+
+
+def _build_base(name, target, draft, independent, options: DraftingOptions, policy_file) -> Method:
     if name == BASELINE:
         return Method(name, "Autoregressive", SpeculativeDecoder(target))
     if name == "auto" and (draft or independent):
-        config = DecodeConfig(policy="auto", policy_file=given.policy_file)
+        config = DecodeConfig(policy="auto", policy_file=policy_file)
         return Method(name, "auto", SpeculativeDecoder(target, draft or independent, config))
     if name == "draft" and independent is not None:
         config = options.config(exits=None, exit_thresholds=None)

@@ -215,6 +215,7 @@ def test_speedup_is_the_ratio_of_mean_speeds():
 def test_the_baseline_comes_first_and_is_always_there():
     assert parse_methods("s2d, sd@6") == ("ar", "s2d", "sd@6")
     assert parse_methods("s2d,ar") == ("ar", "s2d")
+    assert parse_methods("s2d:2,sd@6:3,s2d:5") == ("ar", "s2d:2", "sd@6:3", "s2d:5")
     with pytest.raises(UserError, match="method '' is unknown"):
         parse_methods("ar,")
 
