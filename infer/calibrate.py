@@ -40,7 +40,7 @@ from s2d_jax.replay import predict
 DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
 WIDTHS = (1, 4, 8)
 REPEATS, WALKS = 3, 4
-CONFIRMED, CONFIRMING_PROMPTS = 3, 4
+CONFIRMED, TIMED, FEWEST_TIMED = 3, 4, 2
 # A winner must gain more than what timing alone may show.
 SMALLEST_GAIN = 1.01
 
@@ -60,8 +60,8 @@ class Args:
     out: Path | None = None
     """Write policies here instead of into the draft's sorted_draft.json (see --policy-file)."""
     prompts: int = 8
-    """Answers that the trace is recorded on; the best candidates are timed on four others."""
-    new_tokens: int = 64
+    """Answers that the trace is recorded on; the best candidates are timed on some of them."""
+    new_tokens: int = 48
     """Tokens of each answer."""
     minutes: float = 10.0
     """No more prompts are timed after so many minutes per target; compiling and recording take what they take."""
@@ -81,12 +81,26 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Confirmed:
-    """A candidate that was timed: speedups over plain decoding, prefill left out and included."""
+    """A candidate that was timed, on a few of the recorded prompts.
+
+    Attributes:
+        prediction: on all of them.
+        predicted_on_timed: the speedup that the replay of the timed ones gives.
+        decode_speedup, speedup: what was measured there, over plain decoding, prefill left out and included.
+    """
 
     prediction: Prediction
+    predicted_on_timed: float
     decode_speedup: float
     speedup: float
-    mean_acceptance_length: float
+
+    @property
+    def estimate(self) -> float:
+        """The speedup to expect, with prefill: the trace says it for all prompts, the timing corrects what the trace cannot see.
+
+        Few prompts are timed, and one may suit a candidate by chance; that is in their replay as well, and cancels.
+        """
+        return self.speedup * self.prediction.speedup / self.predicted_on_timed
 
 
 def main() -> None:
@@ -107,10 +121,9 @@ def calibrate(args: Args) -> None:
     for path in args.target:
         target = load_target(path, args.compute.target_format)
         # Prompts from all over the file.
-        step = max(1, len(questions) // (args.prompts + CONFIRMING_PROMPTS))
+        chosen = questions[:: max(1, len(questions) // args.prompts)][: args.prompts]
         prompts = [
-            encode(tokenizer_of(target), question.messages([]), raw=args.raw)
-            for question in questions[::step][: args.prompts + CONFIRMING_PROMPTS]
+            encode(tokenizer_of(target), question.messages([]), raw=args.raw) for question in chosen
         ]
         with counting_bar(TextColumn("elapsed"), TimeElapsedColumn()) as progress:
             for policy in Calibration(args, target, draft, prompts, progress).policies():
@@ -124,9 +137,7 @@ class Calibration:
 
     def __init__(self, args: Args, target: Model, draft: Draft, prompts, progress: Progress):
         self.args, self.target, self.draft = args, target, draft
-        self.progress = progress
-        # Where there are few prompts, those that are timed were recorded as well.
-        self.recorded, self.timed = prompts[: args.prompts], prompts[-CONFIRMING_PROMPTS:]
+        self.prompts, self.progress = prompts, progress
         self.temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
@@ -143,7 +154,7 @@ class Calibration:
             found = candidates(costs, trace, WIDTHS)
             predictions = predict(trace, costs, found, repeats=walks, seed=0)
             share = (number + 1) / len(self.temperatures)
-            confirmed = self._confirm(predictions, temperature, share)
+            confirmed = self._confirm(predictions, trace, costs, temperature, share)
             policy = self._decide(costs, trace, predictions, confirmed, temperature)
             _show(self.target.source, temperature, predictions, confirmed, policy)
             yield policy
@@ -167,11 +178,11 @@ class Calibration:
     def _record(self, temperature: float) -> Trace:
         args, name = self.args, f"temperature {temperature:g}"
         sampling = SamplingParams(temperature=temperature, max_new_tokens=args.new_tokens)
-        on_batch = self._phase(f"{name}: answering", len(self.recorded))
-        sequences = answer_prompts(self.target, self.recorded, sampling, on_batch)
+        on_batch = self._phase(f"{name}: answering", len(self.prompts))
+        sequences = answer_prompts(self.target, self.prompts, sampling, on_batch)
         on_answer = self._phase(f"{name}: recording", len(sequences))
         trace = record_trace(
-            *(self.target, self.draft, sequences, [len(p) for p in self.recorded]),
+            *(self.target, self.draft, sequences, [len(p) for p in self.prompts]),
             *(args.new_tokens, temperature, on_answer),
         )
         if not trace.answers:
@@ -181,54 +192,73 @@ class Calibration:
         return trace
 
     def _confirm(
-        self, predictions: Sequence[Prediction], temperature: float, share: float
+        self,
+        predictions: Sequence[Prediction],
+        trace: Trace,
+        costs: Costs,
+        temperature: float,
+        share: float,
     ) -> list[Confirmed]:
         """Times the best candidates and plain decoding in alternation, until `share` of the time is used up."""
         name, chosen = f"temperature {temperature:g}", best_of_families(predictions, CONFIRMED)
-        plain = SpeculativeDecoder(self.target)
         decoders = [
             SpeculativeDecoder(self.target, self.draft, _config(prediction))
             for prediction in chosen
         ]
-        everyone = (plain, *decoders)
+        everyone = (SpeculativeDecoder(self.target), *decoders)
         sampling = SamplingParams(
             temperature=temperature, max_new_tokens=self.args.new_tokens, seed=1
         )
-        lengths = sorted({bucket(len(prompt)) for prompt in self.timed})
+        timed = self._timed_prompts(trace)
         # Candidates with the same exits run the same programs.
         distinct = {decoder.exits: decoder for decoder in everyone}.values()
         on_compiled = self._phase(f"{name}: compiling", len(distinct))
         with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+            length = len(self.prompts[timed[0]])
             warmed = [
-                pool.submit(decoder.warmup, lengths, sampling=sampling) for decoder in distinct
+                pool.submit(decoder.warmup, [length], sampling=sampling) for decoder in distinct
             ]
             for done in concurrent.futures.as_completed(warmed):
                 done.result()
                 on_compiled()
         runs: list[list] = [[] for _ in everyone]
-        on_run = self._phase(f"{name}: confirming", len(self.timed) * len(everyone))
-        for number, prompt in enumerate(self.timed):
+        on_run = self._phase(f"{name}: confirming", len(timed) * len(everyone))
+        for number, prompt in enumerate(timed):
+            late = time.perf_counter() - self.started > share * 60 * self.args.minutes
+            if late and number >= FEWEST_TIMED:
+                break
             first = number % len(everyone)
             for turn in (*range(first, len(everyone)), *range(first)):
-                runs[turn].append(warm_run(everyone[turn], prompt, sampling)[0].stats)
+                runs[turn].append(warm_run(everyone[turn], self.prompts[prompt], sampling)[0].stats)
                 on_run()
-            if time.perf_counter() - self.started > share * 60 * self.args.minutes:
-                break
+        walks = 1 if temperature == 0 else WALKS
+        same = trace.of_prompts(timed[: len(runs[0])])
+        again = [
+            predict(same, costs, [prediction.candidate], repeats=walks, seed=0)[0]
+            for prediction in chosen
+        ]
         return [
             Confirmed(
-                prediction,
+                *(prediction, on_same.speedup),
                 _speed(column, decode=True) / _speed(runs[0], decode=True),
                 _speed(column, decode=False) / _speed(runs[0], decode=False),
-                statistics.fmean(stats.mean_acceptance_length for stats in column),
             )
-            for prediction, column in zip(chosen, runs[1:], strict=True)
+            for prediction, on_same, column in zip(chosen, again, runs[1:], strict=True)
         ]
+
+    def _timed_prompts(self, trace: Trace) -> list[int]:
+        """Numbers of a few recorded prompts that the same programs serve."""
+        answered = [answer.prompt for answer in trace.answers]
+        buckets = [bucket(len(self.prompts[number])) for number in answered]
+        usual = statistics.mode(buckets)
+        fitting = [n for n, size in zip(answered, buckets, strict=True) if size == usual]
+        return fitting[:TIMED]
 
     def _decide(
         self, costs: Costs, trace: Trace, predictions, confirmed, temperature: float
     ) -> Policy:
-        best = max(confirmed, key=lambda entry: entry.speedup)
-        wins = best.speedup >= SMALLEST_GAIN
+        best = max(confirmed, key=lambda entry: entry.estimate)
+        wins = best.estimate >= SMALLEST_GAIN
         evidence = {
             "target": self.target.source,
             "chosen": best.prediction.candidate.name if wins else "no speculation",
@@ -238,12 +268,10 @@ class Calibration:
             "confirmed": {
                 entry.prediction.candidate.name: {
                     "predicted_decode_speedup": round(entry.prediction.speedup, 4),
+                    "predicted_on_timed_prompts": round(entry.predicted_on_timed, 4),
                     "measured_decode_speedup": round(entry.decode_speedup, 4),
                     "measured_speedup": round(entry.speedup, 4),
-                    "predicted_mean_acceptance_length": round(
-                        entry.prediction.mean_acceptance_length, 4
-                    ),
-                    "measured_mean_acceptance_length": round(entry.mean_acceptance_length, 4),
+                    "estimated_speedup": round(entry.estimate, 4),
                 }
                 for entry in confirmed
             },
@@ -262,10 +290,11 @@ def _config(prediction: Prediction) -> DecodeConfig:
 
 
 def _speed(column, *, decode: bool) -> float:
-    """Mean over prompts of new tokens per second, with or without prefill."""
+    """New tokens per second over all prompts, with or without prefill."""
     if decode:
-        return statistics.fmean((s.emitted_tokens - 1) / s.seconds["decode"] for s in column)
-    return statistics.fmean(s.emitted_tokens / s.seconds["total"] for s in column)
+        tokens = sum(stats.emitted_tokens - 1 for stats in column)
+        return tokens / sum(stats.seconds["decode"] for stats in column)
+    return sum(s.emitted_tokens for s in column) / sum(s.seconds["total"] for s in column)
 
 
 def _summary(trace: Trace) -> dict:
@@ -292,7 +321,7 @@ def _show(
     title = f"{Path(target).name}, temperature {temperature:g}: {policy.evidence['chosen']}"
     table = Table(title=title, title_justify="left")
     table.add_column("candidate", overflow="fold")
-    for name in ("drafted", "MAT", "predicted", "measured", "with prefill"):
+    for name in ("drafted", "MAT", "predicted", "timed only", "measured", "with prefill"):
         table.add_column(name, justify="right")
     timed = {entry.prediction.candidate.name: entry for entry in confirmed}
     shown = [*(entry.prediction for entry in confirmed)]
@@ -305,8 +334,9 @@ def _show(
             f"{prediction.mean_draft_length:.2f}",
             f"{prediction.mean_acceptance_length:.2f}",
             f"{prediction.speedup:.2f}",
+            "-" if entry is None else f"{entry.predicted_on_timed:.2f}",
             "-" if entry is None else f"{entry.decode_speedup:.2f}",
-            "-" if entry is None else f"{entry.speedup:.2f}",
+            "-" if entry is None else f"{entry.estimate:.2f}",
         )
     screen().print(table)
 

@@ -63,7 +63,7 @@ def record_trace(
     )
     ids_K = None if draft.vocabulary is None else jnp.asarray(draft.vocabulary.ids_K)
     answers = []
-    for ids, prompt_length in zip(sequences, prompt_lengths, strict=True):
+    for number, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         tokens_1T = np.zeros((1, width), np.int32)
         tokens_1T[0, : len(ids)] = ids
         # The first token is emitted by prefill, so the second one is the first that could have been drafted.
@@ -75,7 +75,7 @@ def record_trace(
         )
         if count > 0:
             sure_EN, accepted_EN = (np.asarray(part, np.float64)[:, :count] for part in scored)
-            answers.append(Answer(sure_EN, accepted_EN))
+            answers.append(Answer(number, sure_EN, accepted_EN))
         on_answer()
     return Trace(draft.draft_config.exit_layers, tuple(answers), new_tokens)
 

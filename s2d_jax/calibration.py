@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -65,10 +65,12 @@ class Answer:
     """The trace of one answer.
 
     Attributes:
+        prompt: number of the prompt that it answers.
         confidence: f64 `[E, T]`, of each exit before each token.
         accepted: f64 `[E, T]`, the probability that the token was an accepted draft of this exit.
     """
 
+    prompt: int
     confidence: np.ndarray
     accepted: np.ndarray
 
@@ -86,6 +88,11 @@ class Trace:
     exits: tuple[int, ...]
     answers: tuple[Answer, ...]
     max_new_tokens: int
+
+    def of_prompts(self, numbers: Collection[int]) -> Trace:
+        """Only the answers to these prompts."""
+        answers = tuple(answer for answer in self.answers if answer.prompt in numbers)
+        return dataclasses.replace(self, answers=answers)
 
     def rows(self, exits: tuple[int, ...]) -> list[int]:
         return [self.exits.index(exit) for exit in exits]

@@ -154,7 +154,6 @@ def export_draft(draft: Draft, out_dir: str | Path, provenance: Mapping[str, Any
     sorted_draft = {
         "format": SORTED_DRAFT_FORMAT,
         **dataclasses.asdict(draft.draft_config),
-        "targets": {},
         "vocabulary_subset": None if draft.vocabulary is None else draft.vocabulary.to_json(),
         "provenance": dict(provenance),
     }

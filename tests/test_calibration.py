@@ -54,7 +54,7 @@ def config(**fields) -> DecodeConfig:
 def certain(*accepted, confidence=0.9) -> Trace:
     """One answer of a draft with the exit 4, whose tokens are accepted or not."""
     row = np.array([accepted], float)
-    return Trace((4,), (Answer(np.full_like(row, confidence), row),), row.size + 1)
+    return Trace((4,), (Answer(0, np.full_like(row, confidence), row),), row.size + 1)
 
 
 def coins(trace):

@@ -92,7 +92,6 @@ def test_layout(tmp_path):
         "format": 1,
         "exit_layers": [1, 2, 4],
         "exit_thresholds": [0.6, 0.5, 0.0],
-        "targets": {},
         "vocabulary_subset": None,
         "provenance": {"run": "test", "step": 7},
     }
