@@ -96,7 +96,7 @@ class Confirmed:
 
     @property
     def estimate(self) -> float:
-        """The speedup to expect, with prefill: the trace says it for all prompts, the timing corrects what the trace cannot see.
+        """The speedup to expect, with prefill: the trace says it for all prompts, the timing corrects what it cannot see.
 
         Few prompts are timed, and one may suit a candidate by chance; that is in their replay as well, and cancels.
         """
