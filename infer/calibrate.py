@@ -39,7 +39,7 @@ from s2d_jax.replay import predict
 
 DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
 WIDTHS = (1, 4, 8)
-REPEATS, WALKS = 3, 4
+REPEATS, WALKS = 9, 4
 CONFIRMED, TIMED, FEWEST_TIMED = 3, 4, 2
 # A winner must gain more than what timing alone may show.
 SMALLEST_GAIN = 1.01
@@ -223,9 +223,11 @@ class Calibration:
                 on_compiled()
         runs: list[list] = [[] for _ in everyone]
         on_run = self._phase(f"{name}: confirming", len(timed) * len(everyone))
+        began = time.perf_counter()
         for number, prompt in enumerate(timed):
-            late = time.perf_counter() - self.started > share * 60 * self.args.minutes
-            if late and number >= FEWEST_TIMED:
+            now = time.perf_counter()
+            expected = now + (now - began) / max(number, 1)  # another takes as long as those before
+            if number >= FEWEST_TIMED and expected - self.started > share * 60 * self.args.minutes:
                 break
             first = number % len(everyone)
             for turn in (*range(first, len(everyone)), *range(first)):

@@ -23,7 +23,7 @@ from s2d_jax.proposal import Proposal, SamplingArrays
 from s2d_jax.sampling import probabilities
 
 # Rounds per measurement, drafted tokens per round, and positions of context that the caches hold.
-ROUNDS, TOKENS, CONTEXT = 8, 4, 128
+ROUNDS, TOKENS, CONTEXT = 4, 4, 128
 RETURN = 32
 
 Program = Callable[[], float]
