@@ -44,7 +44,7 @@ $(TABLE): $(DRAFT)/sorted_draft.json configs/demo_prompts_eval.jsonl
 	    --methods ar,sd@6,sd@9,sd@12,s2d --out $(@D)
 
 test: $(VENV)/.test
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	$(PY) -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.test
 	$(PY) -m ruff format --check .
