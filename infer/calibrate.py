@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,14 +12,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from infer.cli import counting_bar, run_command_line, screen
+from infer.confirm import Confirmed, alike, compile_ahead, speed, time_in_alternation
 from infer.costs import build_programs, costs_of, count_builds, medians
 from infer.environment import environment
 from infer.loading import load_listed_draft, load_target, tokenizer_of
-from infer.measure import warm_run
 from infer.options import ComputeOptions, DraftOptions, require_targets
 from infer.questions import encode, read_questions
 from infer.trace import answer_prompts, record_trace
-from s2d_jax.buckets import bucket
 from s2d_jax.calibration import (
     Costs,
     Prediction,
@@ -32,7 +29,6 @@ from s2d_jax.calibration import (
 from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
-from s2d_jax.machine import usable_cores
 from s2d_jax.policy import Policy, PolicyKey, policy_file_of, read_policies, write_policies
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.replay import predict
@@ -77,30 +73,6 @@ class Args:
                 raise UserError(f"{name.replace('_', '-')} {value} must be above 0")
         for temperature in self.temperature:
             SamplingParams(temperature=temperature)
-
-
-@dataclasses.dataclass(frozen=True)
-class Confirmed:
-    """A candidate that was timed, on a few of the recorded prompts.
-
-    Attributes:
-        prediction: on all of them.
-        predicted_on_timed: the speedup that the replay of the timed ones gives.
-        decode_speedup, speedup: what was measured there, over plain decoding, prefill left out and included.
-    """
-
-    prediction: Prediction
-    predicted_on_timed: float
-    decode_speedup: float
-    speedup: float
-
-    @property
-    def estimate(self) -> float:
-        """The speedup to expect, with prefill: the trace says it for all prompts, the timing corrects what it cannot see.
-
-        Few prompts are timed, and one may suit a candidate by chance; that is in their replay as well, and cancels.
-        """
-        return self.speedup * self.prediction.speedup / self.predicted_on_timed
 
 
 def main() -> None:
@@ -153,8 +125,8 @@ class Calibration:
             walks = 1 if temperature == 0 else WALKS
             found = candidates(costs, trace, WIDTHS)
             predictions = predict(trace, costs, found, repeats=walks, seed=0)
-            share = (number + 1) / len(self.temperatures)
-            confirmed = self._confirm(predictions, trace, costs, temperature, share)
+            until = self.started + 60 * self.args.minutes * (number + 1) / len(self.temperatures)
+            confirmed = self._confirm(predictions, trace, costs, temperature, until)
             policy = self._decide(costs, trace, predictions, confirmed, temperature)
             _show(self.target.source, temperature, predictions, confirmed, policy)
             yield policy
@@ -191,15 +163,8 @@ class Calibration:
             )
         return trace
 
-    def _confirm(
-        self,
-        predictions: Sequence[Prediction],
-        trace: Trace,
-        costs: Costs,
-        temperature: float,
-        share: float,
-    ) -> list[Confirmed]:
-        """Times the best candidates and plain decoding in alternation, until `share` of the time is used up."""
+    def _confirm(self, predictions, trace: Trace, costs: Costs, temperature: float, until: float):
+        """Times the best candidates on some of the recorded prompts."""
         name, chosen = f"temperature {temperature:g}", best_of_families(predictions, CONFIRMED)
         decoders = [
             SpeculativeDecoder(self.target, self.draft, _config(prediction))
@@ -209,52 +174,27 @@ class Calibration:
         sampling = SamplingParams(
             temperature=temperature, max_new_tokens=self.args.new_tokens, seed=1
         )
-        timed = self._timed_prompts(trace)
-        # Candidates with the same exits run the same programs.
-        distinct = {decoder.exits: decoder for decoder in everyone}.values()
-        on_compiled = self._phase(f"{name}: compiling", len(distinct))
-        with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-            length = len(self.prompts[timed[0]])
-            warmed = [
-                pool.submit(decoder.warmup, [length], sampling=sampling) for decoder in distinct
-            ]
-            for done in concurrent.futures.as_completed(warmed):
-                done.result()
-                on_compiled()
-        runs: list[list] = [[] for _ in everyone]
+        timed = alike(trace, self.prompts)[:TIMED]
+        on_compiled = self._phase(f"{name}: compiling", len({d.exits for d in everyone}))
+        compile_ahead(everyone, len(self.prompts[timed[0]]), sampling, on_compiled)
         on_run = self._phase(f"{name}: confirming", len(timed) * len(everyone))
-        began = time.perf_counter()
-        for number, prompt in enumerate(timed):
-            now = time.perf_counter()
-            expected = now + (now - began) / max(number, 1)  # another takes as long as those before
-            if number >= FEWEST_TIMED and expected - self.started > share * 60 * self.args.minutes:
-                break
-            first = number % len(everyone)
-            for turn in (*range(first, len(everyone)), *range(first)):
-                runs[turn].append(warm_run(everyone[turn], self.prompts[prompt], sampling)[0].stats)
-                on_run()
+        runs = time_in_alternation(
+            *(everyone, [self.prompts[number] for number in timed], sampling),
+            fewest=FEWEST_TIMED,
+            until=until,
+            on_run=on_run,
+        )
         walks = 1 if temperature == 0 else WALKS
         same = trace.of_prompts(timed[: len(runs[0])])
-        again = [
-            predict(same, costs, [prediction.candidate], repeats=walks, seed=0)[0]
-            for prediction in chosen
-        ]
         return [
             Confirmed(
-                *(prediction, on_same.speedup),
-                _speed(column, decode=True) / _speed(runs[0], decode=True),
-                _speed(column, decode=False) / _speed(runs[0], decode=False),
+                prediction,
+                predict(same, costs, [prediction.candidate], repeats=walks, seed=0)[0].speedup,
+                speed(column, decode=True) / speed(runs[0], decode=True),
+                speed(column, decode=False) / speed(runs[0], decode=False),
             )
-            for prediction, on_same, column in zip(chosen, again, runs[1:], strict=True)
+            for prediction, column in zip(chosen, runs[1:], strict=True)
         ]
-
-    def _timed_prompts(self, trace: Trace) -> list[int]:
-        """Numbers of a few recorded prompts that the same programs serve."""
-        answered = [answer.prompt for answer in trace.answers]
-        buckets = [bucket(len(self.prompts[number])) for number in answered]
-        usual = statistics.mode(buckets)
-        fitting = [n for n, size in zip(answered, buckets, strict=True) if size == usual]
-        return fitting[:TIMED]
 
     def _decide(
         self, costs: Costs, trace: Trace, predictions, confirmed, temperature: float
@@ -289,14 +229,6 @@ def _config(prediction: Prediction) -> DecodeConfig:
     config = prediction.candidate.config
     assert config is not None
     return config
-
-
-def _speed(column, *, decode: bool) -> float:
-    """New tokens per second over all prompts, with or without prefill."""
-    if decode:
-        tokens = sum(stats.emitted_tokens - 1 for stats in column)
-        return tokens / sum(stats.seconds["decode"] for stats in column)
-    return sum(s.emitted_tokens for s in column) / sum(s.seconds["total"] for s in column)
 
 
 def _summary(trace: Trace) -> dict:

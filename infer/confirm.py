@@ -1,0 +1,101 @@
+"""Times candidates of a calibration against plain decoding, on a few of the prompts that its trace was recorded on."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from infer.measure import warm_run
+from s2d_jax.buckets import bucket
+from s2d_jax.calibration import Prediction, Trace
+from s2d_jax.config import SamplingParams
+from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.machine import usable_cores
+from s2d_jax.stats import GenerationStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Confirmed:
+    """A candidate that was timed, on a few of the recorded prompts.
+
+    Attributes:
+        prediction: on all of them.
+        predicted_on_timed: the speedup that the replay of the timed ones gives.
+        decode_speedup, speedup: what was measured there, over plain decoding, prefill left out and included.
+    """
+
+    prediction: Prediction
+    predicted_on_timed: float
+    decode_speedup: float
+    speedup: float
+
+    @property
+    def estimate(self) -> float:
+        """The speedup to expect, with prefill: the trace says it for all prompts, the timing corrects what it cannot see.
+
+        Few prompts are timed, and one may suit a candidate by chance; that is in their replay as well, and cancels.
+        """
+        return self.speedup * self.prediction.speedup / self.predicted_on_timed
+
+
+def alike(trace: Trace, prompts: Sequence[list[int]]) -> list[int]:
+    """Numbers of the recorded prompts that the same programs serve: those of the most frequent length bucket."""
+    answered = [answer.prompt for answer in trace.answers]
+    buckets = [bucket(len(prompts[number])) for number in answered]
+    usual = statistics.mode(buckets)
+    return [number for number, size in zip(answered, buckets, strict=True) if size == usual]
+
+
+def compile_ahead(
+    decoders: Sequence[SpeculativeDecoder],
+    prompt_length: int,
+    sampling: SamplingParams,
+    on_compiled: Callable[[], None],
+) -> None:
+    """Compiles what the decoders need, as many programs at a time as there are cores. The same exits are the same programs."""
+    distinct = {decoder.exits: decoder for decoder in decoders}.values()
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+        warmed = [pool.submit(d.warmup, [prompt_length], sampling=sampling) for d in distinct]
+        for done in concurrent.futures.as_completed(warmed):
+            done.result()
+            on_compiled()
+
+
+def time_in_alternation(
+    decoders: Sequence[SpeculativeDecoder],
+    prompts: Sequence[list[int]],
+    sampling: SamplingParams,
+    *,
+    fewest: int,
+    until: float,
+    on_run: Callable[[], None],
+) -> list[list[GenerationStats]]:
+    """Stats of each decoder on each prompt; the order rotates, so that none always follows another.
+
+    Args:
+        fewest: prompts that are timed in any case.
+        until: of `time.perf_counter()`; no prompt is begun that would probably end later.
+    """
+    runs: list[list[GenerationStats]] = [[] for _ in decoders]
+    began = time.perf_counter()
+    for number, prompt in enumerate(prompts):
+        now = time.perf_counter()
+        expected = now + (now - began) / max(number, 1)  # another takes as long as those before
+        if number >= fewest and expected > until:
+            break
+        first = number % len(decoders)
+        for turn in (*range(first, len(decoders)), *range(first)):
+            runs[turn].append(warm_run(decoders[turn], prompt, sampling)[0].stats)
+            on_run()
+    return runs
+
+
+def speed(column: Sequence[GenerationStats], *, decode: bool) -> float:
+    """New tokens per second over all prompts, with or without prefill."""
+    if decode:
+        tokens = sum(stats.emitted_tokens - 1 for stats in column)
+        return tokens / sum(stats.seconds["decode"] for stats in column)
+    return sum(s.emitted_tokens for s in column) / sum(s.seconds["total"] for s in column)
