@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -12,14 +13,16 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from infer.cli import counting_bar, run_command_line, screen
-from infer.confirm import Confirmed, alike, compile_ahead, speed, time_in_alternation
-from infer.costs import build_programs, costs_of, count_builds, medians
+from infer.confirm import Confirmed, alike, speed, time_in_alternation
+from infer.costs import costs_of, medians, program_builders
 from infer.environment import environment
 from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.options import ComputeOptions, DraftOptions, require_targets
+from infer.parallel import in_parallel
 from infer.questions import encode, read_questions
 from infer.trace import answer_prompts, record_trace
 from s2d_jax.calibration import (
+    Candidate,
     Costs,
     Prediction,
     Trace,
@@ -122,9 +125,7 @@ class Calibration:
             costs = costs_of(
                 *(seconds, self.draft, WIDTHS, temperature), DecodeConfig().catch_up_width
             )
-            walks = 1 if temperature == 0 else WALKS
-            found = candidates(costs, trace, WIDTHS)
-            predictions = predict(trace, costs, found, repeats=walks, seed=0)
+            predictions = _predict(trace, costs, candidates(costs, trace, WIDTHS), temperature)
             until = self.started + 60 * self.args.minutes * (number + 1) / len(self.temperatures)
             confirmed = self._confirm(predictions, trace, costs, temperature, until)
             policy = self._decide(costs, trace, predictions, confirmed, temperature)
@@ -142,9 +143,9 @@ class Calibration:
         return advance
 
     def _measure_costs(self) -> dict:
-        total = count_builds(self.draft, WIDTHS, self.temperatures)
-        on_built = self._phase("compiling parts", total)
-        programs = build_programs(self.target, self.draft, WIDTHS, self.temperatures, on_built)
+        builders = program_builders(self.target, self.draft, WIDTHS, self.temperatures)
+        built = in_parallel(builders, self._phase("compiling parts", len(builders)))
+        programs = {name: program for part in built for name, program in part.items()}
         return medians(programs, REPEATS, self._phase("measuring parts", REPEATS * len(programs)))
 
     def _record(self, temperature: float) -> Trace:
@@ -175,8 +176,11 @@ class Calibration:
             temperature=temperature, max_new_tokens=self.args.new_tokens, seed=1
         )
         timed = alike(trace, self.prompts)[:TIMED]
-        on_compiled = self._phase(f"{name}: compiling", len({d.exits for d in everyone}))
-        compile_ahead(everyone, len(self.prompts[timed[0]]), sampling, on_compiled)
+        # Candidates with the same exits run the same programs.
+        distinct = {decoder.exits: decoder for decoder in everyone}.values()
+        length = len(self.prompts[timed[0]])
+        warmups = [partial(decoder.warmup, [length], sampling=sampling) for decoder in distinct]
+        in_parallel(warmups, self._phase(f"{name}: compiling", len(warmups)))
         on_run = self._phase(f"{name}: confirming", len(timed) * len(everyone))
         runs = time_in_alternation(
             *(everyone, [self.prompts[number] for number in timed], sampling),
@@ -184,12 +188,11 @@ class Calibration:
             until=until,
             on_run=on_run,
         )
-        walks = 1 if temperature == 0 else WALKS
         same = trace.of_prompts(timed[: len(runs[0])])
         return [
             Confirmed(
                 prediction,
-                predict(same, costs, [prediction.candidate], repeats=walks, seed=0)[0].speedup,
+                _predict(same, costs, [prediction.candidate], temperature)[0].speedup,
                 speed(column, decode=True) / speed(runs[0], decode=True),
                 speed(column, decode=False) / speed(runs[0], decode=False),
             )
@@ -223,6 +226,11 @@ class Calibration:
         }
         key = PolicyKey.of(self.target, self.draft, temperature)
         return Policy(key, _config(best.prediction) if wins else None, evidence)
+
+
+def _predict(trace: Trace, costs: Costs, found: Sequence[Candidate], temperature: float):
+    """Replays the candidates: once where acceptance is certain, else over several walks."""
+    return predict(trace, costs, found, repeats=1 if temperature == 0 else WALKS, seed=0)
 
 
 def _config(prediction: Prediction) -> DecodeConfig:

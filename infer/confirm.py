@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from infer.measure import warm_run
+from infer.measure import rotated, warm_run
 from s2d_jax.buckets import bucket
 from s2d_jax.calibration import Prediction, Trace
 from s2d_jax.config import SamplingParams
 from s2d_jax.generation import SpeculativeDecoder
-from s2d_jax.machine import usable_cores
 from s2d_jax.stats import GenerationStats
 
 
@@ -49,21 +47,6 @@ def alike(trace: Trace, prompts: Sequence[list[int]]) -> list[int]:
     return [number for number, size in zip(answered, buckets, strict=True) if size == usual]
 
 
-def compile_ahead(
-    decoders: Sequence[SpeculativeDecoder],
-    prompt_length: int,
-    sampling: SamplingParams,
-    on_compiled: Callable[[], None],
-) -> None:
-    """Compiles what the decoders need, as many programs at a time as there are cores. The same exits are the same programs."""
-    distinct = {decoder.exits: decoder for decoder in decoders}.values()
-    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-        warmed = [pool.submit(d.warmup, [prompt_length], sampling=sampling) for d in distinct]
-        for done in concurrent.futures.as_completed(warmed):
-            done.result()
-            on_compiled()
-
-
 def time_in_alternation(
     decoders: Sequence[SpeculativeDecoder],
     prompts: Sequence[list[int]],
@@ -86,8 +69,7 @@ def time_in_alternation(
         expected = now + (now - began) / max(number, 1)  # another takes as long as those before
         if number >= fewest and expected > until:
             break
-        first = number % len(decoders)
-        for turn in (*range(first, len(decoders)), *range(first)):
+        for turn in rotated(range(len(decoders)), number):
             runs[turn].append(warm_run(decoders[turn], prompt, sampling)[0].stats)
             on_run()
     return runs

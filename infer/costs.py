@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import statistics
@@ -17,7 +16,6 @@ from s2d_jax.calibration import Costs
 from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams
 from s2d_jax.decoder import DecodeState
 from s2d_jax.generation import SpeculativeDecoder
-from s2d_jax.machine import usable_cores
 from s2d_jax.pretrained import Draft
 from s2d_jax.proposal import Proposal, SamplingArrays
 from s2d_jax.sampling import probabilities
@@ -62,8 +60,8 @@ def verify_program(target, width: int) -> Program:
 
 
 def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, Program]:
-    """Seconds of drafting a token, by the exit that is forced: `("step", exit)`; and of a position that is caught up with
-    when a row has been plain, `("catch_up",)`."""
+    """Seconds of drafting a token, by the exit that is forced: `("step", exit, exits)`; and of a round that
+    first takes in what a row missed while it was plain: `("behind", exit, exits)`."""
     # With costs the drafter computes what the rules that may end a chain need, as it will under a policy.
     nothing = RoundCosts((0.0,) * len(exits), (1.0,) * (TOKENS + 1))
     config = DecodeConfig(exits=exits, num_draft_tokens=TOKENS, costs=nothing)
@@ -98,8 +96,8 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
     found: dict[tuple, Program] = {}
     for index, exit in enumerate(exits):  # 1 is never passed, -1 always
         thresholds = (*(1.0 for _ in exits[:index]), *(-1.0 for _ in exits[index:]))
-        found["step", exit] = program(thresholds, 0, steps)
-    found["behind", exits[-1]] = program(thresholds, RETURN + 1, ROUNDS)
+        found["step", exit, exits] = program(thresholds, 0, steps)
+    found["behind", exits[-1], exits] = program(thresholds, RETURN + 1, ROUNDS)
     return found
 
 
@@ -174,8 +172,10 @@ def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
     return {name: statistics.median(column) for name, column in seconds.items()}
 
 
-def build_programs(target, draft: Draft, widths: Sequence[int], temperatures, on_built) -> dict:
-    """All programs that `costs_of` needs, as many compiled at a time as there are cores; told after each."""
+def program_builders(
+    target, draft: Draft, widths: Sequence[int], temperatures: Sequence[float]
+) -> list[Callable[[], dict[tuple, Program]]]:
+    """What compiles the programs that `costs_of` needs, each by its name; independent of each other."""
     exits = draft.draft_config.exit_layers
     builders: list[Callable[[], dict[tuple, Program]]] = []
 
@@ -185,31 +185,13 @@ def build_programs(target, draft: Draft, widths: Sequence[int], temperatures, on
     for width in widths:
         add(functools.partial(verify_program, target, width), "verify", width)
     chosen = [(exit,) for exit in exits] + ([exits] if len(exits) > 1 else [])
-    for used in chosen:
-        builders.append(lambda used=used: _named(draft_programs(target, draft, used), used))
+    builders += [functools.partial(draft_programs, target, draft, used) for used in chosen]
     add(functools.partial(head_program, draft), "head")
     for temperature in {0.0, *temperatures}:
         for width in widths:
             build = functools.partial(judge_program, target.config.vocab_size, width, temperature)
             add(build, "judge", width, temperature)
-    programs: dict[tuple, Program] = {}
-    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
-        done = concurrent.futures.as_completed([pool.submit(build) for build in builders])
-        for built in done:
-            programs |= built.result()
-            on_built()
-    return programs
-
-
-def count_builds(draft: Draft, widths: Sequence[int], temperatures) -> int:
-    """How often `build_programs` tells that something was compiled."""
-    exits = len(draft.draft_config.exit_layers)
-    judged = len({0.0, *temperatures}) * len(widths)
-    return len(widths) + (exits + 1 if exits > 1 else 1) + 1 + judged
-
-
-def _named(programs: dict[tuple, Program], used: tuple[int, ...]) -> dict[tuple, Program]:
-    return {(*name, used): program for name, program in programs.items()}
+    return builders
 
 
 def costs_of(seconds: dict, draft: Draft, widths: Sequence[int], temperature: float, chunk: int):

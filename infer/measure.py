@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from infer.loading import tokenizer_of
 from infer.methods import Method
@@ -14,6 +15,8 @@ from s2d_jax.generation import GenerationResult, SpeculativeDecoder
 from s2d_jax.phases import ROUND_PHASES
 from s2d_jax.pretrained import Model
 from s2d_jax.stats import GenerationStats, sum_stats
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +110,18 @@ def measure(
     samples = []
     for number, question in enumerate(questions):
         for repeat in range(repeats):
-            first = (number + repeat) % len(methods)
-            for method in (*methods[first:], *methods[:first]):
+            for method in rotated(methods, number + repeat):
                 params = sampling.params(number)
                 sample = _answer(target, method, question, params, raw, reference)
                 samples.append(sample)
                 on_sample(sample)
     return samples
+
+
+def rotated(items: Sequence[Item], by: int) -> tuple[Item, ...]:
+    """The items, `by` of them moved from the front to the back: so none always follows another."""
+    first = by % len(items)
+    return (*items[first:], *items[:first])
 
 
 def _answer(

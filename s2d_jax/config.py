@@ -302,18 +302,14 @@ class DecodeConfig:
             f"draft_sampling={self.draft_sampling!r} is unknown; use sample or argmax",
         )
         for name in (
-            *("num_draft_tokens", "draft_width", "catch_up_width"),
-            *("prefill_chunk", "initial_room"),
+            *("num_draft_tokens", "max_draft_tokens", "catch_up_width"),
+            *("prefill_chunk", "initial_room", "verify_width"),
         ):
             value = getattr(self, name)
-            _require(value >= 1, f"{name}={value} must be at least 1")
+            _require(value is None or value >= 1, f"{name}={value} must be at least 1")
         _require(
             self.num_draft_tokens <= self.draft_width,
             f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.draft_width}; raise the cap",
-        )
-        _require(
-            self.verify_width is None or self.verify_width >= 1,
-            f"verify_width={self.verify_width} must be at least 1",
         )
         if self.exits is not None:
             DraftConfig(self.exits, self.exit_thresholds or ())

@@ -26,6 +26,7 @@ from s2d_jax.config import DecodeConfig, DraftConfig, UserError
             r"exceeds num_layers=12; drop the deepest exit",
         ),
         (lambda: DecodeConfig(num_draft_tokens=0), r"num_draft_tokens=0 must be at least 1"),
+        (lambda: DecodeConfig(max_draft_tokens=0), r"max_draft_tokens=0 must be at least 1"),
         (
             lambda: DecodeConfig(draft_length_rule="x"),
             r"draft_length_rule='x' is unknown; use one of fixed",
