@@ -1,0 +1,162 @@
+"""Targets in training: teachers that run in every step, what was stored of them, and what they would write on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from s2d_jax.config import UserError
+from s2d_jax.model import logical_axes
+from s2d_jax.pretrained import Model, load_model
+from s2d_jax.sharding import params_sharding, replicated
+from s2d_jax.tokenizer import Tokenizer, check_same_tokenizer
+from train.config import Config, ObjectiveSection
+from train.losses import Labels, TokenFunction, values_of_positions
+from train.reading import Reading, TopK
+from train.step import Batch
+
+_FORMATS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def load_teacher(path: str, config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Model:
+    """A target of the draft's vocabulary, placed on the mesh in `objective.teacher_dtype`.
+
+    Raises:
+        UserError: if it cannot be loaded, has another tokenizer, or a shorter context than the rows.
+    """
+    model = load_model(path, weight_format=_FORMATS[config.objective.teacher_dtype], mesh=mesh)
+    if model.tokenizer is not None:
+        check_same_tokenizer(model.tokenizer, tokenizer)
+    if config.data.max_length > model.config.max_context:
+        raise UserError(
+            f"data.max_length={config.data.max_length} exceeds the context of {model.config.max_context} of {path}; lower it"
+        )
+    return model
+
+
+def _compiled(
+    model: Model, config: Config, mesh: Mesh, batch: Batch, values_of: Callable[..., TokenFunction]
+):
+    """`(params, batch) -> values [1, B, T, ...]` of the model's last layer at the positions that count."""
+    dtype = jnp.dtype(config.objective.teacher_dtype)
+    reading = Reading(model.config, dtype, (model.config.num_layers,), objective=ObjectiveSection())
+
+    def read(params, batch: Batch):
+        hiddens = reading.transformer.apply(
+            {"params": params},
+            batch.tokens_BT,
+            exit_layers=reading.exit_layers,
+            positions_BT=batch.positions_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+            method="exit_hiddens",
+        )
+        return values_of_positions(
+            values_of(reading),
+            reading.head_params(params),
+            hiddens,
+            Labels(batch.targets_BT, batch.weights_BT),
+            chunk=config.train.loss_chunk,
+        )
+
+    placement = params_sharding(model.config, logical_axes(model.config), mesh)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    step = jax.jit(read, in_shardings=(placement, rows), out_shardings=replicated(mesh))
+    return step.lower(model.params, batch).compile()
+
+
+def best_tokens(
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    batches: Iterator[tuple[np.ndarray, Batch]],
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """What a target would write after each counted position: its argmax, int32 `[rows, T]`.
+
+    Args:
+        batches: pairs of the places of a batch's rows in the result (negative: not a row) and the batch.
+        shape: of the result.
+    """
+    found = np.zeros(shape, np.int32)
+    step = None
+    for places, batch in batches:
+        step = step or _compiled(model, config, mesh, batch, lambda reading: reading.watched)
+        best_BT = jax.device_get(step(model.params, batch)["best"][0])
+        found[places[places >= 0]] = best_BT[places >= 0]
+    return found
+
+
+def store_top_k(
+    directory: Path,
+    model: Model,
+    config: Config,
+    mesh: Mesh,
+    batches: Iterator[tuple[np.ndarray, Batch]],
+    num_rows: int,
+) -> None:
+    """Writes the K most probable tokens of a teacher at every counted position, and their log-probabilities in f16.
+
+    f16 rounds a log-probability of -8 by 0.004, less than bfloat16 teachers do.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    K, T = config.objective.teacher_top_k, config.data.max_length
+    shape = (num_rows, T, K)
+    ids, log_probs = (
+        np.lib.format.open_memmap(directory / name, mode="w+", dtype=dtype, shape=shape)
+        for name, dtype in (("ids.npy", np.int32), ("log_probs.npy", np.float16))
+    )
+    step = None
+    for places, batch in batches:
+        step = step or _compiled(model, config, mesh, batch, lambda reading: _top_k(reading, K))
+        values = jax.device_get(step(model.params, batch))
+        here = places >= 0
+        ids[places[here]] = values["ids"][0][here]
+        log_probs[places[here]] = values["log_probs"][0][here].astype(np.float16)
+    ids.flush()
+    log_probs.flush()
+
+
+def _top_k(reading: Reading, K: int) -> TokenFunction:
+    def values(learned, fixed, h_EBCD, labels) -> dict[str, Any]:
+        (layer,) = reading.exit_layers
+        logits_BCV = reading.logits(learned, h_EBCD[0], layer)
+        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits_BCV, axis=-1), K)
+        return {"ids": ids[None], "log_probs": log_probs[None]}
+
+    return values
+
+
+class StoredTeacher:
+    """What `store_top_k` wrote, read row by row.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+
+    def __init__(self, directory: Path):
+        try:
+            self._ids = np.load(directory / "ids.npy", mmap_mode="r")
+            self._log_probs = np.load(directory / "log_probs.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{directory} holds no readable teacher ({error}); start another run"
+            ) from None
+
+    def batch(self, indices: np.ndarray, sharding: NamedSharding) -> TopK:
+        """The rows `indices` on the mesh; each process reads only its own."""
+
+        def place(stored, dtype):
+            def read(slices):
+                chosen = np.maximum(indices[slices[0]], 0)
+                return np.asarray(stored[chosen]).astype(dtype)
+
+            shape = (len(indices), *stored.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, read)
+
+        return TopK(place(self._ids, np.int32), place(self._log_probs, np.float32))
