@@ -53,6 +53,24 @@ class Linear(nn.Module):
         return out
 
 
+class ExitAdapter(nn.Module):
+    """`h + up(silu(down(h / |h|))) * |h|`, a residual that scales with the state: `|h|` is its root mean square."""
+
+    embed_dim: int
+    rank: int
+    eps: float
+
+    def setup(self):
+        self.down = Linear(self.embed_dim, self.rank, ("rank", "embed"))
+        self.up = Linear(self.rank, self.embed_dim, ("embed", "rank"))
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        h_f32 = h.astype(jnp.float32)
+        size = jnp.sqrt(jnp.mean(h_f32 * h_f32, axis=-1, keepdims=True) + self.eps)
+        change = self.up(jax.nn.silu(self.down((h_f32 / size).astype(h.dtype))))
+        return h + change * size.astype(h.dtype)
+
+
 def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None) -> jax.Array:
     """f32 `[H/2]` rotation per position (Su et al. 2021, eq. 15), after Llama-3's scaling if any."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim

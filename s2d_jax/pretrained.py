@@ -70,9 +70,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Draft(Model):
-    """A model whose states may be read at several depths through its one norm and head.
+    """A model whose states may be read at several depths, through its one norm and head or through parts of single exits.
 
     Attributes:
+        draft_config: its exits; `params` hold the parts that it names.
         vocabulary: the tokens that its head is read over; None for all. Set it with `with_trimmed_head`.
     """
 
@@ -81,9 +82,9 @@ class Draft(Model):
 
     @property
     def drafting_transformer(self) -> Transformer:
-        """The same, with the head that drafting reads: over the listed tokens, where there is a list."""
+        """The same with what drafting reads: the parts of single exits, and heads over the listed tokens if there is a list."""
         size = None if self.vocabulary is None else self.vocabulary.size
-        return Transformer(self.config, self.dtype, trimmed_head_size=size)
+        return Transformer(self.config, self.dtype, size, self.draft_config.parts)
 
 
 class WeightSource(Protocol):

@@ -20,6 +20,7 @@ RULES: dict[str, str | None] = {
     "ffw": "tensor",
     "embed": "fsdp",
     "norm": None,
+    "rank": None,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from s2d_jax.config import ModelConfig
+from s2d_jax.config import ExitParts, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ def _layer(ours: str, hf: str, gguf: str) -> WeightName:
 EMBEDDING = WeightName(("embed", "embedding"), "model.embed_tokens.weight", "token_embd.weight")
 FINAL_NORM = WeightName(("final_norm", "scale"), "model.norm.weight", "output_norm.weight")
 LM_HEAD = WeightName(("lm_head", "kernel"), "lm_head.weight", "output.weight")
+# Of the parts of single exits: `exit_heads_6`, `exit_adapters_9`.
+EXIT_HEADS, EXIT_ADAPTERS = "exit_heads", "exit_adapters"
 
 LAYER = (
     _layer("attn_norm.scale", "input_layernorm.weight", "attn_norm.weight"),
@@ -56,6 +58,25 @@ def weight_names(config: ModelConfig) -> tuple[WeightName, ...]:
     layers = [name.at_layer(i) for i in range(config.num_layers) for name in per_layer]
     head = () if config.tie_embeddings else (LM_HEAD,)
     return (EMBEDDING, *layers, FINAL_NORM, *head)
+
+
+def shared_head(config: ModelConfig) -> WeightName:
+    """The head that all exits share: the embedding where it is tied."""
+    return EMBEDDING if config.tie_embeddings else LM_HEAD
+
+
+def part_names(parts: ExitParts) -> tuple[WeightName, ...]:
+    """Every tensor of the parts of single exits. No other program has names for them, so the two foreign names are alike."""
+
+    def name(kind: str, exit: int, *rest: str) -> WeightName:
+        stored = ".".join((kind, str(exit), *rest, "weight"))
+        return WeightName((f"{kind}_{exit}", *rest, "kernel"), stored, stored)
+
+    heads = [name(EXIT_HEADS, exit) for exit in parts.heads]
+    factors = [
+        name(EXIT_ADAPTERS, exit, factor) for exit in parts.adapters for factor in ("down", "up")
+    ]
+    return (*heads, *factors)
 
 
 def get_weight(params: Any, name: WeightName) -> Any:
