@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.config import ExitParts, ModelConfig
-from s2d_jax.draft_vocabulary import TRIMMED_HEAD
+from s2d_jax.draft_vocabulary import TRIMMED, TRIMMED_HEAD
 from s2d_jax.model import Params, Transformer
+from s2d_jax.weight_names import EXIT_ADAPTERS, EXIT_HEADS, get_weight, shared_head
 from train.config import ObjectiveSection
 from train.losses import Labels, TokenValues
 from train.objectives import at_tokens, cross_entropy, divergence, restricted, with_rest
+
+_OWN = (EXIT_HEADS, EXIT_ADAPTERS)
 
 
 @flax.struct.dataclass
@@ -52,6 +55,11 @@ class Reading:
     teachers: tuple[ModelConfig, ...] = ()
     vocabulary_K: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, model: ModelConfig, dtype: Any = jnp.float32) -> Reading:
+        """Reads the last layer of any model through its head."""
+        return cls(model, dtype, (model.num_layers,))
+
     @property
     def transformer(self) -> Transformer:
         """The draft; its head is over the list where there is one."""
@@ -60,27 +68,23 @@ class Reading:
 
     def head_params(self, params: Params) -> Params:
         """What `logits` needs of the draft's parameters, with the listed rows of the heads where there is a list."""
-        table = "embed" if self.model.tie_embeddings else "lm_head"
-        own = {name: value for name, value in params.items() if name.startswith("exit_")}
+        table = shared_head(self.model).ours[0]
+        own = {name: value for name, value in params.items() if name.startswith(_OWN)}
         if self.vocabulary_K is None:
             return {"final_norm": params["final_norm"], table: params[table], **own}
+        heads = {TRIMMED_HEAD: get_weight(params, shared_head(self.model))}
+        for name in [name for name in own if name.startswith(EXIT_HEADS)]:
+            heads[TRIMMED + name] = own.pop(name)["kernel"]
         ids_K = jnp.asarray(self.vocabulary_K)
-        rows = lambda weight_VD: jnp.take(weight_VD, ids_K, axis=0, mode="clip")  # noqa: E731
-        (head_VD,) = params[table].values()
-        own = {
-            name: jax.tree.map(rows, value) if name.startswith("exit_heads_") else value
-            for name, value in own.items()
+        rows = {
+            name: {"kernel": jnp.take(head_VD, ids_K, axis=0, mode="clip")}
+            for name, head_VD in heads.items()
         }
-        return {
-            "final_norm": params["final_norm"],
-            TRIMMED_HEAD: {"kernel": rows(head_VD)},
-            **own,
-        }
+        return {"final_norm": params["final_norm"], **own, **rows}
 
     def teacher_head_params(self, index: int, params: Params) -> Params:
         """The final norm and head of a teacher."""
-        table = "embed" if self.teachers[index].tie_embeddings else "lm_head"
-        return {name: params[name] for name in ("final_norm", table)}
+        return Reading.of(self.teachers[index]).head_params(params)
 
     def teacher_hiddens(self, index: int, params: Params, batch) -> jax.Array:
         """The last state of a teacher, `[B, T, D]`; no gradient flows into it."""

@@ -16,7 +16,7 @@ from s2d_jax.model import logical_axes
 from s2d_jax.pretrained import Model, load_model
 from s2d_jax.sharding import params_sharding, replicated
 from s2d_jax.tokenizer import Tokenizer, check_same_tokenizer
-from train.config import Config, ObjectiveSection
+from train.config import Config
 from train.losses import Labels, TokenFunction, values_of_positions
 from train.reading import Reading, TopK
 from train.step import Batch
@@ -44,8 +44,7 @@ def _compiled(
     model: Model, config: Config, mesh: Mesh, batch: Batch, values_of: Callable[..., TokenFunction]
 ):
     """`(params, batch) -> values [1, B, T, ...]` of the model's last layer at the positions that count."""
-    dtype = jnp.dtype(config.objective.teacher_dtype)
-    reading = Reading(model.config, dtype, (model.config.num_layers,), objective=ObjectiveSection())
+    reading = Reading.of(model.config, jnp.dtype(config.objective.teacher_dtype))
 
     def read(params, batch: Batch):
         hiddens = reading.transformer.apply(

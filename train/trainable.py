@@ -6,7 +6,9 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from s2d_jax.draft_vocabulary import TRIMMED
 from s2d_jax.model import Params
+from s2d_jax.weight_names import EXIT_ADAPTERS, EXIT_HEADS
 from train.config import Part
 
 
@@ -16,9 +18,10 @@ def part_of(path: tuple[str, ...]) -> Part:
     >>> part_of(("exit_heads_6", "kernel")), part_of(("layers_0", "mlp", "up_proj", "lora_a"))
     ('exit_heads', 'lora')
     """
-    if path[0].startswith("exit_heads_"):
+    module = path[0].removeprefix(TRIMMED)
+    if module.startswith(EXIT_HEADS):
         return "exit_heads"
-    if path[0].startswith("exit_adapters_"):
+    if module.startswith(EXIT_ADAPTERS):
         return "exit_adapters"
     return "lora" if path[-1] in ("lora_a", "lora_b") else "trunk"
 
