@@ -28,7 +28,7 @@ from s2d_jax.weight_names import EXIT_HEADS, get_weight, shared_head
 FOLDS = 5
 TRIMMED_HEAD = "trimmed_head"
 # An exit's own head `exit_heads_6` becomes `trimmed_exit_heads_6`.
-_TRIMMED = "trimmed_"
+TRIMMED = "trimmed_"
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -234,12 +234,12 @@ def trimmed_params(
 
     The shared head is the embedding where it is tied; the whole embedding still looks tokens up.
     """
-    whole = {name: value for name, value in params.items() if not name.startswith(_TRIMMED)}
+    whole = {name: value for name, value in params.items() if not name.startswith(TRIMMED)}
     if vocabulary is None:
         return whole
     heads = {TRIMMED_HEAD: get_weight(params, shared_head(config))}
     own = (name for name in whole if name.startswith(EXIT_HEADS))
-    heads |= {_TRIMMED + name: whole[name]["kernel"] for name in own}
+    heads |= {TRIMMED + name: whole[name]["kernel"] for name in own}
     mesh, ids_K, trimmed = mesh_of(params), jnp.asarray(vocabulary.ids_K), {}
     for name, head_VD in heads.items():
         head_KD = take_rows(head_VD, ids_K)
