@@ -3,7 +3,7 @@
 ```
 run_dir/
   config.yaml  metrics.jsonl                 written by `train`
-  model_config.json  draft_config.json       the draft's shape and exits
+  model_config.json  draft_config.json       the draft's shape; its exits, their parts, adapters on its trunk
   tokenizer files
   checkpoints/00000200/{params, opt_state}
 ```
@@ -31,9 +31,11 @@ from orbax.checkpoint import v1 as ocp
 
 from s2d_jax.config import DraftConfig, ModelConfig, RopeScaling, UserError
 from s2d_jax.files import write_text
+from s2d_jax.lora import LoraConfig, with_lora
 from s2d_jax.model import abstract_params, logical_axes
 from s2d_jax.pretrained import Draft
 from s2d_jax.sharding import params_sharding
+from s2d_jax.sorted_draft import parts_from_json
 from s2d_jax.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -44,16 +46,22 @@ _LONGEST_ABANDON = 10.0
 
 
 def write_run(
-    run_dir: Path, config: ModelConfig, draft_config: DraftConfig, tokenizer: Tokenizer
+    run_dir: Path,
+    config: ModelConfig,
+    draft_config: DraftConfig,
+    tokenizer: Tokenizer,
+    lora: LoraConfig | None = None,
 ) -> None:
-    """Writes what a draft is beside its weights: its shape, its exits, its tokenizer."""
+    """Writes what a draft is beside its weights: its shape, its exits and their parts, adapters on its trunk, its tokenizer."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer.partial-", dir=run_dir) as partial:
         tokenizer.save(partial)
         for file in Path(partial).iterdir():
             os.replace(file, run_dir / file.name)
-    for name, value in ((_MODEL_CONFIG, config), (_DRAFT_CONFIG, draft_config)):
-        write_text(run_dir / name, json.dumps(dataclasses.asdict(value), indent=2) + "\n")
+    described = {"lora": None if lora is None else dataclasses.asdict(lora)}
+    described |= dataclasses.asdict(draft_config)
+    for name, value in ((_MODEL_CONFIG, dataclasses.asdict(config)), (_DRAFT_CONFIG, described)):
+        write_text(run_dir / name, json.dumps(value, indent=2) + "\n")
 
 
 def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:
@@ -62,26 +70,38 @@ def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:
     Raises:
         UserError: if `run_dir` is not the directory of a training run.
     """
-    values = []
-    for name in (_MODEL_CONFIG, _DRAFT_CONFIG):
-        try:
-            values.append(json.loads((run_dir / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            raise UserError(
-                f"{run_dir} holds no readable {name}; give the directory of a training run"
-            ) from None
-    model, draft = values
+    model, draft = (_read(run_dir, name) for name in (_MODEL_CONFIG, _DRAFT_CONFIG))
     if model["rope_scaling"] is not None:
         model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
     model["eos_token_ids"] = tuple(model["eos_token_ids"])
     exits, thresholds = draft["exit_layers"], draft["exit_thresholds"]
-    return ModelConfig(**model), DraftConfig(tuple(exits), tuple(thresholds))
+    parts = parts_from_json(draft.get("parts"), run_dir / _DRAFT_CONFIG)
+    return ModelConfig(**model), DraftConfig(tuple(exits), tuple(thresholds), parts)
+
+
+def read_lora(run_dir: Path) -> LoraConfig | None:
+    """The adapters on the trunk of a run's draft, as `write_run` left them; None if it has none.
+
+    Raises:
+        UserError: if `run_dir` is not the directory of a training run.
+    """
+    raw = _read(run_dir, _DRAFT_CONFIG).get("lora")
+    return None if raw is None else LoraConfig(raw["rank"], tuple(raw["targets"]))
+
+
+def _read(run_dir: Path, name: str) -> Any:
+    try:
+        return json.loads((run_dir / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{run_dir} holds no readable {name}; give the directory of a training run"
+        ) from None
 
 
 def load_run(
     run_dir: str | Path, step: int | None = None, *, dtype: Any = jnp.float32, mesh=None
 ) -> Draft:
-    """The draft of a training run.
+    """The draft of a training run; adapters on its trunk lie beside their kernels.
 
     Args:
         run_dir: written by `python -m train.main`.
@@ -97,12 +117,14 @@ def load_run(
     checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     with contextlib.closing(checkpoints):
         step = checkpoints.find(step)
-        abstract = abstract_params(config, dtype)
+        lora, parts = read_lora(run_dir), draft_config.parts
+        abstract = with_lora(abstract_params(config, dtype, parts), lora)
         if mesh is None:
             one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             shardings = jax.tree.map(lambda _: one_device, abstract)
         else:
-            shardings = params_sharding(config, logical_axes(config), mesh)
+            axes = with_lora(logical_axes(config, parts), lora)
+            shardings = params_sharding(config, axes, mesh)
         params = checkpoints.restore(step, params=placed(abstract, shardings))["params"]
     tokenizer = Tokenizer.from_directory(run_dir)
     return Draft(config, params, tokenizer, f"{run_dir} step {step}", draft_config)

@@ -33,7 +33,11 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A weight `[out, in]`, with a bias where asked for; the result has the dtype of the input unless `out_dtype` is given."""
+    """A weight `[out, in]`, with a bias where asked for; the result has the dtype of the input unless `out_dtype` is given.
+
+    Where the parameters hold low-rank factors beside the kernel (`s2d_jax.lora` puts them there, never `init`), their product
+    is added to it.
+    """
 
     in_dim: int
     out_dim: int
@@ -46,6 +50,9 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(_kernel_init, self.axes)
         kernel_OI = self.param("kernel", init, (self.out_dim, self.in_dim))
         out = linear(x, kernel_OI, self.out_dtype)
+        if self.has_variable("params", "lora_a"):
+            a_RI, b_OR = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            out = out + linear(linear(x, a_RI), b_OR, self.out_dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
             bias_O = self.param("bias", zeros, (self.out_dim,)).astype(x.dtype)

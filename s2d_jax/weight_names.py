@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from s2d_jax.config import ExitParts, ModelConfig
@@ -16,10 +17,11 @@ class WeightName:
     hf: str
     gguf: str
 
-    def at_layer(self, i: int) -> WeightName:
-        """The names in layer `i`."""
+    def at_layer(self, i: int, stored: int | None = None) -> WeightName:
+        """The names in layer `i`, which has the number `stored` (None: the same) in files."""
         ours = tuple(part.format(i=i) for part in self.ours)
-        return WeightName(ours, self.hf.format(i=i), self.gguf.format(i=i))
+        stored = i if stored is None else stored
+        return WeightName(ours, self.hf.format(i=stored), self.gguf.format(i=stored))
 
 
 def _layer(ours: str, hf: str, gguf: str) -> WeightName:
@@ -52,12 +54,23 @@ QKV_BIAS = (
 )
 
 
-def weight_names(config: ModelConfig) -> tuple[WeightName, ...]:
-    """Every tensor that a model of `config` consists of, in the order of the forward pass."""
+# The projections of a block, by the names that Hugging Face and PEFT have for them: `q_proj`, ..., `down_proj`.
+PROJECTIONS = {name.ours[-2]: name for name in LAYER if name.ours[-1] == "kernel"}
+
+
+def weight_names(
+    config: ModelConfig, layers: Sequence[int] | None = None
+) -> tuple[WeightName, ...]:
+    """Every tensor that a model of `config` consists of, in the order of the forward pass.
+
+    Args:
+        layers: the numbers that its layers have in the files of a larger model; None: the same as here.
+    """
     per_layer = LAYER + (QKV_BIAS if config.qkv_bias else ())
-    layers = [name.at_layer(i) for i in range(config.num_layers) for name in per_layer]
+    numbers = enumerate(range(config.num_layers) if layers is None else layers)
+    blocks = [name.at_layer(i, stored) for i, stored in numbers for name in per_layer]
     head = () if config.tie_embeddings else (LM_HEAD,)
-    return (EMBEDDING, *layers, FINAL_NORM, *head)
+    return (EMBEDDING, *blocks, FINAL_NORM, *head)
 
 
 def shared_head(config: ModelConfig) -> WeightName:

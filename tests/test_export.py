@@ -92,7 +92,9 @@ def test_layout(tmp_path):
         "format": 1,
         "exit_layers": [1, 2, 4],
         "exit_thresholds": [0.6, 0.5, 0.0],
+        "exit_parts": None,
         "vocabulary_subset": None,
+        "base": None,
         "provenance": {"run": "test", "step": 7},
     }
     assert exit_directory(6) == "exit_06"
