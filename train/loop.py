@@ -15,6 +15,7 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, placed, read_run, write_run
 from s2d_jax.config import ModelConfig, UserError
@@ -24,7 +25,10 @@ from s2d_jax.pretrained import load_model
 from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
 from train.config import Config, load_config
-from train.data import build_rows, load_rows, make_batch, rows_of_step, save_rows, split_rows
+from train.data import build_rows, load_rows, make_batch, rows_of_step, split_rows
+from train.distributed import is_main_process, of_main_process, wait_for_all
+from train.kept_rows import check_rows, keep_rows
+from train.preemption import Preempted, Preemption
 from train.progress import MetricsFile, ProgressReport, losses
 from train.step import Trainer, TrainState
 
@@ -44,17 +48,36 @@ def train(config: Config) -> Path:
     """
     run_dir = Path(config.train.run_dir)
     _check_run_dir(run_dir, config)
-    with ProgressReport() as report, contextlib.ExitStack() as stack:
+    wait_for_all("run directory checked")
+    console = None if is_main_process() else Console(quiet=True)
+    with ProgressReport(console) as report, contextlib.ExitStack() as stack:
         undo = stack.enter_context(contextlib.ExitStack())
-        undo.callback(_remove_all_but, _entries(run_dir), run_dir)
+        if is_main_process():
+            _remove_partial(run_dir)
+            undo.callback(_remove_all_but, _entries(run_dir), run_dir)
         start = _resume if config.train.resume else _begin
         run = start(config, run_dir, report)
         stack.callback(run.checkpoints.close)
         stack.callback(run.metrics.close)
-        write_text(run_dir / _CONFIG, config.to_yaml())
+        if is_main_process():
+            write_text(run_dir / _CONFIG, config.to_yaml())
+        wait_for_all("config written")
         undo.pop_all()  # from here on the run can be resumed, or started again
         run.loop()
     return run_dir
+
+
+def _remove_partial(run_dir: Path) -> None:
+    """Removes what a process that was killed while it wrote left behind."""
+    for path in run_dir.glob(".*partial*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _entries(run_dir: Path) -> set[Path] | None:
@@ -64,10 +87,7 @@ def _entries(run_dir: Path) -> set[Path] | None:
 def _remove_all_but(before: set[Path] | None, run_dir: Path) -> None:
     """Undoes a start that failed, for example on a full disk."""
     for path in [run_dir] if before is None else set(run_dir.iterdir()) - before:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def _check_run_dir(run_dir: Path, config: Config) -> None:
@@ -122,12 +142,16 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """A new run; nothing is written before model and data are known to be good."""
     mesh = make_mesh(config.mesh)
     model_config, params, tokenizer = load_draft_start(config, mesh)
-    rows, summary = build_rows(config.data, tokenizer, vocab_size=model_config.vocab_size)
-    report.say(str(summary))
+    if is_main_process():
+        rows, summary = build_rows(config.data, tokenizer, vocab_size=model_config.vocab_size)
+        report.say(str(summary))
+        _split(config, len(rows))
+        write_run(run_dir, model_config, config.draft.draft_config(), tokenizer)
+        keep_rows(rows, run_dir / _ROWS)
+        write_text(run_dir / "data.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    wait_for_all("rows written")
+    rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, len(rows))
-    write_run(run_dir, model_config, config.draft.draft_config(), tokenizer)
-    save_rows(rows, run_dir / _ROWS)
-    write_text(run_dir / "data.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     trainer = Trainer(config, model_config, mesh)
     return Run(
         trainer=trainer,
@@ -136,7 +160,7 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         held_out=held_out,
         checkpoints=Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints),
         report=report,
-        metrics=MetricsFile(run_dir / _METRICS, last_step=-1),
+        metrics=MetricsFile(run_dir / _METRICS, last_step=-1, active=is_main_process()),
         state=trainer.init_state(params),
     )
 
@@ -145,6 +169,8 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """The run of `run_dir` after its newest checkpoint, on any mesh."""
     _check_resume(run_dir, config)
     model_config, _ = read_run(run_dir)
+    if is_main_process():
+        check_rows(run_dir / _ROWS)
     rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, len(rows))
     trainer = Trainer(config, model_config, make_mesh(config.mesh))
@@ -167,7 +193,7 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         held_out=held_out,
         checkpoints=checkpoints,
         report=report,
-        metrics=MetricsFile(run_dir / _METRICS, last_step=step),
+        metrics=MetricsFile(run_dir / _METRICS, last_step=step, active=is_main_process()),
         state=TrainState(restored["params"], restored["opt_state"]),
         step=step,
         elapsed=metadata["elapsed_seconds"],
@@ -204,6 +230,7 @@ class Run:
     state: TrainState
     step: int = 0
     elapsed: float = 0.0
+    preemption: Preemption = dataclasses.field(default_factory=Preemption)
 
     @property
     def total_steps(self) -> int:
@@ -216,6 +243,7 @@ class Run:
         """Trains to the end, with evaluations and checkpoints on the way.
 
         Raises:
+            Preempted: once SIGTERM came and a checkpoint is written.
             UserError: once a loss or a gradient is not finite; no checkpoint is written of parameters that give such a one.
         """
         section = self.trainer.config.train
@@ -224,20 +252,21 @@ class Run:
         self._step = self.trainer.compile_step(self.state, batch)
         self._eval_step = self.trainer.compile_eval(self.state.params, batch)
         self._began = time.perf_counter() - self.elapsed
-        evaluated = saved = self.step
-        if self.step == 0:
-            self._evaluate()
-        while self.share < 1:
-            self._train_one()
-            if self.step % section.eval_every == 0:
-                evaluated = self._evaluate()
-            if self.step % section.checkpoint_every == 0:
-                saved = self._save()
-        if evaluated != self.step:
-            self._evaluate()
-        if saved != self.step:
-            self._save()
-        self.checkpoints.wait()
+        with self.preemption.listening():
+            if self.step == 0:
+                self._evaluate()
+            while self.share < 1:
+                self._train_one()
+                last = self.share >= 1
+                if last or self.step % section.eval_every == 0:
+                    self._evaluate()
+                stopped = not last and self.preemption.reached(self.step)
+                if last or stopped or self.step % section.checkpoint_every == 0:
+                    self._save()
+                if stopped:
+                    self.checkpoints.wait()
+                    raise Preempted(self.step)
+            self.checkpoints.wait()
 
     @property
     def share(self) -> float:
@@ -251,7 +280,7 @@ class Run:
         started = time.perf_counter()
         metrics = self._run_step(update=True)
         self.step += 1
-        self.elapsed = time.perf_counter() - self._began
+        self.elapsed = self._clock()
         self._check_finite(metrics, f"at step {self.step}")
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         seconds = time.perf_counter() - started
@@ -268,6 +297,12 @@ class Run:
             }
             self.metrics.write(row)
             self.report.update(min(1.0, self.share), row)
+
+    def _clock(self) -> float:
+        """Seconds of training so far. Where they decide when the run ends, all processes read one clock."""
+        seconds = time.perf_counter() - self._began
+        limited = self.trainer.config.train.max_minutes is not None
+        return of_main_process(seconds) if limited else seconds
 
     def _run_step(self, *, update: bool) -> dict[str, np.ndarray]:
         """Loss, gradient and, if `update`, the update of the next step's rows; returns the metrics."""
@@ -301,8 +336,8 @@ class Run:
         indices = rows_of_step(step, self.training, section.batch_size, section.seed)
         return make_batch(self.rows, indices, self.trainer.batch_sharding)
 
-    def _evaluate(self) -> int:
-        """Loss and next-token accuracy of each exit on the held-out rows; returns the step."""
+    def _evaluate(self) -> None:
+        """Loss and next-token accuracy of each exit on the held-out rows."""
         size, exits = self.trainer.config.train.batch_size, self.trainer.config.draft.exit_layers
         loss_E, correct_E, counted = np.zeros(len(exits)), np.zeros(len(exits)), 0.0
         for start in range(0, len(self.held_out), size):
@@ -327,10 +362,9 @@ class Run:
             self.metrics.write(row)
             accuracy = ", ".join(f"{k}: {v:.1%}" for k, v in row["accuracy_per_exit"].items())
             self.report.say(f"step {self.step}: held-out {losses(row)}, accuracy ({accuracy})")
-        return self.step
 
-    def _save(self) -> int:
-        """Starts a checkpoint; returns its step.
+    def _save(self) -> None:
+        """Starts a checkpoint.
 
         A step's loss tells of the parameters before its update. So what a resumed run would compute first, the loss and the
         gradient of the next step's rows, is computed before anything is written.
@@ -339,7 +373,6 @@ class Run:
         metadata = {"elapsed_seconds": self.elapsed}
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}
         self.checkpoints.save(self.step, metadata, **trees)
-        return self.step
 
 
 def _per_exit(exit_layers: tuple[int, ...], values) -> dict[str, float]:

@@ -10,29 +10,39 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from s2d_jax.files import write_text
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricsFile:
-    """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`."""
+    """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`.
 
-    def __init__(self, path: Path, *, last_step: int):
+    Only an `active` one touches the file: the main process's.
+    """
+
+    def __init__(self, path: Path, *, last_step: int, active: bool = True):
+        self._file = None
+        if not active:
+            return
         kept = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             # A killed run may leave half a line at the end.
             whole = [line for line in lines if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= last_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends `row` at once, so that it can be followed while the run goes on."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class ProgressReport:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.config import ModelConfig
 from s2d_jax.model import Params, Transformer, abstract_params, logical_axes
-from s2d_jax.sharding import params_sharding, replicated
+from s2d_jax.sharding import batch_sharding, optimizer_sharding, params_sharding, replicated
 from train.config import Config
 from train.losses import ExitSums, exit_sums, sorted_loss
 from train.optimizer import learning_rate, make_optimizer
@@ -63,20 +63,15 @@ class Trainer:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Rows over data and fsdp."""
-        return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        return batch_sharding(self.mesh)
 
     @property
     def state_sharding(self) -> TrainState:
         """Moments are split as their parameters are."""
         params = params_sharding(self.model_config, logical_axes(self.model_config), self.mesh)
         optimizer = make_optimizer(self.config.optim)
-        opt_state = optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            self.abstract_state().opt_state,
-            params,
-            transform_non_params=lambda _: replicated(self.mesh),
-        )
+        abstract = self.abstract_state().opt_state
+        opt_state = optimizer_sharding(optimizer, abstract, params, self.mesh)
         return TrainState(params, opt_state)
 
     def abstract_state(self) -> TrainState:
@@ -163,7 +158,7 @@ class Trainer:
         def split(x):
             # Every part takes rows of every device: part p is rows p, p + parts, ...
             x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-            rows = PartitionSpec(None, ("data", "fsdp"))
+            rows = PartitionSpec(None, *batch_sharding(self.mesh).spec)
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, rows))
 
         def add_part(total, part):
