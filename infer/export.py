@@ -22,8 +22,8 @@ class Args:
     """The directory that train.main wrote."""
     out: Path
     """Where the export appears, once it is complete."""
-    step: int | None = None
-    """Which checkpoint; the newest by default."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint; best is that of the highest acceptance on held-out rows. Default: the newest."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights written."""
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.lora import merge_lora
-from s2d_jax.sharding import mesh_of
+from s2d_jax.sharding import mesh_of, put_whole
 from s2d_jax.weight_formats import (
     Int8Weight,
     channel_sharding,
@@ -65,7 +65,7 @@ def load_weight(
     weight = _converted(array, weight_format, dtype)
     if isinstance(weight, Int8Weight) and isinstance(sharding, jax.sharding.NamedSharding):
         return jax.device_put(weight, Int8Weight(sharding, channel_sharding(sharding)))
-    return jax.device_put(weight, sharding)
+    return put_whole(weight, sharding)
 
 
 def _converted(weight: Any, weight_format: str, dtype: Any) -> Any:

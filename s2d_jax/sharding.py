@@ -1,4 +1,4 @@
-"""Meshes and shardings: one table maps the logical axes of parameters to mesh axes."""
+"""Meshes and shardings: one table maps the logical axes of parameters, optimizer state and batches to mesh axes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
+import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.config import ModelConfig, UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+MeshAxes = str | tuple[str, ...] | None
+
 # Tensor parallelism splits what a block computes independently (heads, hidden units, vocabulary); FSDP the other axis.
-RULES: dict[str, str | None] = {
+RULES: dict[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -29,14 +36,30 @@ class MeshConfig:
     """How many devices each mesh axis has; their product is the number of devices used."""
 
     data: int = 1
+    """Copies of the parameters; each takes its share of the rows."""
     fsdp: int = 1
+    """Devices that share one copy of the parameters, and split the rows too."""
     tensor: int = 1
+    """Devices that split the heads, hidden units and vocabulary of one row."""
+    slices: int | None = None
+    """Groups of devices with a fast network of their own (TPU slices); the data axis lies over the slow one between them.
+    None asks the devices; 1 takes no notice of slices."""
 
     def __post_init__(self):
-        for axis in MESH_AXES:
+        for axis in (*MESH_AXES, "slices"):
             size = getattr(self, axis)
-            if size < 1:
+            if size is not None and size < 1:
                 raise UserError(f"mesh.{axis}={size} must be at least 1")
+        if self.slices is not None:
+            self.check_slices(self.slices)
+
+    def check_slices(self, slices: int) -> None:
+        """Raises UserError unless each slice holds a whole number of steps along the data axis."""
+        if self.data % slices:
+            raise UserError(
+                f"mesh.data={self.data} does not divide over {slices} slices; choose a multiple of {slices}, "
+                "or mesh.slices 1 to take no notice of slices"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,23 +70,58 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `tensor` over the first devices.
 
+    Where the devices lie in several slices, neighbours along `fsdp` and `tensor` are in one slice, and `data` counts the
+    slices before the places in each.
+
     Raises:
-        UserError: if there are fewer devices than the mesh asks for.
+        UserError: if there are fewer devices than the mesh asks for, if a process would have no part in it, or if the data
+            axis does not divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = config.data * config.fsdp * config.tensor
+    shape = dict(zip(MESH_AXES, config.shape, strict=True))
     if count > len(devices):
         raise UserError(
-            f"mesh {dict(zip(MESH_AXES, config.shape, strict=True))} needs {count} devices, {len(devices)} are present; "
-            "make an axis smaller"
+            f"mesh {shape} needs {count} devices, {len(devices)} are present; make an axis smaller"
         )
+    if count < len(devices) and len(_groups(devices, "process_index")) > 1:
+        raise UserError(
+            f"mesh {shape} takes {count} of {len(devices)} devices, which belong to several processes; "
+            "make it take all, so that every process has a part"
+        )
+    devices = devices[:count]
     # Explicit axes (the default of jax.make_mesh) are refused by Linen under tensor parallelism.
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(config.shape, MESH_AXES, axis_types=auto, devices=devices[:count])
+    slices = config.slices or len(_groups(devices, "slice_index"))
+    if slices == 1:
+        return jax.make_mesh(config.shape, MESH_AXES, axis_types=auto, devices=devices)
+    return Mesh(_hybrid(config, slices, devices), MESH_AXES, axis_types=auto)
 
 
-def partition_spec(axes: tuple[str, ...], rules: dict[str, str | None] = RULES) -> PartitionSpec:
-    """The mesh axes of a parameter with these logical axes.
+def _groups(devices: list, attribute: str) -> set:
+    return {getattr(device, attribute, 0) for device in devices}
+
+
+def _hybrid(config: MeshConfig, slices: int, devices: list) -> np.ndarray:
+    """Devices in the mesh's shape; processes stand for slices where the platform has none."""
+    config.check_slices(slices)
+    by_process = len(_groups(devices, "slice_index")) == 1
+    groups = len(_groups(devices, "process_index" if by_process else "slice_index"))
+    if groups != slices:
+        kind = "processes" if by_process else "slices"
+        raise UserError(
+            f"mesh.slices={slices}, but the devices lie in {groups} {kind}; set it to {groups}, or to 1"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (config.data // slices, config.fsdp, config.tensor),
+        (slices, 1, 1),
+        devices,
+        process_is_granule=by_process,
+    )
+
+
+def partition_spec(axes: tuple[str, ...], rules: dict[str, MeshAxes] = RULES) -> PartitionSpec:
+    """The mesh axes of an array with these logical axes.
 
     Raises:
         ValueError: for a logical axis without a rule.
@@ -101,6 +159,50 @@ def params_sharding(config: ModelConfig, logical_axes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda axes: NamedSharding(mesh, partition_spec(axes)), logical_axes, is_leaf=is_axes
     )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays `[batch, length]`: rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, partition_spec(("batch", "length")))
+
+
+def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of an optax state: what belongs to a parameter is split as it is, counters are on every device.
+
+    Args:
+        optimizer: the `optax.GradientTransformation` whose state it is.
+        abstract_state: shapes of the state.
+        params: the tree of the parameters' shardings.
+        mesh: from `make_mesh`.
+
+    Raises:
+        ValueError: for an array that belongs to no parameter: no rule says how to split it.
+    """
+
+    def of_another(leaf: Any) -> NamedSharding:
+        if leaf.ndim:
+            raise ValueError(
+                f"no rule for optimizer state of shape {leaf.shape}, which belongs to no parameter"
+            )
+        return replicated(mesh)
+
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract_state,
+        params,
+        transform_non_params=of_another,
+    )
+
+
+def put_whole(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Places an array that every process holds whole; each takes its own part only.
+
+    `jax.device_put` would first send all of it between the processes, to compare.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import datasets
 
 from s2d_jax.config import UserError
 from train.config import parse_command_line
+from train.distributed import end_all, ending_together, is_main_process, start_processes
 from train.loop import train
+from train.preemption import PREEMPTED_STATUS, Preempted
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a training; returns the exit status. A mistake of the user's is one line on stderr and status 2."""
+    """Runs a training; returns the exit status.
+
+    A mistake of the user's is one line on stderr and status 2; a run that SIGTERM stopped and that can go on has status 75.
+    Where several processes train together, the failure of one ends all.
+    """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         config = parse_command_line(
             sys.argv[1:] if arguments is None else arguments, "python -m train.main"
         )
-        run_dir = train(config)
+        start_processes()
+        with ending_together():
+            run_dir = train(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(2, f"error: {error}")
     except OSError as error:
-        print(f"error: {error}; check the path, its permissions and the disk", file=sys.stderr)
-        return 2
+        return _failed(2, f"error: {error}; check the path, its permissions and the disk")
+    except Preempted as stop:
+        print(f"{stop}; go on with --train.resume True", file=sys.stderr)
+        return PREEMPTED_STATUS
     except KeyboardInterrupt:
+        return _failed(130, "interrupted; go on from the last checkpoint with --train.resume True")
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(1, f"{type(error).__name__}, see the lines above")
+    if is_main_process():
         print(
-            "interrupted; go on from the last checkpoint with --train.resume True", file=sys.stderr
+            f"trained: {run_dir}\nexport with: python -m infer.export --run {run_dir} --out {run_dir}/export"
         )
-        return 130
-    print(
-        f"trained: {run_dir}\nexport with: python -m infer.export --run {run_dir} --out {run_dir}/export"
-    )
     return 0
+
+
+def _failed(status: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    end_all(status, message.removeprefix("error: "))
+    return status
 
 
 if __name__ == "__main__":

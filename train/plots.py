@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from s2d_jax.files import written_whole
 
 
 def draw_progress(metrics: Path, out: Path) -> None:
@@ -33,9 +34,8 @@ def draw_progress(metrics: Path, out: Path) -> None:
     agreement.set(title="agreement with the target, held out", xlabel="step", ylim=(0, None))
     mat.set(title="implied mean acceptance length, held out", xlabel="step")
     loss.legend(frameon=False)
-    partial = out.with_name(f".{out.name}.partial")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    os.replace(partial, out)
+    with written_whole(out) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def _curve(rows: list[dict[str, Any]], name: str, layer: str | None) -> tuple[list, list]:

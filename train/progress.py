@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from s2d_jax.files import write_text
+
+METRICS = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricsFile:
-    """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`."""
+    """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`.
 
-    def __init__(self, path: Path, *, last_step: int):
+    Only an `active` one touches the file: the main process's.
+    """
+
+    def __init__(self, path: Path, *, last_step: int, active: bool = True):
+        self._file = None
+        if not active:
+            return
         kept = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             # A killed run may leave half a line at the end.
             whole = [line for line in lines if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= last_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends `row` at once, so that it can be followed while the run goes on."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class ProgressReport:
@@ -69,6 +82,32 @@ class ProgressReport:
     def say(self, text: str) -> None:
         """One line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows how much of a preparation is done: call what is yielded with the number of rows that are through."""
+        began, done = time.perf_counter(), 0
+        task = None
+        if self._bar is not None:
+            task = self._bar.add_task(what, total=total, numbers=f"{total:,} rows")
+        else:
+            self.say(f"{what}: {total:,} rows")
+
+        def count(rows: int) -> None:
+            nonlocal done
+            done += rows
+            now = time.perf_counter()
+            if self._bar is not None and task is not None:
+                self._bar.update(task, completed=done)
+            elif now - self._last_line >= _SECONDS_BETWEEN_LINES and done < total:
+                self._last_line = now
+                self.say(
+                    f"{done / total:4.0%}  {what}  {(now - began) * (total - done) / done:,.0f} s left"
+                )
+
+        yield count
+        if self._bar is not None and task is not None:
+            self._bar.remove_task(task)
 
     def update(self, share: float, row: dict[str, Any]) -> None:
         """Shows a line of metrics; `share` of the run is over."""

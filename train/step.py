@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from s2d_jax.config import ModelConfig
 from s2d_jax.lora import LoraConfig, with_lora
 from s2d_jax.model import Params, abstract_params, logical_axes
-from s2d_jax.sharding import params_sharding, replicated
+from s2d_jax.sharding import batch_sharding, optimizer_sharding, params_sharding, replicated
 from train.config import Config
 from train.losses import Labels, TokenValues, sorted_loss, values_of_positions
 from train.optimizer import learning_rate, make_optimizer
@@ -93,7 +93,7 @@ class Trainer:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Rows over data and fsdp."""
-        return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        return batch_sharding(self.mesh)
 
     @property
     def state_sharding(self) -> TrainState:
@@ -101,13 +101,9 @@ class Trainer:
         axes = with_lora(logical_axes(self.model_config, self.config.draft.parts), self._lora)
         params = params_sharding(self.model_config, axes, self.mesh)
         optimizer = make_optimizer(self.config.optim)
-        opt_state = optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            self.abstract_state().opt_state,
-            self._split(params)[0],
-            transform_non_params=lambda _: replicated(self.mesh),
-        )
+        abstract = self.abstract_state().opt_state
+        learned, _ = self._split(params)
+        opt_state = optimizer_sharding(optimizer, abstract, learned, self.mesh)
         return TrainState(params, opt_state)
 
     @property
@@ -220,7 +216,7 @@ class Trainer:
         def split_rows(x):
             # Every part takes rows of every device: part p is rows p, p + parts, ...
             x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-            rows = PartitionSpec(None, ("data", "fsdp"))
+            rows = PartitionSpec(None, *batch_sharding(self.mesh).spec)
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, rows))
 
         def add_part(total, part):
