@@ -24,7 +24,15 @@ from s2d_jax.pretrained import load_model
 from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
 from train.config import Config, load_config
-from train.data import build_rows, load_rows, make_batch, rows_of_step, save_rows, split_rows
+from train.data import (
+    build_rows,
+    load_rows,
+    make_batch,
+    rows_of_step,
+    save_rows,
+    split_rows,
+    weighted_rows,
+)
 from train.progress import MetricsFile, ProgressReport, losses
 from train.step import Trainer, TrainState
 
@@ -87,7 +95,8 @@ def _check_resume(run_dir: Path, config: Config) -> None:
     before = load_config(run_dir / _CONFIG)
     for section, name in (
         *(("model", "path"), ("model", "num_layers"), ("draft", "exit_layers")),
-        *(("data", "paths"), ("data", "max_length"), ("data", "held_out_fraction")),
+        *(("data", "paths"), ("data", "weights"), ("data", "max_length")),
+        ("data", "held_out_fraction"),
         *(("train", "seed"), ("train", "batch_size")),
     ):
         old, new = (getattr(getattr(c, section), name) for c in (before, config))
@@ -124,10 +133,10 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     model_config, params, tokenizer = load_draft_start(config, mesh)
     rows, summary = build_rows(config.data, tokenizer, vocab_size=model_config.vocab_size)
     report.say(str(summary))
-    training, held_out = _split(config, len(rows))
+    training, held_out = _split(config, rows)
     write_run(run_dir, model_config, config.draft.draft_config(), tokenizer)
     save_rows(rows, run_dir / _ROWS)
-    write_text(run_dir / "data.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    write_text(run_dir / "data.json", json.dumps(summary.to_json(), indent=2) + "\n")
     trainer = Trainer(config, model_config, mesh)
     return Run(
         trainer=trainer,
@@ -146,7 +155,7 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     _check_resume(run_dir, config)
     model_config, _ = read_run(run_dir)
     rows = load_rows(run_dir / _ROWS)
-    training, held_out = _split(config, len(rows))
+    training, held_out = _split(config, rows)
     trainer = Trainer(config, model_config, make_mesh(config.mesh))
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints)
     step = checkpoints.find(None)
@@ -174,8 +183,11 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     )
 
 
-def _split(config: Config, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    training, held_out = split_rows(num_rows, config.data.held_out_fraction, config.train.seed)
+def _split(config: Config, rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    section, seed = config.data, config.train.seed
+    training, held_out = split_rows(len(rows), section.held_out_fraction, seed)
+    sources = np.asarray(rows.with_format("numpy")["source"][:])
+    training = weighted_rows(training, sources, section.source_weights, seed)
     if len(training) < config.train.batch_size:
         raise UserError(
             f"train.batch_size={config.train.batch_size} exceeds the {len(training)} rows to train on; "
