@@ -113,7 +113,11 @@ def _read(run_dir: Path, name: str) -> Any:
 
 
 def load_run(
-    run_dir: str | Path, step: int | Literal["best"] | None = None, *, dtype: Any = jnp.float32, mesh=None
+    run_dir: str | Path,
+    step: int | Literal["best"] | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    mesh=None,
 ) -> Draft:
     """The draft of a training run; adapters on its trunk lie beside their kernels.
 

@@ -109,7 +109,9 @@ def test_frozen_states_get_no_gradient_and_cost_none(problem):
     assert f"f32[{E},{B},9,{D}]" not in jax.jit(jax.grad(chunked)).lower(head).as_text("hlo")
 
 
-@pytest.mark.parametrize(("counted", "chunk", "expected"), [(7, 3, 3), (3, 3, 1), (4, 3, 2), (0, 3, 0)])
+@pytest.mark.parametrize(
+    ("counted", "chunk", "expected"), [(7, 3, 3), (3, 3, 1), (4, 3, 2), (0, 3, 0)]
+)
 def test_only_chunks_that_count_are_read(problem, counted, chunk, expected):
     head, hiddens, labels = problem
     weights = jnp.zeros((B, T)).at[1, T - counted :].set(1.0) if counted else jnp.zeros((B, T))

@@ -215,5 +215,3 @@ def test_a_frozen_trunk_is_not_differentiated():
 
     adapters = with_objective(**PARTS["exit_adapters"])
     assert flops(adapters, started(adapters)) < 0.5 * flops(config(), tiny_params(MODEL))
-
-

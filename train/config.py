@@ -168,7 +168,11 @@ class DataSection:
     """Conversations, and how they become rows."""
 
     paths: tuple[str, ...]
-    """ShareGPT JSON or {"messages": [...]} JSONL files, told apart by content."""
+    """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or a directory of save_to_disk, told apart by content."""
+    weights: tuple[float, ...] = ()
+    """How often each row of each source is seen per epoch: 2.5 is twice, and half of them once more; empty means 1."""
+    cache_dir: str | None = None
+    """Packed rows are kept here for later runs. Default: $S2D_DATA_CACHE, else ~/.cache/s2d-jax/data."""
     max_length: int = 2048
     """Tokens per packed row; longer conversations are truncated and counted."""
     held_out_fraction: float = 0.01
@@ -178,12 +182,25 @@ class DataSection:
 
     def __post_init__(self):
         _require(len(self.paths) > 0, "data.paths is empty; give at least one conversation file")
+        _require(
+            len(self.weights) in (0, len(self.paths)),
+            f"data.weights={self.weights} has {len(self.weights)} values for {len(self.paths)} paths; give one per path",
+        )
+        _require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"data.weights={self.weights} must be above 0; leave out the path of a source that is not wanted",
+        )
         _require(self.max_length >= 2, f"data.max_length={self.max_length} must be at least 2")
         _require(
             0 <= self.held_out_fraction < 1,
             f"data.held_out_fraction={self.held_out_fraction} must be in [0, 1)",
         )
         _require(self.num_proc >= 1, f"data.num_proc={self.num_proc} must be at least 1")
+
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """One weight per path."""
+        return self.weights or (1.0,) * len(self.paths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

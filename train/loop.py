@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 from rich.console import Console
 
@@ -26,7 +26,7 @@ from s2d_jax.lora import lora_of
 from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
 from train.config import Config, load_config
-from train.data import build_rows, load_rows, split_rows
+from train.data import build_rows, load_rows, split_rows, weighted_rows
 from train.distributed import is_main_process, wait_for_all
 from train.kept_rows import check_rows, keep_rows
 from train.progress import METRICS, MetricsFile, ProgressReport
@@ -112,7 +112,8 @@ def _check_resume(run_dir: Path, config: Config) -> None:
         *(("draft", "exit_layers"), ("draft", "parts"), ("draft", "vocabulary")),
         *(("objective", "teachers"), ("objective", "teacher_top_k"), ("watch", "target")),
         ("train", "learn"),
-        *(("data", "paths"), ("data", "max_length"), ("data", "held_out_fraction")),
+        *(("data", "paths"), ("data", "weights"), ("data", "max_length")),
+        ("data", "held_out_fraction"),
         *(("train", "seed"), ("train", "batch_size")),
     ):
         old, new = (getattr(getattr(c, section), name) for c in (before, config))
@@ -128,18 +129,16 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     mesh = make_mesh(config.mesh)
     start = load_start(config, mesh)
     if is_main_process():
-        rows, summary = build_rows(
-            config.data, start.tokenizer, vocab_size=start.config.vocab_size
-        )
+        rows, summary = build_rows(config.data, start.tokenizer, vocab_size=start.config.vocab_size)
         report.say(str(summary))
-        _split(config, len(rows))
+        _split(config, rows)
         description = (start.config, config.draft.draft_config(), start.tokenizer)
         write_run(run_dir, *description, lora_of(start.params), start.vocabulary)
         keep_rows(rows, run_dir / _ROWS)
-        write_text(run_dir / "data.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+        write_text(run_dir / "data.json", json.dumps(summary.to_json(), indent=2) + "\n")
     wait_for_all("rows written")
     rows = load_rows(run_dir / _ROWS)
-    training, held_out = _split(config, len(rows))
+    training, held_out = _split(config, rows)
     metrics = MetricsFile(run_dir / METRICS, last_step=-1, active=is_main_process())
     teachers = prepare_teachers(config, run_dir, start.tokenizer, mesh, rows, held_out, report)
     trainer = Trainer(config, start.config, mesh, teachers.shapes, _listed(start.vocabulary))
@@ -168,7 +167,7 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     if is_main_process():
         check_rows(run_dir / _ROWS)
     rows = load_rows(run_dir / _ROWS)
-    training, held_out = _split(config, len(rows))
+    training, held_out = _split(config, rows)
     mesh = make_mesh(config.mesh)
     teachers = resume_teachers(config, run_dir, Tokenizer.from_directory(run_dir), mesh)
     vocabulary = read_run_vocabulary(run_dir)
@@ -201,8 +200,11 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     )
 
 
-def _split(config: Config, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    training, held_out = split_rows(num_rows, config.data.held_out_fraction, config.train.seed)
+def _split(config: Config, rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    section, seed = config.data, config.train.seed
+    training, held_out = split_rows(len(rows), section.held_out_fraction, seed)
+    sources = np.asarray(rows.with_format("numpy")["source"][:])
+    training = weighted_rows(training, sources, section.source_weights, seed)
     if len(training) < config.train.batch_size:
         raise UserError(
             f"train.batch_size={config.train.batch_size} exceeds the {len(training)} rows to train on; "

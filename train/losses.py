@@ -160,7 +160,7 @@ class _Walk:
 
     @classmethod
     def over(cls, weights_BT: jax.Array, chunk: int) -> _Walk:
-        B, T = weights_BT.shape
+        T = weights_BT.shape[1]
         size = min(chunk, T)
         order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True).astype(jnp.int32)
         place_BT = jnp.argsort(order_BT, axis=1).astype(jnp.int32)

@@ -73,7 +73,9 @@ def _compiled(
         )
 
     placement = params_sharding(model.config, logical_axes(model.config), mesh)
-    step = jax.jit(read, in_shardings=(placement, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    step = jax.jit(
+        read, in_shardings=(placement, batch_sharding(mesh)), out_shardings=replicated(mesh)
+    )
     return step.lower(model.params, batch).compile()
 
 
