@@ -55,7 +55,7 @@ def write_run(
     lora: LoraConfig | None = None,
     vocabulary: DraftVocabulary | None = None,
 ) -> None:
-    """Writes what a draft is beside its weights: shape, exits and their parts, adapters on its trunk, list of tokens, tokenizer."""
+    """Writes what a draft is beside its weights: shape, exits and their parts, adapters, list of tokens, tokenizer."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer.partial-", dir=run_dir) as partial:
         tokenizer.save(partial)
@@ -209,7 +209,8 @@ class Checkpoints:
         found = [(_score(c.metrics), c.step) for c in self._checkpointer.checkpoints if c.metrics]
         if not found:
             raise UserError(
-                f"the checkpoints in {self._directory} were not evaluated; give --step N, or hold rows out with data.held_out_fraction"
+                f"the checkpoints in {self._directory} were not evaluated; give --step N, or train with "
+                "data.held_out_fraction above 0"
             )
         return max(found)[1]
 

@@ -16,7 +16,7 @@ from train.evaluate import (
 
 
 def slow_rounds(agrees, draft_tokens):
-    """Plays decoding token by token: the prefill writes the first, then rounds of drafting and one token of the target's own."""
+    """Plays decoding token by token: the prefill writes the first; each round adds accepted tokens and one of the target's."""
     written, rounds = 1, 0
     while written < len(agrees):
         rounds += 1

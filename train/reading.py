@@ -89,7 +89,7 @@ class Reading:
     def teacher_hiddens(self, index: int, params: Params, batch) -> jax.Array:
         """The last state of a teacher, `[B, T, D]`; no gradient flows into it."""
         config = self.teachers[index]
-        (h_BTD,) = self._teacher(index).apply(
+        hiddens = self._teacher(index).apply(
             {"params": params},
             batch.tokens_BT,
             exit_layers=(config.num_layers,),
@@ -97,7 +97,7 @@ class Reading:
             segment_ids_BT=batch.segment_ids_BT,
             method="exit_hiddens",
         )
-        return jax.lax.stop_gradient(h_BTD)
+        return jax.lax.stop_gradient(hiddens[0])
 
     def _teacher(self, index: int) -> Transformer:
         return Transformer(self.teachers[index], jnp.dtype(self.objective.teacher_dtype))
