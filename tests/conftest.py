@@ -24,6 +24,9 @@ def pytest_addoption(parser):
         action="store_true",
         help="test every combination of drafting modes for losslessness, not the covering set (hours)",
     )
+    parser.addoption(
+        "--kills", type=int, default=3, help="how often the test of kill -9 kills a training run"
+    )
 
 
 def pytest_collection_modifyitems(items):

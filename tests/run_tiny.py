@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from tiny import tiny_config, tiny_params, tiny_tokenizer
 
@@ -61,43 +60,47 @@ def launch(source: Path, run_dir: Path, *overrides: object) -> int:
     return main(arguments(source, run_dir, *overrides))
 
 
-def spawn(
-    source: Path, run_dir: Path, *overrides: object, devices: int = 1, **environment: str
-) -> subprocess.Popen:
+def spawn(source: Path, run_dir: Path, *overrides: object, devices: int = 1) -> subprocess.Popen:
     """A run in a process of its own."""
+    return _start(_command(source, run_dir, *overrides), devices, {})
+
+
+def spawn_together(runs: list[tuple], *, devices: int = 1) -> list[subprocess.Popen]:
+    """Processes of one run on loopback; one tuple `(source, run_dir, *overrides)` each."""
+    return start_together([_command(*run) for run in runs], devices=devices)
+
+
+def start_together(commands: list[list[str]], *, devices: int) -> list[subprocess.Popen]:
+    """Commands that find each other through the environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(commands))}
+    return [
+        _start(command, devices, {**shared, "JAX_PROCESS_ID": str(index)})
+        for index, command in enumerate(commands)
+    ]
+
+
+def _command(source: Path, run_dir: Path, *overrides: object) -> list[str]:
+    return [sys.executable, "-m", "train.main", *arguments(source, run_dir, *overrides)]
+
+
+def _start(command: list[str], devices: int, environment: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "train.main", *arguments(source, run_dir, *overrides)],
+        command,
         cwd=ROOT,
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def spawn_together(commands: list[tuple], *, devices: int = 1) -> list[subprocess.Popen]:
-    """Processes of one run on loopback; one tuple `(source, run_dir, *overrides)` each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    return [
-        spawn(
-            *command,
-            devices=devices,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES=str(len(commands)),
-            JAX_PROCESS_ID=str(index),
-        )
-        for index, command in enumerate(commands)
-    ]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:

@@ -18,18 +18,16 @@ import numpy as np
 import pytest
 from disk import file_size_limit, tokenizer_refused
 from rich.console import Console
-from tiny import tiny_config, tiny_params, tiny_tokenizer
+from run_tiny import VOCAB, launch, metrics, write_source
+from tiny import tiny_tokenizer
 
 from s2d_jax.checkpoint import Checkpoints, load_run
 from s2d_jax.config import DraftConfig
-from s2d_jax.export import export_draft
 from s2d_jax.model import Transformer, truncated
-from s2d_jax.pretrained import Draft, load_draft, load_model
+from s2d_jax.pretrained import load_draft, load_model
 from train.config import load_config
-from train.main import main
 from train.progress import ProgressReport
 
-VOCAB = 300
 EXITS = ["1", "2", "3"]
 
 
@@ -48,40 +46,7 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A directory with a tiny model of 4 layers, its tokenizer, conversations and a config."""
-    directory = tmp_path_factory.mktemp("source")
-    config = tiny_config(VOCAB, num_layers=4)
-    model = Draft(config, tiny_params(config), tiny_tokenizer(VOCAB), "tiny", DraftConfig((4,)))
-    export_draft(model, directory / "model", {})
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    rng = np.random.default_rng(0)
-    with open(directory / "chat.jsonl", "w") as file:
-        for _ in range(60):
-            start = int(rng.integers(0, 8))
-            messages = [
-                {"role": "user", "content": words[start]},
-                {"role": "assistant", "content": " ".join(words[start : start + 3])},
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    (directory / "run.yaml").write_text(
-        f"""
-model: {{path: {directory / "model"}, num_layers: 3, compute_dtype: float32, remat: false}}
-data: {{paths: [{directory / "chat.jsonl"}], max_length: 48, held_out_fraction: 0.1}}
-draft: {{exit_layers: [1, 2, 3]}}
-optim: {{learning_rate: 1e-2}}
-train: {{batch_size: 4, max_steps: 8, checkpoint_every: 4, eval_every: 4, keep_checkpoints: 2}}
-"""
-    )
-    return directory
-
-
-def launch(source, run_dir, *overrides: str) -> int:
-    config = str(source / "run.yaml")
-    return main(["--config", config, "--train.run-dir", str(run_dir), *map(str, overrides)])
-
-
-def metrics(run_dir, held_out: bool = False):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row.get("held_out", False) == held_out]
+    return write_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 import traceback
 
 import datasets
+import jax
 
 from s2d_jax.config import UserError
 from train.config import parse_command_line
@@ -38,9 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
         return PREEMPTED_STATUS
     except KeyboardInterrupt:
         return _failed(130, "interrupted; go on from the last checkpoint with --train.resume True")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        words = " ".join(str(error).split())[:160]
+        return _failed(
+            1,
+            f"error: {words}; most often another process is gone: see what it said, then go on with --train.resume True",
+        )
     except Exception as error:
+        if jax.process_count() == 1:
+            raise
         traceback.print_exc()
-        return _failed(1, f"{type(error).__name__}, see the lines above")
+        return _failed(1, f"error: {type(error).__name__}, see the lines above")
     if is_main_process():
         print(
             f"trained: {run_dir}\nexport with: python -m infer.export --run {run_dir} --out {run_dir}/export"
