@@ -43,20 +43,20 @@ def rows(seed: int = 3) -> Batch:
 
 
 def start(config: MedusaConfig = CONFIG, mesh: MeshConfig = ONE_DEVICE, model=MODEL):
-    """Trainer, state, target, batch and compiled step."""
+    """State, trunk, batch and compiled step."""
     trainer = MedusaTrainer(config, model, make_mesh(mesh))
-    target = trainer.place_target(tiny_params(model, spread=3.0))
-    state = trainer.init_state(target)
+    params = tiny_params(model, spread=3.0)
+    state, trunk = trainer.init_state(params), trainer.place_trunk(params)
     batch = jax.device_put(rows(), trainer.batch_sharding)
-    return trainer, state, target, batch, trainer.compile_step(state, target, batch)
+    return state, trunk, batch, trainer.compile_step(state, trunk, batch)
 
 
 def run(config: MedusaConfig = CONFIG, mesh: MeshConfig = ONE_DEVICE, steps: int = 3):
     """Metrics of some steps and the heads after them, on the host."""
-    _, state, target, batch, step = start(config, mesh)
+    state, trunk, batch, step = start(config, mesh)
     history = []
     for index in range(steps):
-        state, metrics = step(state, target, batch, jnp.float32((index + 1) / (steps + 1)))
+        state, metrics = step(state, trunk, batch, jnp.float32((index + 1) / (steps + 1)))
         history.append(jax.device_get(metrics))
     return history, jax.device_get(state.heads)
 
@@ -185,23 +185,23 @@ def test_default_weights_are_powers_of_the_papers_constant():
 def test_untrained_heads_predict_what_the_target_does(tied):
     model = dataclasses.replace(MODEL, tie_embeddings=tied)
     trainer = MedusaTrainer(CONFIG, model, make_mesh(ONE_DEVICE))
-    target = trainer.place_target(tiny_params(model))
-    heads = trainer.init_state(target).heads
-    own = target["embed"]["embedding"] if tied else target["lm_head"]["kernel"]
+    params = tiny_params(model)
+    heads = trainer.init_state(params).heads
+    own = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
     for k in range(HEADS):
         np.testing.assert_array_equal(heads["lm_head"][k], own)
     assert not np.asarray(heads["residual"]).any()
 
 
 def test_the_heads_learn_and_the_target_stays():
-    _, state, target, batch, step = start()
-    before = jax.tree.map(np.array, target)
+    state, trunk, batch, step = start()
+    before = jax.tree.map(np.array, trunk)
     losses = []
     for _ in range(60):
-        state, metrics = step(state, target, batch, jnp.float32(0.2))
+        state, metrics = step(state, trunk, batch, jnp.float32(0.2))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.2 * losses[0]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(target), before)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(trunk), before)
 
 
 @pytest.mark.parametrize(
@@ -225,17 +225,17 @@ def test_meshes_and_accumulation_change_nothing(one_device, mesh, accumulate):
 def test_target_and_heads_are_split_and_only_the_heads_are_float32():
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     config = dataclasses.replace(CONFIG, target_dtype="bfloat16", compute_dtype="bfloat16")
-    _, state, target, batch, step = start(config, mesh)
+    state, trunk, batch, step = start(config, mesh)
     head, moment = state.heads["lm_head"], state.opt_state[1].mu["lm_head"]
     assert head.sharding.shard_shape(head.shape) == (HEADS, 32, 16)
     assert moment.sharding == head.sharding
     assert state.heads["residual"].sharding.shard_shape((HEADS, 32, 32)) == (HEADS, 16, 16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(target)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(trunk)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.heads)} == {jnp.dtype("float32")}
-    _, metrics = step(state, target, batch, jnp.float32(0.5))
+    _, metrics = step(state, trunk, batch, jnp.float32(0.5))
     assert np.isfinite(metrics["loss"])
     assert head.is_deleted()  # the state is donated
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(target))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trunk))
 
 
 def test_the_step_holds_no_logits_of_all_heads_or_of_a_whole_row():
@@ -245,7 +245,7 @@ def test_the_step_holds_no_logits_of_all_heads_or_of_a_whole_row():
     trainer = MedusaTrainer(config, model, make_mesh(ONE_DEVICE))
     shape = jax.ShapeDtypeStruct((ROWS, 96), jnp.int32)
     batch = Batch(shape, shape, jax.ShapeDtypeStruct(shape.shape, jnp.float32), shape, shape)
-    step = trainer.compile_step(trainer.abstract_state(), trainer.abstract_target(), batch)
+    step = trainer.compile_step(trainer.abstract_state(), trainer.abstract_trunk(), batch)
     heads = 4 * HEADS * (4096 + model.embed_dim) * model.embed_dim  # the gradient
     row_logits = 4 * ROWS * 96 * 4096
     assert step.memory_analysis().temp_size_in_bytes < 3 * heads + row_logits

@@ -250,9 +250,10 @@ class MedusaTrainer:
         return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     @property
-    def target_sharding(self) -> Params:
+    def trunk_sharding(self) -> Params:
         """The frozen weights are split as a trained model's are."""
-        return params_sharding(self.model_config, logical_axes(self.model_config), self.mesh)
+        axes = logical_axes(self.model_config)
+        return self._trunk(params_sharding(self.model_config, axes, self.mesh))
 
     @property
     def state_sharding(self) -> MedusaState:
@@ -271,53 +272,63 @@ class MedusaTrainer:
         )
         return MedusaState(heads, opt_state)
 
-    def abstract_target(self) -> Params:
+    def abstract_trunk(self) -> Params:
         """Shapes and dtypes of the frozen weights; nothing is computed."""
-        return abstract_params(self.model_config, jnp.dtype(self.config.target_dtype))
+        dtype = jnp.dtype(self.config.target_dtype)
+        return self._trunk(abstract_params(self.model_config, dtype))
 
     def abstract_state(self) -> MedusaState:
         """Shapes and dtypes of the state; nothing is computed."""
-        return jax.eval_shape(self._start, self.abstract_target())
+        shape = (self.model_config.vocab_size, self.model_config.embed_dim)
+        return jax.eval_shape(self._start, jax.ShapeDtypeStruct(shape, jnp.float32))
 
-    def place_target(self, params: Params) -> Params:
-        """The target's weights in their own dtype, on the mesh."""
+    def place_trunk(self, params: Params) -> Params:
+        """The weights of the target that a step reads, in their own dtype, on the mesh: all but a head that is not tied."""
         dtype = jnp.dtype(self.config.target_dtype)
-        cast = jax.jit(
-            lambda params: jax.tree.map(lambda x: x.astype(dtype), params),
-            out_shardings=self.target_sharding,
-        )
-        return cast(params)
 
-    def init_state(self, target: Params) -> MedusaState:
-        """Heads that predict what `target` does, and an optimizer that has seen nothing."""
-        return jax.jit(self._start, out_shardings=self.state_sharding)(target)
+        def cast(trunk):
+            return jax.tree.map(lambda x: x.astype(dtype), trunk)
 
-    def compile_step(self, state: MedusaState, target: Params, batch: Batch):
-        """`(state, target, batch, progress) -> (state, metrics)`, compiled; the state is donated, the target only read.
+        return jax.jit(cast, out_shardings=self.trunk_sharding)(self._trunk(params))
+
+    def init_state(self, params: Params) -> MedusaState:
+        """Heads that predict what the target of these `params` does, and an optimizer that has seen nothing."""
+        start = jax.jit(self._start, out_shardings=self.state_sharding)
+        return start(self._own_head(params))
+
+    def compile_step(self, state: MedusaState, trunk: Params, batch: Batch):
+        """`(state, trunk, batch, progress) -> (state, metrics)`, compiled; the state is donated, the trunk only read.
 
         `metrics` holds f32: `loss`, `loss_K`, `accuracy_K`, `grad_norm`, `learning_rate`, and `tokens` (padding apart).
         """
         sharding, whole = self.state_sharding, replicated(self.mesh)
         step = jax.jit(
             self._train_step,
-            in_shardings=(sharding, self.target_sharding, self.batch_sharding, whole),
+            in_shardings=(sharding, self.trunk_sharding, self.batch_sharding, whole),
             out_shardings=(sharding, whole),
             donate_argnums=0,
         )
-        return step.lower(state, target, batch, jnp.float32(0)).compile()
+        return step.lower(state, trunk, batch, jnp.float32(0)).compile()
 
-    def _start(self, target: Params) -> MedusaState:
-        num_heads, width = self.config.num_heads, self.model_config.embed_dim
+    def _trunk(self, tree: Any) -> Any:
+        """What is read of a tree of the target's parameters, or of their shardings."""
+        return {name: value for name, value in tree.items() if name != "lm_head"}
+
+    def _own_head(self, params: Params) -> Any:
         tied = self.model_config.tie_embeddings
-        own = target["embed"]["embedding"] if tied else target["lm_head"]["kernel"]
-        own_f32 = own.astype(jnp.float32)
+        return params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
+
+    def _start(self, own_VD: jax.Array) -> MedusaState:
+        num_heads, width = self.config.num_heads, self.model_config.embed_dim
         heads = {
             "residual": jnp.zeros((num_heads, width, width), jnp.float32),
-            "lm_head": jnp.broadcast_to(own_f32[None], (num_heads, *own.shape)),
+            "lm_head": jnp.broadcast_to(
+                own_VD.astype(jnp.float32)[None], (num_heads, *own_VD.shape)
+            ),
         }
         return MedusaState(heads, make_optimizer(self.config.optim).init(heads))
 
-    def _hidden(self, target: Params, batch: Batch) -> jax.Array:
+    def _hidden(self, trunk: Params, batch: Batch) -> jax.Array:
         """The target's states `[B, T, D]` after its final norm. No gradient is ever asked of them."""
         model = Transformer(self.model_config, dtype=jnp.dtype(self.config.compute_dtype))
 
@@ -330,15 +341,15 @@ class MedusaTrainer:
             )
             return model.final_norm(hidden_BTD)
 
-        return model.apply({"params": target}, method=run)
+        return model.apply({"params": trunk}, method=run)
 
-    def _gradient(self, heads: Params, target: Params, batch: Batch, scale_K: jax.Array):
+    def _gradient(self, heads: Params, trunk: Params, batch: Batch, scale_K: jax.Array):
         """Sums and gradient of a batch, in `accumulate` parts."""
         parts, num_heads = self.config.accumulate, self.config.num_heads
 
         def gradient(part: Batch):
             targets_KBT, weights_KBT = head_targets(part, num_heads)
-            hidden_BTD = self._hidden(target, part)
+            hidden_BTD = self._hidden(trunk, part)
             return medusa_gradient(
                 *(heads, hidden_BTD, targets_KBT, weights_KBT, scale_K),
                 chunk=self.config.loss_chunk,
@@ -361,11 +372,11 @@ class MedusaTrainer:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add_part, zeros, jax.tree.map(split, batch))[0]
 
-    def _train_step(self, state: MedusaState, target: Params, batch: Batch, progress: jax.Array):
+    def _train_step(self, state: MedusaState, trunk: Params, batch: Batch, progress: jax.Array):
         _, weights_KBT = head_targets(batch, self.config.num_heads)
         counted_K = jnp.maximum(jnp.sum(weights_KBT, axis=(1, 2)), 1.0)
         share_K = jnp.asarray(self.config.loss_weights, jnp.float32)
-        sums, grads = self._gradient(state.heads, target, batch, share_K / counted_K)
+        sums, grads = self._gradient(state.heads, trunk, batch, share_K / counted_K)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
             updates, opt_state = make_optimizer(self.config.optim).update(
                 grads, state.opt_state, state.heads

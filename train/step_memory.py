@@ -105,17 +105,17 @@ def soft_step(trainer: Trainer) -> StepToCompile:
 
 def medusa_step(trainer: MedusaTrainer, target: str, length: int) -> StepToCompile:
     """Heads on the frozen target named `target`, which runs in every step."""
-    state, frozen = trainer.abstract_state(), trainer.abstract_target()
+    state, trunk = trainer.abstract_state(), trainer.abstract_trunk()
     placed = _placed(state, trainer.state_sharding)
     batch = shapes_of_batch(trainer.config.batch_size, length)
     return StepToCompile(
         system="Medusa heads",
         target=target,
         num_layers=trainer.model_config.num_layers,
-        frozen=_placed(frozen, trainer.target_sharding),
+        frozen=_placed(trunk, trainer.trunk_sharding),
         trained=placed.heads,
         optimizer=placed.opt_state,
-        compile=lambda: trainer.compile_step(state, frozen, batch),
+        compile=lambda: trainer.compile_step(state, trunk, batch),
     )
 
 
