@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -439,14 +439,28 @@ def parse_command_line(arguments: list[str], prog: str) -> Config:
             "--config is missing; give a YAML file, for example configs/smollm2_demo.yaml"
         )
     default = tyro.MISSING_NONPROP if path is None else load_config(path)
+    return parse_flags(Config, overrides, f"{prog} --config FILE", default)
+
+
+Flags = TypeVar("Flags")
+
+
+def parse_flags(
+    flags: type[Flags], arguments: list[str], prog: str, default: Any = tyro.MISSING_NONPROP
+) -> Flags:
+    """A dataclass from the command line; prints help for `--help` and exits.
+
+    Raises:
+        UserError: for anything wrong on the command line.
+    """
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
-                Config,
+                flags,
                 default=default,
-                args=overrides,
-                prog=f"{prog} --config FILE",
+                args=arguments,
+                prog=prog,
                 config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:
