@@ -299,9 +299,7 @@ def test_trunks_that_are_not_the_base(base, tmp_path):
     draft, out = small_draft(base), tmp_path / "small"
     with expect_user_error("layers=None, gives 4 layers of another shape than the draft's 3"):
         export_parts(draft, out, base=base.source, provenance={})
-    with expect_user_error(
-        "layers_1.attn.q_proj.kernel differs from that of .*; export it whole"
-    ):
+    with expect_user_error("layers_1.attn.q_proj.kernel differs from that of .*; export it whole"):
         export_parts(draft, out, base=base.source, layers=(0, 1, 3), provenance={})
     with expect_user_error("layer 4 is not in the model"):
         export_parts(draft, out, base=base.source, layers=(0, 1, 4), provenance={})
