@@ -17,7 +17,7 @@ from tiny import tiny_config, tiny_params
 from s2d_jax.config_translation import config_to_hf
 from s2d_jax.sharding import MeshConfig, make_mesh
 from train import memory
-from train.config import load_config
+from train.config_files import load_config
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.memory import Args, main, plan, run
 from train.step_memory import StepToCompile, bytes_needed, bytes_per_device, measure

@@ -25,7 +25,7 @@ from s2d_jax.checkpoint import Checkpoints, load_run
 from s2d_jax.config import DraftConfig
 from s2d_jax.model import Transformer, truncated
 from s2d_jax.pretrained import load_draft, load_model
-from train.config import load_config
+from train.config_files import load_config
 from train.progress import ProgressReport
 
 EXITS = ["1", "2", "3"]

@@ -25,7 +25,8 @@ from s2d_jax.files import write_text
 from s2d_jax.lora import lora_of
 from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
-from train.config import Config, load_config
+from train.config import Config
+from train.config_files import load_config
 from train.data import build_rows, load_rows, split_rows, weighted_rows
 from train.distributed import is_main_process, wait_for_all
 from train.kept_rows import check_rows, keep_rows
