@@ -33,8 +33,8 @@ from train.config import (
     DraftSection,
     ModelSection,
     TrainSection,
-    parse_flags,
 )
+from train.config_files import parse_flags
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.step import Trainer
 from train.step_memory import StepMemory, StepToCompile, measure, medusa_step, soft_step
