@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from s2d_jax.config import SamplingParams
 from s2d_jax.generation import SpeculativeDecoder
-from s2d_jax.stats import GenerationStats
+from s2d_jax.stats import GenerationStats, sum_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,23 @@ def answer_all(
     answers: dict[int, Answer] = {}
     for batch in plan_batches([len(prompt) for prompt in prompts], batch_size):
         rows = [prompts[i] for i in batch.indices]
-        params = [sampling[i] for i in batch.indices]
-        rows += rows[:1] * batch.padding
-        params += [dataclasses.replace(params[0], max_new_tokens=1)] * batch.padding
-        result = decoder.generate(rows, params)
-        for row, index in enumerate(batch.indices):
-            token_ids = tuple(result.token_ids[row])
-            answers[index] = Answer(result.texts[row], token_ids, result.row_stats[row])
-        on_batch(len(batch.indices), result.stats)
+        found = answer_batch(decoder, rows, [sampling[i] for i in batch.indices], batch.padding)
+        answers |= zip(batch.indices, found, strict=True)
+        on_batch(len(batch.indices), sum_stats([answer.stats for answer in found]))
     return [answers[i] for i in range(len(prompts))]
+
+
+def answer_batch(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[list[int]],
+    sampling: Sequence[SamplingParams],
+    padding: int,
+) -> list[Answer]:
+    """Answers prompts in one call, with `padding` rows that repeat the first prompt for one token."""
+    rows = [*prompts, *[prompts[0]] * padding]
+    short = dataclasses.replace(sampling[0], max_new_tokens=1)
+    result = decoder.generate(rows, [*sampling, *[short] * padding])
+    return [
+        Answer(result.texts[row], tuple(result.token_ids[row]), result.row_stats[row])
+        for row in range(len(prompts))
+    ]

@@ -111,13 +111,13 @@ def _filled(draft_state, length_B):
 
 
 def head_program(draft: Draft) -> Program:
-    """Seconds of reading the draft's logits at one position, and their argmax."""
-    model = draft.drafting_transformer
+    """Seconds of reading the draft's logits at one position of its first exit, and their argmax."""
+    model, exit_layer = draft.drafting_transformer, draft.draft_config.exit_layers[0]
 
     @jax.jit
     def heads(params, h_BD):
         def one(_, h_BD):
-            logits_BV = model.apply({"params": params}, h_BD, method="logits")
+            logits_BV = model.apply({"params": params}, h_BD, exit_layer, method="logits")
             token_B = jnp.argmax(logits_BV, axis=-1)
             return h_BD.at[:, 0].set(token_B.astype(draft.dtype))
 

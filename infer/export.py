@@ -11,21 +11,27 @@ import yaml
 
 from infer.cli import run_command_line
 from s2d_jax.checkpoint import load_run
-from s2d_jax.export import export_draft
+from s2d_jax.export import exits_left_out, export_draft, export_parts
+from s2d_jax.prepare import prepare_for_decode
+
+_FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Export the draft of a training run: full depth, one truncated model per earlier exit, sorted_draft.json."""
+    """Export the draft of a training run: full depth, one model per earlier exit, the parts of single exits,
+    sorted_draft.json; or only what was trained beside a frozen trunk."""
 
     run: Path
     """The directory that train.main wrote."""
     out: Path
     """Where the export appears, once it is complete."""
-    step: int | None = None
-    """Which checkpoint; the newest by default."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint; best is that of the highest acceptance on held-out rows. Default: the newest."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights written."""
+    adapters_only: bool = False
+    """Write only own heads, residual adapters and LoRA (as PEFT does); the trunk stays where training found it."""
 
 
 def main() -> None:
@@ -38,16 +44,25 @@ def export(args: Args) -> None:
     Raises:
         UserError: if there is no such run or step, or the directory holds something else.
     """
-    draft = load_run(args.run, args.step, dtype=jnp.dtype(args.dtype))
+    # A whole export folds LoRA in before it rounds.
+    dtype = args.dtype if args.adapters_only else "float32"
+    draft = load_run(args.run, args.step, dtype=jnp.dtype(dtype))
     config = yaml.safe_load((args.run / "config.yaml").read_text(encoding="utf-8"))
-    provenance = {
-        "run": draft.source,
-        "initialised_from": config["model"]["path"],
-        "config": config,
-    }
+    base = config["model"]["path"]
+    if args.adapters_only:
+        layers = config["model"].get("layers") or range(draft.config.num_layers)
+        provenance = {"run": draft.source, "config": config}
+        export_parts(draft, args.out, base=base, layers=layers, provenance=provenance)
+        print(f"exported what {draft.source} has beside {base} to {args.out}")
+        return
+    draft = prepare_for_decode(draft, _FORMATS[args.dtype])
+    provenance = {"run": draft.source, "initialised_from": base, "config": config}
     export_draft(draft, args.out, provenance)
     exits = ", ".join(map(str, draft.draft_config.exit_layers))
     print(f"exported {draft.source} with exits {exits} to {args.out}")
+    if left_out := exits_left_out(draft):
+        exits = ", ".join(map(str, left_out))
+        print(f"exits {exits} have residual adapters, so no plain model and no directory")
 
 
 if __name__ == "__main__":

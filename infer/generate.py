@@ -16,7 +16,7 @@ from rich.table import Table
 from infer.batching import Answer, answer_all
 from infer.cli import check_writable, counting_bar, eta, run_command_line, screen
 from infer.formats import shares, short_name
-from infer.loading import load_listed_draft, load_target, tokenizer_of
+from infer.loading import load_drafting, load_target, tokenizer_of
 from infer.options import (
     ComputeOptions,
     DraftingOptions,
@@ -26,6 +26,7 @@ from infer.options import (
 )
 from infer.profiling import write_profile
 from infer.questions import Question, encode, read_questions
+from infer.regenerate import regenerate
 from infer.streaming import stream_answers
 from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import UserError
@@ -46,7 +47,11 @@ class Args:
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A prompt; several are answered together in a batch."""
     prompts: Path | None = None
-    """JSONL with prompt, turns or messages per row, or .txt with a prompt per line."""
+    """JSONL with prompt, turns or messages per row, or .txt with a prompt per line; with
+    --as-conversations whatever training reads as well: ShareGPT, saved datasets, parquet."""
+    as_conversations: bool = False
+    """Replace every answer in the conversations of --prompts by the target's own, for training. A run
+    that was killed goes on with the same command."""
     out: Path | None = None
     """Write the answers here as JSONL, which train.main reads. Default: show them."""
     raw: bool = False
@@ -74,18 +79,17 @@ def main() -> None:
 def generate(args: Args) -> None:
     """Answers all prompts with each target; writes `args.out` whole or not at all."""
     require_targets(args.target)
+    if args.as_conversations:
+        regenerate(args)
+        return
     if args.out is not None:
         check_writable(args.out)
     use_compile_cache(args.compute.compile_cache)
     questions, console = _questions(args), screen()
     args.sampling.params()
-    config = args.drafting.config()
-    vocabulary = args.draft_options.draft_vocabulary
-    draft = load_listed_draft(args.draft, vocabulary, args.compute.draft_format)
-    if draft is None and (config.exits or config.exit_thresholds):
-        raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
-    if draft is None and config.policy:
-        raise UserError("--policy auto chooses how to use a draft; give --draft DIR")
+    draft, config = load_drafting(
+        args.draft, args.draft_options, args.drafting, args.compute.draft_format
+    )
     rows = []
     for path in args.target:
         target = load_target(path, args.compute.target_format)

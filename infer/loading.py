@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from s2d_jax.config import UserError
+from infer.options import DraftingOptions, DraftOptions
+from s2d_jax.config import DecodeConfig, UserError
 from s2d_jax.draft_vocabulary import read_vocabulary
 from s2d_jax.pretrained import Draft, Model, load_draft, load_model, with_trimmed_head
 from s2d_jax.tokenizer import Tokenizer
@@ -33,6 +34,23 @@ def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: s
     listed = None if vocabulary in (None, "full") else read_vocabulary(vocabulary)
     draft = load_draft(path, weight_format=weight_format)
     return draft if vocabulary is None else with_trimmed_head(draft, listed)
+
+
+def load_drafting(
+    path: str | None, options: DraftOptions, drafting: DraftingOptions, weight_format: str
+) -> tuple[Draft | None, DecodeConfig]:
+    """The draft of `--draft`, if any, and how it is used.
+
+    Raises:
+        UserError: for flags that need a draft where there is none.
+    """
+    config = drafting.config()
+    draft = load_listed_draft(path, options.draft_vocabulary, weight_format)
+    if draft is None and (config.exits or config.exit_thresholds):
+        raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
+    if draft is None and config.policy:
+        raise UserError("--policy auto chooses how to use a draft; give --draft DIR")
+    return draft, config
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from s2d_jax.config import UserError
 from s2d_jax.tokenizer import Tokenizer
@@ -85,6 +86,11 @@ def _parse_row(path: Path, number: int, line: str) -> Question:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg}); write one object per line") from None
+    return question_of(where, number, row)
+
+
+def question_of(where: str, number: int, row: Any) -> Question:
+    """The question of a row with `prompt`, `turns` or `messages`; UserError, beginning with `where`, for another."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: {type(row).__name__} instead of an object; write {{...}}")
     question_id, category = row.get("question_id", number), str(row.get("category", ""))

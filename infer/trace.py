@@ -90,8 +90,8 @@ def _score(target, draft, exits, target_params, *rest):
     def hiddens(model, params, layers):
         return model.apply({"params": params}, tokens_1T, exit_layers=layers, method="exit_hiddens")
 
-    def logits_NV(model, params, h_1TD):
-        return model.apply({"params": params}, h_1TD[0, at_N - 1], method="logits")
+    def logits_NV(model, params, h_1TD, exit_layer=None):
+        return model.apply({"params": params}, h_1TD[0, at_N - 1], exit_layer, method="logits")
 
     row = SamplingArrays(
         temperature_B=temperature[None],
@@ -107,8 +107,8 @@ def _score(target, draft, exits, target_params, *rest):
     (h_1TD,) = hiddens(target, target_params, (target.config.num_layers,))
     target_prob_N = prob_N(logits_NV(target, target_params, h_1TD))
     sure, accepted = [], []
-    for h_1TD in hiddens(draft, draft_params, exits):
-        own_NV = logits_NV(draft, draft_params, h_1TD)
+    for exit_layer, h_1TD in zip(exits, hiddens(draft, draft_params, exits), strict=True):
+        own_NV = logits_NV(draft, draft_params, h_1TD, exit_layer)
         sure.append(confidence(own_NV))
         draft_prob_N = prob_N(_over_all_ids(own_NV, ids_K, target.config.vocab_size))
         ratio_N = jnp.minimum(1.0, draft_prob_N / jnp.maximum(target_prob_N, 1e-30))

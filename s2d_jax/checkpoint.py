@@ -3,7 +3,7 @@
 ```
 run_dir/
   config.yaml  metrics.jsonl                 written by `train`
-  model_config.json  draft_config.json       the draft's shape and exits
+  model_config.json  draft_config.json       the draft's shape; its exits, their parts, adapters on its trunk
   tokenizer files
   checkpoints/00000200/{params, opt_state}
 ```
@@ -23,37 +23,49 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax.config import DraftConfig, ModelConfig, RopeScaling, UserError
+from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.files import write_text
+from s2d_jax.lora import LoraConfig, with_lora
 from s2d_jax.model import abstract_params, logical_axes
-from s2d_jax.pretrained import Draft
+from s2d_jax.pretrained import Draft, with_trimmed_head
 from s2d_jax.sharding import params_sharding
+from s2d_jax.sorted_draft import parts_from_json
 from s2d_jax.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
 _MODEL_CONFIG = "model_config.json"
 _DRAFT_CONFIG = "draft_config.json"
+_SCORE = "score"
 # Seconds to wait for the threads of a failed save.
 _LONGEST_ABANDON = 10.0
 
 
 def write_run(
-    run_dir: Path, config: ModelConfig, draft_config: DraftConfig, tokenizer: Tokenizer
+    run_dir: Path,
+    config: ModelConfig,
+    draft_config: DraftConfig,
+    tokenizer: Tokenizer,
+    lora: LoraConfig | None = None,
+    vocabulary: DraftVocabulary | None = None,
 ) -> None:
-    """Writes what a draft is beside its weights: its shape, its exits, its tokenizer."""
+    """Writes what a draft is beside its weights: shape, exits and their parts, adapters, list of tokens, tokenizer."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer.partial-", dir=run_dir) as partial:
         tokenizer.save(partial)
         for file in Path(partial).iterdir():
             os.replace(file, run_dir / file.name)
-    for name, value in ((_MODEL_CONFIG, config), (_DRAFT_CONFIG, draft_config)):
-        write_text(run_dir / name, json.dumps(dataclasses.asdict(value), indent=2) + "\n")
+    described = {"lora": None if lora is None else dataclasses.asdict(lora)}
+    described["vocabulary_subset"] = None if vocabulary is None else vocabulary.to_json()
+    described |= dataclasses.asdict(draft_config)
+    for name, value in ((_MODEL_CONFIG, dataclasses.asdict(config)), (_DRAFT_CONFIG, described)):
+        write_text(run_dir / name, json.dumps(value, indent=2) + "\n")
 
 
 def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:
@@ -62,30 +74,56 @@ def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:
     Raises:
         UserError: if `run_dir` is not the directory of a training run.
     """
-    values = []
-    for name in (_MODEL_CONFIG, _DRAFT_CONFIG):
-        try:
-            values.append(json.loads((run_dir / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            raise UserError(
-                f"{run_dir} holds no readable {name}; give the directory of a training run"
-            ) from None
-    model, draft = values
+    model, draft = (_read(run_dir, name) for name in (_MODEL_CONFIG, _DRAFT_CONFIG))
     if model["rope_scaling"] is not None:
         model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
     model["eos_token_ids"] = tuple(model["eos_token_ids"])
     exits, thresholds = draft["exit_layers"], draft["exit_thresholds"]
-    return ModelConfig(**model), DraftConfig(tuple(exits), tuple(thresholds))
+    parts = parts_from_json(draft.get("parts"), run_dir / _DRAFT_CONFIG)
+    return ModelConfig(**model), DraftConfig(tuple(exits), tuple(thresholds), parts)
+
+
+def read_lora(run_dir: Path) -> LoraConfig | None:
+    """The adapters on the trunk of a run's draft, as `write_run` left them; None if it has none.
+
+    Raises:
+        UserError: if `run_dir` is not the directory of a training run.
+    """
+    raw = _read(run_dir, _DRAFT_CONFIG).get("lora")
+    return None if raw is None else LoraConfig(raw["rank"], tuple(raw["targets"]))
+
+
+def read_run_vocabulary(run_dir: Path) -> DraftVocabulary | None:
+    """The list of tokens that the heads of a run's draft are read over, as `write_run` left it; None for all.
+
+    Raises:
+        UserError: if `run_dir` is not the directory of a training run.
+    """
+    raw = _read(run_dir, _DRAFT_CONFIG).get("vocabulary_subset")
+    return None if raw is None else DraftVocabulary.from_json(raw, run_dir / _DRAFT_CONFIG)
+
+
+def _read(run_dir: Path, name: str) -> Any:
+    try:
+        return json.loads((run_dir / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{run_dir} holds no readable {name}; give the directory of a training run"
+        ) from None
 
 
 def load_run(
-    run_dir: str | Path, step: int | None = None, *, dtype: Any = jnp.float32, mesh=None
+    run_dir: str | Path,
+    step: int | Literal["best"] | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    mesh=None,
 ) -> Draft:
-    """The draft of a training run.
+    """The draft of a training run; adapters on its trunk lie beside their kernels.
 
     Args:
         run_dir: written by `python -m train.main`.
-        step: which checkpoint; None takes the newest.
+        step: which checkpoint; None takes the newest, "best" the one of the highest mean acceptance length on held-out rows.
         dtype: of the parameters.
         mesh: places them by `s2d_jax.sharding`; None puts them on the default device.
 
@@ -97,15 +135,18 @@ def load_run(
     checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     with contextlib.closing(checkpoints):
         step = checkpoints.find(step)
-        abstract = abstract_params(config, dtype)
+        lora, parts = read_lora(run_dir), draft_config.parts
+        abstract = with_lora(abstract_params(config, dtype, parts), lora)
         if mesh is None:
             one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             shardings = jax.tree.map(lambda _: one_device, abstract)
         else:
-            shardings = params_sharding(config, logical_axes(config), mesh)
+            axes = with_lora(logical_axes(config, parts), lora)
+            shardings = params_sharding(config, axes, mesh)
         params = checkpoints.restore(step, params=placed(abstract, shardings))["params"]
     tokenizer = Tokenizer.from_directory(run_dir)
-    return Draft(config, params, tokenizer, f"{run_dir} step {step}", draft_config)
+    draft = Draft(config, params, tokenizer, f"{run_dir} step {step}", draft_config)
+    return with_trimmed_head(draft, read_run_vocabulary(run_dir))
 
 
 def placed(abstract: Any, shardings: Any) -> Any:
@@ -118,7 +159,7 @@ def placed(abstract: Any, shardings: Any) -> Any:
 
 
 class Checkpoints:
-    """The numbered checkpoints of a run; the newest `keep` stay.
+    """The numbered checkpoints of a run; the newest `keep` stay, and the best.
 
     A save runs in the background. It appears under its own name only once it is complete, so a killed or failed save leaves the
     earlier ones as they were. The remains of a failed save are removed at once, those of a killed one before the first save
@@ -136,7 +177,7 @@ class Checkpoints:
         if directory.is_dir():
             self._checkpointer = ocp.training.Checkpointer(
                 directory.absolute(),
-                preservation_policy=policy.LatestN(keep) if keep else policy.PreserveAll(),
+                preservation_policy=_newest_and_best(keep) if keep else policy.PreserveAll(),
                 cleanup_tmp_directories=keep is not None,
             )
 
@@ -147,8 +188,8 @@ class Checkpoints:
             return []
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
-    def find(self, step: int | None) -> int:
-        """`step`, or the newest one.
+    def find(self, step: int | Literal["best"] | None) -> int:
+        """`step`, the newest one, or the best.
 
         Raises:
             UserError: if it does not exist.
@@ -156,13 +197,31 @@ class Checkpoints:
         steps = self.steps
         if not steps:
             raise UserError(f"{self._directory} holds no checkpoint; train first")
+        if step == "best":
+            return self._best()
         if step is not None and step not in steps:
             have = ", ".join(map(str, steps))
             raise UserError(f"step={step} is not in {self._directory}; it holds {have}")
         return steps[-1] if step is None else step
 
-    def save(self, step: int, metadata: dict[str, Any], **trees: Any) -> None:
+    def _best(self) -> int:
+        assert self._checkpointer is not None
+        found = [(_score(c.metrics), c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        if not found:
+            raise UserError(
+                f"the checkpoints in {self._directory} were not evaluated; give --step N, or train with "
+                "data.held_out_fraction above 0"
+            )
+        return max(found)[1]
+
+    def save(self, step: int, metadata: dict[str, Any], score: float | None, **trees: Any) -> None:
         """Starts to save named trees of arrays, after waiting for the save before.
+
+        Args:
+            step: its number.
+            metadata: JSON-able facts beside the arrays.
+            score: how good it is, higher is better; None where that is not known.
+            trees: what to save.
 
         Raises:
             UserError: if this or the save before fails, for example on a full disk.
@@ -171,7 +230,10 @@ class Checkpoints:
         with self._explained():
             self._checkpointer.wait()
             self._checkpointer.save_checkpointables_async(
-                step, trees, force=True, custom_metadata=metadata
+                *(step, trees),
+                force=True,
+                metrics=None if score is None else {_SCORE: score},
+                custom_metadata=metadata,
             )
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
@@ -250,6 +312,16 @@ class Checkpoints:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
+
+
+def _score(metrics: Any) -> float:
+    return metrics[_SCORE]
+
+
+def _newest_and_best(keep: int) -> Any:
+    policy = ocp.training.preservation_policies
+    best = policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+    return policy.AnyPreservationPolicy([policy.LatestN(keep), best])
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

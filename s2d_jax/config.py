@@ -85,19 +85,54 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExitParts:
+    """What single exits have of their own beside the shared norm and head; exits are named by their layer counts.
+
+    Attributes:
+        heads: exits that are read through a head of their own.
+        adapters: exits whose state passes a residual low-rank adapter before the shared norm.
+        adapter_rank: of every adapter; 0 where there are none.
+    """
+
+    heads: tuple[int, ...] = ()
+    adapters: tuple[int, ...] = ()
+    adapter_rank: int = 0
+
+    def __post_init__(self):
+        for name, exits in (("heads", self.heads), ("adapters", self.adapters)):
+            _require(
+                list(exits) == sorted(set(exits)) and min(exits, default=1) >= 1,
+                f"{name}={exits} of the exit parts must be ascending positive layer counts; for example 6, 9",
+            )
+        fits = self.adapter_rank >= 1 if self.adapters else self.adapter_rank == 0
+        rank = f"adapter_rank={self.adapter_rank} with adapters={self.adapters}"
+        _require(fits, f"{rank}; give at least 1 with adapters, else 0")
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """All exits with a part, ascending."""
+        return tuple(sorted({*self.heads, *self.adapters}))
+
+
+NO_PARTS = ExitParts()
+
+
+@dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """Where a sorted draft can be left, and its default thresholds.
+    """Where a sorted draft can be left, its default thresholds, and what single exits have of their own.
 
     Attributes:
         exit_layers: layer counts after which the shared norm and head may read the state, ascending.
         exit_thresholds: confidence above which a token leaves, one per exit; the last always accepts, so its threshold is 0.
+        parts: own heads and adapters of some of these exits.
 
     Raises:
-        UserError: for unsorted exits, a wrong number of thresholds, or values outside [0, 1].
+        UserError: for unsorted exits, a wrong number of thresholds, values outside [0, 1], or parts of other exits.
     """
 
     exit_layers: tuple[int, ...]
     exit_thresholds: tuple[float, ...] = ()
+    parts: ExitParts = NO_PARTS
 
     def __post_init__(self):
         exits = self.exit_layers
@@ -109,6 +144,8 @@ class DraftConfig:
             defaults = (0.5,) * (len(exits) - 1) + (0.0,)
             object.__setattr__(self, "exit_thresholds", defaults)
         check_thresholds(exits, self.exit_thresholds)
+        missing = sorted(set(self.parts.exits) - set(exits))
+        _require(not missing, f"exit parts at {missing}, but exit_layers={exits}; add those exits")
 
     def check_depth(self, num_layers: int) -> None:
         """Raises UserError if an exit lies deeper than the draft's `num_layers`."""

@@ -23,10 +23,12 @@ from s2d_jax.model import Params
 from s2d_jax.sharding import mesh_of, replicated
 from s2d_jax.tokenizer import Tokenizer
 from s2d_jax.weight_formats import take_rows
-from s2d_jax.weight_names import EMBEDDING, LM_HEAD, get_weight
+from s2d_jax.weight_names import EXIT_HEADS, get_weight, shared_head
 
 FOLDS = 5
 TRIMMED_HEAD = "trimmed_head"
+# An exit's own head `exit_heads_6` becomes `trimmed_exit_heads_6`.
+TRIMMED = "trimmed_"
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -228,16 +230,21 @@ def _from_ranges(text: str, size: int) -> np.ndarray:
 def trimmed_params(
     config: ModelConfig, params: Params, vocabulary: DraftVocabulary | None
 ) -> Params:
-    """`params` with the listed rows of the head gathered beside the whole tables; None takes such rows away.
+    """`params` with the listed rows of every head gathered beside the whole tables; None takes such rows away.
 
-    The head is the embedding where it is tied; the whole embedding still looks tokens up.
+    The shared head is the embedding where it is tied; the whole embedding still looks tokens up.
     """
-    trimmed = {name: value for name, value in params.items() if name != TRIMMED_HEAD}
-    if vocabulary is not None:
-        head_VD = get_weight(params, EMBEDDING if config.tie_embeddings else LM_HEAD)
-        head_KD = take_rows(head_VD, jnp.asarray(vocabulary.ids_K))
-        if (mesh := mesh_of(params)) is not None:
+    whole = {name: value for name, value in params.items() if not name.startswith(TRIMMED)}
+    if vocabulary is None:
+        return whole
+    heads = {TRIMMED_HEAD: get_weight(params, shared_head(config))}
+    own = (name for name in whole if name.startswith(EXIT_HEADS))
+    heads |= {TRIMMED + name: whole[name]["kernel"] for name in own}
+    mesh, ids_K, trimmed = mesh_of(params), jnp.asarray(vocabulary.ids_K), {}
+    for name, head_VD in heads.items():
+        head_KD = take_rows(head_VD, ids_K)
+        if mesh is not None:
             # K need not divide by the mesh.
             head_KD = jax.device_put(head_KD, replicated(mesh))
-        trimmed[TRIMMED_HEAD] = {"kernel": head_KD}
-    return trimmed
+        trimmed[name] = {"kernel": head_KD}
+    return whole | trimmed

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import shutil
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,16 @@ import numpy as np
 
 from s2d_jax.config import ModelConfig, UserError
 from s2d_jax.config_translation import config_to_hf, merged_ids
-from s2d_jax.locate import SORTED_DRAFT
-from s2d_jax.model import Params, truncated
-from s2d_jax.pretrained import SORTED_DRAFT_FORMAT, Draft
+from s2d_jax.exit_parts import exit_model
+from s2d_jax.locate import EXIT_PARTS, SORTED_DRAFT, locate
+from s2d_jax.lora import lora_of, merge_lora, save_peft
+from s2d_jax.model import Params, check_layers
+from s2d_jax.pretrained import Draft
+from s2d_jax.safetensors_files import save_safetensors
+from s2d_jax.sorted_draft import Base, SortedDraft, base_fingerprint
+from s2d_jax.stored_model import StoredModel, open_model
 from s2d_jax.tokenizer import Tokenizer
-from s2d_jax.weight_names import get_weight, weight_names
-
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+from s2d_jax.weight_names import get_weight, part_names, weight_names
 
 # How Hugging Face's assisted generation drafts with these directories: the heuristic of the paper, which starts at 5
 # tokens, and no stopping below a confidence.
@@ -38,41 +39,6 @@ _ASSISTED_GENERATION = {
 def exit_directory(exit_layer: int) -> str:
     """The name of the truncated model inside an export."""
     return f"exit_{exit_layer:02d}"
-
-
-def save_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Writes arrays in safetensors format, one after another, and waits until they are on the disk.
-
-    Args:
-        tensors: name -> f32, f16 or bf16 array; each is copied to the host only while it is written.
-
-    Raises:
-        UserError: for another dtype.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, array in tensors.items():
-        dtype = jnp.dtype(array.dtype).name
-        if dtype not in _SAFETENSORS_DTYPES:
-            raise UserError(f"{name} has dtype {dtype}; export parameters in f32, f16 or bf16")
-        end = start + array.size * array.dtype.itemsize
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[dtype],
-            "shape": list(array.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for array in tensors.values():
-            host = np.ascontiguousarray(np.asarray(array))
-            file.write(host.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -130,10 +96,12 @@ def _replaced_at_once(out: Path) -> Iterator[Path]:
 def export_draft(draft: Draft, out_dir: str | Path, provenance: Mapping[str, Any]) -> None:
     """Writes a sorted draft for PyTorch users, without PyTorch.
 
-    `out_dir` holds the full depth as a plain `LlamaForCausalLM` or `Qwen2ForCausalLM`, `exit_06/` and the like hold the same
-    files truncated at each earlier exit, and `sorted_draft.json` the exits, thresholds, draft vocabulary and provenance. All
-    weights are written whole, also those of a trimmed head. The directory appears under its name only when it is complete; an
-    earlier export there is replaced.
+    `out_dir` holds the full depth as a plain `LlamaForCausalLM` or `Qwen2ForCausalLM`. `exit_06/` and the like hold each
+    earlier exit, and each exit with a head of its own, as such a model: the layers up to it with the head that it reads. An
+    exit with a residual adapter is no such model and has no directory (`exits_left_out`). `exit_parts.safetensors` holds own
+    heads and adapters, and `sorted_draft.json` the exits, thresholds, draft vocabulary and provenance. Low-rank adapters of the
+    trunk are folded in. All weights are written whole, also those of a trimmed head. The directory appears under its name only
+    when it is complete; an earlier export there is replaced.
 
     Args:
         draft: f32, f16 or bf16 parameters; they are written as they are.
@@ -143,24 +111,113 @@ def export_draft(draft: Draft, out_dir: str | Path, provenance: Mapping[str, Any
     Raises:
         UserError: if `out_dir` holds anything else, an exit is too deep, or the disk is full.
     """
+    out = _destination(out_dir)
+    config, parts = draft.config, draft.draft_config.parts
+    draft.draft_config.check_depth(config.num_layers)
+    params = merge_lora(draft.params)
+    with _replaced_at_once(out) as partial:
+        save_model(partial, config, params, draft.tokenizer)
+        for depth in _plain_exits(draft):
+            exit_config, exit_params = exit_model(config, params, parts, depth)
+            directory = partial / exit_directory(depth)
+            save_model(directory, exit_config, exit_params, draft.tokenizer)
+        _save_parts(partial, draft)
+        described = SortedDraft(draft.draft_config, draft.vocabulary)
+        _write_json(partial / SORTED_DRAFT, described.to_json(provenance))
+
+
+def export_parts(
+    draft: Draft,
+    out_dir: str | Path,
+    *,
+    base: str | Path,
+    layers: Sequence[int] | None = None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Writes what a draft has beside the model that its trunk is from, and the name of that model.
+
+    `out_dir` holds `sorted_draft.json`, the tokenizer, `exit_parts.safetensors` if exits have heads or adapters of their own,
+    and the low-rank adapters of the trunk, if it has some, as PEFT writes them. `load_draft` reads it together with the base.
+
+    Args:
+        draft: f32, f16 or bf16 parameters; its trunk is the base's but for low-rank adapters beside it.
+        out_dir, provenance: as for `export_draft`.
+        base: directory, hub id or `.gguf` file of the model that the draft was made from.
+        layers: the layers of the base that the draft consists of; None is all.
+
+    Raises:
+        UserError: as `export_draft`, and if the draft's trunk is not that of the base.
+    """
+    out = _destination(out_dir)
+    draft.draft_config.check_depth(draft.config.num_layers)
+    lora = lora_of(draft.params)
+    local = locate(base)
+    # A hub id stays one, so that the draft finds its base on every machine.
+    path = str(local.absolute()) if Path(base).expanduser().exists() else str(base)
+    seen = _fingerprint_of_trunk(draft, path, open_model(local), layers)
+    chosen = None if layers is None else tuple(layers)
+    described = SortedDraft(
+        draft.draft_config, draft.vocabulary, Base(path, chosen, seen, lora is not None)
+    )
+    with _replaced_at_once(out) as partial:
+        partial.mkdir()
+        if draft.tokenizer is not None:
+            draft.tokenizer.save(partial)
+        if lora is not None:
+            save_peft(partial, draft.config, draft.params, lora, path)
+        _save_parts(partial, draft)
+        _write_json(partial / SORTED_DRAFT, described.to_json(provenance))
+
+
+def exits_left_out(draft: Draft) -> tuple[int, ...]:
+    """The exits that `export_draft` cannot write as plain models: those with a residual adapter."""
+    return draft.draft_config.parts.adapters
+
+
+def _plain_exits(draft: Draft) -> list[int]:
+    """The exits that get a directory of their own; the top directory is the full depth with the shared head."""
+    exits, parts = draft.draft_config.exit_layers, draft.draft_config.parts
+    other = [e for e in exits if e < draft.config.num_layers or e in parts.heads]
+    return [exit for exit in other if exit not in exits_left_out(draft)]
+
+
+def _save_parts(directory: Path, draft: Draft) -> None:
+    parts = draft.draft_config.parts
+    if parts.exits:
+        tensors = {name.hf: get_weight(draft.params, name) for name in part_names(parts)}
+        save_safetensors(directory / EXIT_PARTS, tensors)
+
+
+def _fingerprint_of_trunk(
+    draft: Draft, path: str, base: StoredModel, layers: Sequence[int] | None
+) -> str:
+    """Of the base's chosen layers. Raises UserError if the draft does not consist of them."""
+    config = base.config
+    if layers is not None:
+        check_layers(layers, config.num_layers)
+        config = dataclasses.replace(config, num_layers=len(layers))
+    seen = base_fingerprint(config)
+    if str(seen) != str(base_fingerprint(draft.config)):
+        raise UserError(
+            f"{path}, layers={layers}, gives {config.num_layers} layers of another shape than the draft's "
+            f"{draft.config.num_layers}; name the model and the layers that it was made from"
+        )
+    for name, array in base.tensors(layers):
+        own = get_weight(draft.params, name)
+        if not np.array_equal(np.asarray(own), array.astype(own.dtype)):
+            raise UserError(
+                f"the draft's {'.'.join(name.ours)} differs from that of {path}: its trunk was trained; export it whole"
+            )
+        seen.add(".".join(name.ours), array)
+    return str(seen)
+
+
+def _destination(out_dir: str | Path) -> Path:
+    """Where an export goes. Raises UserError if that holds something else than an earlier export."""
     # A link is followed, so that what it points to is replaced.
     out = Path(out_dir).expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a new directory")
     if out.exists() and any(out.iterdir()) and not (out / SORTED_DRAFT).exists():
         raise UserError(f"{out} is not empty and is no earlier export; give a new directory")
-    exits = draft.draft_config.exit_layers
-    draft.draft_config.check_depth(draft.config.num_layers)
-    sorted_draft = {
-        "format": SORTED_DRAFT_FORMAT,
-        **dataclasses.asdict(draft.draft_config),
-        "vocabulary_subset": None if draft.vocabulary is None else draft.vocabulary.to_json(),
-        "provenance": dict(provenance),
-    }
-    with _replaced_at_once(out) as partial:
-        save_model(partial, draft.config, draft.params, draft.tokenizer)
-        for depth in exits:
-            if depth < draft.config.num_layers:
-                config, params = truncated(draft.config, draft.params, depth)
-                save_model(partial / exit_directory(depth), config, params, draft.tokenizer)
-        _write_json(partial / SORTED_DRAFT, sorted_draft)
+    return out

@@ -33,7 +33,11 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A weight `[out, in]`, with a bias where asked for; the result has the dtype of the input unless `out_dtype` is given."""
+    """A weight `[out, in]`, with a bias where asked for; the result has the dtype of the input unless `out_dtype` is given.
+
+    Where the parameters hold low-rank factors beside the kernel (`s2d_jax.lora` puts them there, never `init`), their product
+    is added to it.
+    """
 
     in_dim: int
     out_dim: int
@@ -46,11 +50,32 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(_kernel_init, self.axes)
         kernel_OI = self.param("kernel", init, (self.out_dim, self.in_dim))
         out = linear(x, kernel_OI, self.out_dtype)
+        if self.has_variable("params", "lora_a"):
+            a_RI, b_OR = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            out = out + linear(linear(x, a_RI), b_OR, self.out_dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
             bias_O = self.param("bias", zeros, (self.out_dim,)).astype(x.dtype)
             out = out + jnp.expand_dims(bias_O, tuple(range(x.ndim - 1)))
         return out
+
+
+class ExitAdapter(nn.Module):
+    """`h + up(silu(down(h / |h|))) * |h|`, a residual that scales with the state: `|h|` is its root mean square."""
+
+    embed_dim: int
+    rank: int
+    eps: float
+
+    def setup(self):
+        self.down = Linear(self.embed_dim, self.rank, ("rank", "embed"))
+        self.up = Linear(self.rank, self.embed_dim, ("embed", "rank"))
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        h_f32 = h.astype(jnp.float32)
+        size = jnp.sqrt(jnp.mean(h_f32 * h_f32, axis=-1, keepdims=True) + self.eps)
+        change = self.up(jax.nn.silu(self.down((h_f32 / size).astype(h.dtype))))
+        return h + change * size.astype(h.dtype)
 
 
 def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None) -> jax.Array:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.config import ModelConfig, UserError
+from s2d_jax.config import NO_PARTS, ExitParts, ModelConfig, UserError
 from s2d_jax.kv_cache import KVCache
-from s2d_jax.layers import Block, Linear, RMSNorm
+from s2d_jax.layers import Block, ExitAdapter, Linear, RMSNorm
 from s2d_jax.linear import linear
 from s2d_jax.weight_formats import embed
 
@@ -42,23 +43,37 @@ class Transformer(nn.Module):
 
     `Transformer(config).apply({"params": params}, ..., method="run_blocks")`
 
-    With `trimmed_head_size` K, logits are read through the K rows of the head that `pretrained.with_trimmed_head` gathered.
+    With `trimmed_head_size` K, logits are read through the K rows of each head that `pretrained.with_trimmed_head` gathered.
+    `parts` says which exits have a head or an adapter of their own.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     trimmed_head_size: int | None = None
+    parts: ExitParts = NO_PARTS
 
     def setup(self):
         c = self.config
         self.embed_table = Embed(c, name="embed")
         self.layers = [Block(c) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.embed_dim, c.norm_eps)
-        axes, size = ("vocab", "embed"), self.trimmed_head_size
-        if size is not None:
-            self.trimmed_head = Linear(c.embed_dim, size, axes, out_dtype=jnp.float32)
-        elif not c.tie_embeddings:
-            self.lm_head = Linear(c.embed_dim, c.vocab_size, axes, out_dtype=jnp.float32)
+        size = c.vocab_size if self.trimmed_head_size is None else self.trimmed_head_size
+
+        def new_head():
+            return Linear(c.embed_dim, size, ("vocab", "embed"), out_dtype=jnp.float32)
+
+        # Keys are strings for Linen, which names the parameters `exit_heads_6` and the like.
+        own_heads = {str(exit): new_head() for exit in self.parts.heads}
+        if self.trimmed_head_size is not None:
+            self.trimmed_head, self.trimmed_exit_heads = new_head(), own_heads
+        else:
+            self.exit_heads = own_heads
+            if not c.tie_embeddings:
+                self.lm_head = new_head()
+        self.exit_adapters = {
+            str(exit): ExitAdapter(c.embed_dim, self.parts.adapter_rank, c.norm_eps)
+            for exit in self.parts.adapters
+        }
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """`[B, T]` int32 -> `[B, T, D]` in the compute dtype. Ids beyond the vocabulary read its last row."""
@@ -84,13 +99,25 @@ class Transformer(nn.Module):
             values.append(v)
         return h_BTD, cache.replace(keys=tuple(keys), values=tuple(values))
 
-    def logits(self, h: jax.Array) -> jax.Array:
-        """`[..., D]` -> f32 `[..., V]` (`[..., K]` with a trimmed head): the final norm and the head, shared by all exits."""
-        normed = self.final_norm(h)
-        if self.trimmed_head_size is not None:
-            return self.trimmed_head(normed)
-        head = self.embed_table.attend if self.config.tie_embeddings else self.lm_head
-        return head(normed)
+    def logits(self, h: jax.Array, exit_layer: int | None = None) -> jax.Array:
+        """`[..., D]` -> f32 `[..., V]` (`[..., K]` with a trimmed head): the final norm and a head.
+
+        Args:
+            h: the state after layer `exit_layer`.
+            exit_layer: whose adapter comes before the norm, and whose own head replaces the shared one, where `parts` has
+                them; None, or any other exit, takes what all exits share.
+        """
+        if exit_layer in self.parts.adapters:
+            h = self.exit_adapters[str(exit_layer)](h)
+        return self._head(exit_layer)(self.final_norm(h))
+
+    def _head(self, exit_layer: int | None) -> Callable[[jax.Array], jax.Array]:
+        whole = self.trimmed_head_size is None
+        if exit_layer in self.parts.heads:
+            return (self.exit_heads if whole else self.trimmed_exit_heads)[str(exit_layer)]
+        if not whole:
+            return self.trimmed_head
+        return self.embed_table.attend if self.config.tie_embeddings else self.lm_head
 
     def exit_hiddens(
         self, tokens_BT, *, exit_layers, positions_BT=None, segment_ids_BT=None, remat=False
@@ -128,11 +155,15 @@ class Transformer(nn.Module):
             positions_BT=positions_BT,
             segment_ids_BT=segment_ids_BT,
         )
+        if self.is_initializing():  # the parts exist once they are used
+            for exit in self.parts.exits:
+                self.logits(h_BTD, exit)
         return self.logits(h_BTD)
 
 
-def _init(config: ModelConfig, key) -> Params:
-    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+def _init(config: ModelConfig, key, parts: ExitParts = NO_PARTS) -> Params:
+    model = Transformer(config, parts=parts)
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Params:
@@ -141,17 +172,46 @@ def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> Param
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def abstract_params(config: ModelConfig, dtype=jnp.float32) -> Params:
-    """The tree of `jax.ShapeDtypeStruct` that `init_params` would return; nothing is computed."""
-    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+def abstract_params(config: ModelConfig, dtype=jnp.float32, parts: ExitParts = NO_PARTS) -> Params:
+    """The tree of `jax.ShapeDtypeStruct` that `init_params` and `init_exit_parts` would return; nothing is computed."""
+    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0), parts))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.meta.unbox(boxed))
 
 
-def logical_axes(config: ModelConfig) -> Params:
-    """The tree of tuples of logical axis names (`vocab`, `embed`, `heads`, `kv_heads`, `ffw`, `norm`) of every parameter."""
-    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+def logical_axes(config: ModelConfig, parts: ExitParts = NO_PARTS) -> Params:
+    """The tree of tuples of the logical axis names of every parameter; `s2d_jax.sharding.RULES` lists them."""
+    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0), parts))
     is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=is_boxed)
+
+
+def check_layers(layers: Sequence[int], num_layers: int) -> None:
+    """Raises UserError unless `layers` lists some of the layers 0 .. num_layers - 1 of a model, in any order."""
+    wrong = [i for i in layers if not 0 <= i < num_layers]
+    if wrong or not layers:
+        what = f"layer {wrong[0]} is not in the model" if wrong else "there are no layers"
+        raise UserError(f"layers={tuple(layers)}: {what}; list some of 0 to {num_layers - 1}")
+    if len(set(layers)) < len(layers):
+        raise UserError(f"layers={tuple(layers)} repeats a layer; list each at most once")
+
+
+def selected(
+    config: ModelConfig, params: Params, layers: Sequence[int]
+) -> tuple[ModelConfig, Params]:
+    """The model of some layers, in the order given, with the same embedding, final norm and head.
+
+    Args:
+        config, params: of the model; what lies beside its layers is kept as it is.
+        layers: numbers from 0.
+
+    Raises:
+        UserError: for no layers, repeated ones, or layers that the model does not have.
+    """
+    check_layers(layers, config.num_layers)
+    of_layers = {f"layers_{i}" for i in range(config.num_layers)}
+    kept = {name: value for name, value in params.items() if name not in of_layers}
+    kept |= {f"layers_{new}": params[f"layers_{old}"] for new, old in enumerate(layers)}
+    return dataclasses.replace(config, num_layers=len(layers)), kept
 
 
 def truncated(config: ModelConfig, params: Params, num_layers: int) -> tuple[ModelConfig, Params]:
@@ -164,6 +224,4 @@ def truncated(config: ModelConfig, params: Params, num_layers: int) -> tuple[Mod
         raise UserError(
             f"num_layers={num_layers} must be between 1 and the model's {config.num_layers} layers"
         )
-    dropped = {f"layers_{i}" for i in range(num_layers, config.num_layers)}
-    kept = {name: value for name, value in params.items() if name not in dropped}
-    return dataclasses.replace(config, num_layers=num_layers), kept
+    return selected(config, params, range(num_layers))

@@ -7,22 +7,20 @@ A policy is data. It is kept in the draft's `sorted_draft.json`, or in a file of
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from s2d_jax.config import DecodeConfig, RoundCosts, UserError
 from s2d_jax.files import write_text
+from s2d_jax.fingerprint import Fingerprint
 from s2d_jax.locate import SORTED_DRAFT
 from s2d_jax.machine import cpu_name, usable_cores
 from s2d_jax.pretrained import Model
 
-_SAMPLED_WEIGHTS = 16
 # Of DecodeConfig: what a policy does not decide.
 _NOT_STORED = ("policy", "policy_file", "verify_width")
 
@@ -73,13 +71,10 @@ class Policy:
 
 def fingerprint(model: Model) -> str:
     """A hash of a model's shape and of a few weights of every tensor; 16 hexadecimal digits."""
-    digest = hashlib.sha256(repr(dataclasses.astuple(model.config)).encode())
+    found = Fingerprint(model.config)
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        picked = np.linspace(0, leaf.size - 1, min(_SAMPLED_WEIGHTS, leaf.size)).astype(np.int64)
-        at = np.unravel_index(picked, leaf.shape)
-        values = np.asarray(jax.device_get(leaf[at])).astype(np.float32)
-        digest.update(jax.tree_util.keystr(path).encode() + values.tobytes())
-    return digest.hexdigest()[:16]
+        found.add(jax.tree_util.keystr(path), leaf)
+    return str(found)
 
 
 def weight_format(model: Model) -> str:

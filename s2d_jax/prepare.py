@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2d_jax.lora import merge_lora
 from s2d_jax.sharding import mesh_of, put_whole
 from s2d_jax.weight_formats import (
     Int8Weight,
@@ -23,7 +24,7 @@ ModelT = TypeVar("ModelT")
 
 
 def prepare_for_decode(model: ModelT, weight_format: str) -> ModelT:
-    """The model with its matrices in `weight_format`, for decoding.
+    """The model with its matrices in `weight_format`, for decoding. Low-rank factors are folded into their kernels first.
 
     Matrices, embedding tables included, are converted one after another; a tied table stays one table. Norms and biases get the
     compute dtype (`s2d_jax.weight_formats.compute_dtype`). What is already in the format is shared, not copied.
@@ -36,7 +37,7 @@ def prepare_for_decode(model: ModelT, weight_format: str) -> ModelT:
         UserError: for an unknown format.
     """
     check_weight_format(weight_format)
-    params = model.params  # pyright: ignore[reportAttributeAccessIssue]
+    params = merge_lora(model.params)  # pyright: ignore[reportAttributeAccessIssue]
     dtype = compute_dtype(weight_format, platform_of(mesh_of(params)))
     is_weight = lambda x: isinstance(x, Int8Weight)  # noqa: E731
     prepared = jax.tree.map(

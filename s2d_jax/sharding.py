@@ -27,6 +27,7 @@ RULES: dict[str, MeshAxes] = {
     "ffw": "tensor",
     "embed": "fsdp",
     "norm": None,
+    "rank": None,
 }
 
 

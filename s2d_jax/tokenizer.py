@@ -6,6 +6,7 @@ The only place that touches Hugging Face tokenizers.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -118,6 +119,23 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised."""
         return self._fast.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """What `encode` gives, and for each token the index in `text` at which its characters end."""
+        encoded = self._fast(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+
+    def fingerprint(self) -> str:
+        """A SHA-256 that changes with anything that decides which ids a conversation becomes."""
+        parts = [
+            self._fast.backend_tokenizer.to_str(),
+            self.chat_template,
+            json.dumps(self._fast.special_tokens_map, default=str, sort_keys=True),
+            str(self.stop_token_ids),
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids beyond the vocabulary are left out."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from s2d_jax.config import ModelConfig
+from s2d_jax.config import ExitParts, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +17,11 @@ class WeightName:
     hf: str
     gguf: str
 
-    def at_layer(self, i: int) -> WeightName:
-        """The names in layer `i`."""
+    def at_layer(self, i: int, stored: int | None = None) -> WeightName:
+        """The names in layer `i`, which has the number `stored` (None: the same) in files."""
         ours = tuple(part.format(i=i) for part in self.ours)
-        return WeightName(ours, self.hf.format(i=i), self.gguf.format(i=i))
+        stored = i if stored is None else stored
+        return WeightName(ours, self.hf.format(i=stored), self.gguf.format(i=stored))
 
 
 def _layer(ours: str, hf: str, gguf: str) -> WeightName:
@@ -31,6 +33,8 @@ def _layer(ours: str, hf: str, gguf: str) -> WeightName:
 EMBEDDING = WeightName(("embed", "embedding"), "model.embed_tokens.weight", "token_embd.weight")
 FINAL_NORM = WeightName(("final_norm", "scale"), "model.norm.weight", "output_norm.weight")
 LM_HEAD = WeightName(("lm_head", "kernel"), "lm_head.weight", "output.weight")
+# Of the parts of single exits: `exit_heads_6`, `exit_adapters_9`.
+EXIT_HEADS, EXIT_ADAPTERS = "exit_heads", "exit_adapters"
 
 LAYER = (
     _layer("attn_norm.scale", "input_layernorm.weight", "attn_norm.weight"),
@@ -50,12 +54,42 @@ QKV_BIAS = (
 )
 
 
-def weight_names(config: ModelConfig) -> tuple[WeightName, ...]:
-    """Every tensor that a model of `config` consists of, in the order of the forward pass."""
+# The projections of a block, by the names that Hugging Face and PEFT have for them: `q_proj`, ..., `down_proj`.
+PROJECTIONS = {name.ours[-2]: name for name in LAYER if name.ours[-1] == "kernel"}
+
+
+def weight_names(
+    config: ModelConfig, layers: Sequence[int] | None = None
+) -> tuple[WeightName, ...]:
+    """Every tensor that a model of `config` consists of, in the order of the forward pass.
+
+    Args:
+        layers: the numbers that its layers have in the files of a larger model; None: the same as here.
+    """
     per_layer = LAYER + (QKV_BIAS if config.qkv_bias else ())
-    layers = [name.at_layer(i) for i in range(config.num_layers) for name in per_layer]
+    numbers = enumerate(range(config.num_layers) if layers is None else layers)
+    blocks = [name.at_layer(i, stored) for i, stored in numbers for name in per_layer]
     head = () if config.tie_embeddings else (LM_HEAD,)
-    return (EMBEDDING, *layers, FINAL_NORM, *head)
+    return (EMBEDDING, *blocks, FINAL_NORM, *head)
+
+
+def shared_head(config: ModelConfig) -> WeightName:
+    """The head that all exits share: the embedding where it is tied."""
+    return EMBEDDING if config.tie_embeddings else LM_HEAD
+
+
+def part_names(parts: ExitParts) -> tuple[WeightName, ...]:
+    """Every tensor of the parts of single exits. No other program has names for them, so the two foreign names are alike."""
+
+    def name(kind: str, exit: int, *rest: str) -> WeightName:
+        stored = ".".join((kind, str(exit), *rest, "weight"))
+        return WeightName((f"{kind}_{exit}", *rest, "kernel"), stored, stored)
+
+    heads = [name(EXIT_HEADS, exit) for exit in parts.heads]
+    factors = [
+        name(EXIT_ADAPTERS, exit, factor) for exit in parts.adapters for factor in ("down", "up")
+    ]
+    return (*heads, *factors)
 
 
 def get_weight(params: Any, name: WeightName) -> Any:

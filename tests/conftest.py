@@ -39,6 +39,14 @@ def pytest_collection_modifyitems(items):
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s2d-jax"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_rows(tmp_path_factory):
+    """Tests leave nothing in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S2D_DATA_CACHE", str(tmp_path_factory.mktemp("rows")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
     """A process may hold about 65,000 memory maps; XLA's programs for a CPU take many each, and a whole suite's too many."""

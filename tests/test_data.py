@@ -9,9 +9,9 @@ import pytest
 from tiny import tiny_tokenizer
 
 from s2d_jax.config import UserError
+from s2d_jax.conversation_files import read_conversations
 from s2d_jax.sharding import MeshConfig, make_mesh
 from train.config import DataSection
-from train.conversations import read_conversations, well_formed
 from train.data import (
     build_rows,
     load_rows,
@@ -20,8 +20,8 @@ from train.data import (
     rows_of_step,
     save_rows,
     split_rows,
-    tokenize,
 )
+from train.documents import documents_of
 
 VOCAB = 300
 SHAREGPT = {
@@ -38,6 +38,12 @@ MESSAGES = [
     {"role": "user", "content": "five"},
     {"role": "assistant", "content": "six seven eight"},
 ]
+
+
+def tokenize(messages, tokenizer):
+    """The one sequence that a conversation becomes under a template that only appends."""
+    (document,) = documents_of(messages, tokenizer)
+    return document
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,10 @@ GOOD = json.dumps({"messages": MESSAGES})
         (f"{GOOD}\n3\n", r"line 2: expected a list `conversations` or `messages`, got int"),
         ('{"text": "a"}', r"line 1: expected a list .*, got keys \['text'\]"),
         (f'[{GOOD}, {{"x": 1}}]', r"conversation 2: expected a list"),
-        ('{"messages": [{"role": "user"}]}', r"line 1: turn 1 needs `role` and `content` as text"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            r"line 1: turn 1 needs `role` and `content` as text; repair or remove",
+        ),
         (
             '{"conversations": [{"from": "x", "value": ""}]}',
             r"turn 1 has from='x'; use one of user",
@@ -91,20 +100,11 @@ def test_a_corrupt_row_is_named_by_file_and_line(write, text, message):
 
 
 def test_unreadable_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.json: No such file or directory; data.paths"):
+    with pytest.raises(UserError, match=r"nowhere.json: No such file or directory; give a conv"):
         read_conversations(tmp_path / "nowhere.json")
     (tmp_path / "bytes").write_bytes(b'{"messages": \xff}')
     with pytest.raises(UserError, match="not UTF-8 at byte 13; convert the file"):
         read_conversations(tmp_path / "bytes")
-
-
-def test_only_alternating_turns_that_end_with_an_answer_are_kept():
-    user, answer = MESSAGES[0], MESSAGES[1]
-    system = {"role": "system", "content": "be brief"}
-    assert well_formed([system, user, answer]) == [system, user, answer]
-    assert well_formed([answer, user, answer, user]) == [user, answer]
-    for bad in ([], [user], [answer], [user, user, answer], [user, answer, answer], [system]):
-        assert well_formed(bad) is None
 
 
 def rendered_answers(tokenizer, messages):
@@ -147,7 +147,7 @@ def test_an_answer_that_was_cut_off_teaches_no_end_of_turn(chat, write):
     cut = [answer.removesuffix("<|im_end|>") for answer in whole]
     expected = [[cut[0], whole[1]], [whole[0], cut[1]], whole]
     for messages, spans in zip(conversations, expected, strict=True):
-        ids, mask = tokenize(well_formed(messages), tokenizer)
+        ids, mask = tokenize(messages, tokenizer)
         assert ids == tokenize(MESSAGES, tokenizer)[0]
         assert spans_of(ids, mask, tokenizer) == spans
     # Through the data set, whose rows share one set of keys.
@@ -193,15 +193,6 @@ def test_the_masked_text_of_a_conversation_in_vicunas_words():
     ]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    tokenizer = tiny_tokenizer(VOCAB)
-    tokenizer.chat_template = (
-        "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
-    with pytest.raises(UserError, match="chat template rewrites earlier turns"):
-        tokenize(MESSAGES, tokenizer)
-
-
 def test_packing_keeps_every_document_whole_and_rows_full():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 33, 200).tolist()
@@ -237,9 +228,9 @@ def test_rows_hold_documents_positions_and_targets(tokenizer, write):
     assert len(found) == 6
     padding = np.asarray(batch.segment_ids_BT) == 0
     assert not np.asarray(batch.weights_BT)[padding].any()
-    assert (report.conversations, report.skipped, report.truncated) == (6, 0, 0)
-    assert report.tokens == sum(map(len, found))
-    assert report.counted_tokens == np.asarray(batch.weights_BT).sum()
+    assert (report.total["conversations"], report.total["truncated"]) == (6, 0)
+    assert report.total["tokens"] == sum(map(len, found))
+    assert report.total["answer_tokens"] == np.asarray(batch.weights_BT).sum()
 
 
 def _one(device):
@@ -256,10 +247,16 @@ def test_truncation_is_counted_and_conversations_without_an_answer_left_are_drop
     rows = "".join(json.dumps({"messages": m}) + "\n" for m in (MESSAGES, long, lost, MESSAGES[:1]))
     config = DataSection(paths=(write(rows),), max_length=128)
     packed, report = build_rows(config, tokenizer, vocab_size=VOCAB)
-    assert (report.conversations, report.skipped) == (4, 1)
-    assert (report.truncated, report.dropped) == (2, 1)
+    counts = {name: count for name, count in report.total.items() if "token" not in name}
+    assert {name: count for name, count in counts.items() if count} == {
+        "conversations": 4,
+        "no_answer": 1,
+        "documents": 3,
+        "truncated": 1,
+        "truncated_before_any_answer": 1,
+        "rows": 2,
+    }
     assert {len(row["tokens"]) for row in packed} == {128}
-    assert "4 conversations (1 skipped, 2 truncated, 1 dropped) -> " in str(report)
 
 
 @pytest.mark.parametrize(

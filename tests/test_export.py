@@ -48,11 +48,13 @@ def hf_load(directory: Path):
     return model.eval()
 
 
-def exit_logits(draft: Draft, depth: int, tokens_BT: np.ndarray) -> np.ndarray:
-    model, variables = Transformer(draft.config), {"params": draft.params}
-    tokens = jnp.asarray(tokens_BT)
-    (hidden,) = model.apply(variables, tokens, exit_layers=(depth,), method="exit_hiddens")
-    return np.asarray(model.apply(variables, hidden, method="logits"))
+def exit_logits(draft: Draft, depth: int | None, tokens_BT: np.ndarray) -> np.ndarray:
+    """At an exit; None is the full depth with what all exits share."""
+    model = Transformer(draft.config, parts=draft.draft_config.parts)
+    variables, tokens = {"params": draft.params}, jnp.asarray(tokens_BT)
+    layers = (depth or draft.config.num_layers,)
+    (hidden,) = model.apply(variables, tokens, exit_layers=layers, method="exit_hiddens")
+    return np.asarray(model.apply(variables, hidden, depth, method="logits"))
 
 
 def files_in(directory: Path) -> set[str]:
@@ -92,7 +94,9 @@ def test_layout(tmp_path):
         "format": 1,
         "exit_layers": [1, 2, 4],
         "exit_thresholds": [0.6, 0.5, 0.0],
+        "exit_parts": None,
         "vocabulary_subset": None,
+        "base": None,
         "provenance": {"run": "test", "step": 7},
     }
     assert exit_directory(6) == "exit_06"

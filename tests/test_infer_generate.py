@@ -15,10 +15,10 @@ from infer import generate
 from infer.batching import Answer
 from infer.questions import Question
 from s2d_jax.config import SamplingParams
+from s2d_jax.conversation_files import read_conversations
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import load_model
 from s2d_jax.stats import GenerationStats
-from train.conversations import read_conversations
 
 PROMPTS = ("the", "one two", "user asks")
 SHORT = ("--max-new-tokens", 8)

@@ -1,4 +1,4 @@
-"""The sorted loss against its definition in NumPy, in value and in gradient."""
+"""The sorted loss against its definition in NumPy, in value and in gradient, and what it does not compute."""
 
 from __future__ import annotations
 
@@ -7,83 +7,134 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.losses import exit_sums, sorted_loss
+from train.losses import Labels, sorted_loss, values_of_positions
+from train.objectives import cross_entropy
 
-B, T, D, V, E = 2, 7, 5, 11, 3
+B, T, D, V, E = 3, 7, 5, 11, 3
 EXIT_WEIGHTS = (1.0, 0.5, 2.0)
 
 
-def read_logits(head, h):
-    return (h @ head["kernel"].T).astype(jnp.float32)
+def token_values(learned, fixed, h_EBCD, labels):
+    logits = (h_EBCD @ learned["kernel"].T).astype(jnp.float32)
+    targets_EBC = jnp.broadcast_to(labels.targets_BT[None], logits.shape[:-1])
+    ce_EBC = cross_entropy(jax.nn.log_softmax(logits), targets_EBC)
+    correct_EBC = (jnp.argmax(logits, -1) == targets_EBC).astype(jnp.float32)
+    return {"loss": ce_EBC, "correct": correct_EBC}
 
 
 @pytest.fixture
 def problem():
+    """Head, states and labels; the rows count 7, 3 and 0 positions."""
     rng = np.random.default_rng(0)
     head = {"kernel": jnp.asarray(rng.normal(size=(V, D)), jnp.float32)}
     hiddens = tuple(jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32) for _ in range(E))
     targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
-    weights = jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32)
-    return head, hiddens, targets, weights
+    weights = jnp.asarray([[1] * 7, [0, 1, 0, 0, 1, 1, 0], [0] * 7], jnp.float32)
+    return head, hiddens, Labels(targets, weights)
 
 
-def reference(head, hiddens, targets, weights):
-    """Per exit, in float64: sum over counted tokens of -log p(target), and correct predictions."""
-    targets, weights, losses, corrects = np.asarray(targets), np.asarray(weights), [], []
+def reference(head, hiddens, labels):
+    """Per exit and position, in float64: -log p(target), and whether the argmax is the target."""
+    targets, losses, corrects = np.asarray(labels.targets_BT), [], []
     for h in hiddens:
         logits = np.asarray(h, np.float64) @ np.asarray(head["kernel"], np.float64).T
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        picked = np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-        losses.append(-(picked * weights).sum())
-        corrects.append(((logits.argmax(-1) == targets) * weights).sum())
+        losses.append(-np.take_along_axis(log_probs, targets[..., None], -1)[..., 0])
+        corrects.append(logits.argmax(-1) == targets)
     return np.array(losses), np.array(corrects)
 
 
+def loss_of(problem, chunk, exit_weights=EXIT_WEIGHTS, **options):
+    head, hiddens, labels = problem
+    weights = {"exit_weights": exit_weights, "chunk": chunk}
+    return sorted_loss(token_values, head, None, hiddens, labels, **weights, **options)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_sorted_loss_is_the_weighted_mean_of_the_exits_cross_entropies(problem, chunk):
-    loss, sums = sorted_loss(read_logits, *problem, exit_weights=EXIT_WEIGHTS, chunk=chunk)
+def test_sorted_loss_is_the_weighted_mean_of_the_exits_losses(problem, chunk):
+    loss, sums = loss_of(problem, chunk)
     losses, corrects = reference(*problem)
-    expected = (np.array(EXIT_WEIGHTS) * losses).sum() / sum(EXIT_WEIGHTS)
+    weights = np.asarray(problem[2].weights_BT)
+    losses_E = (losses * weights).sum((1, 2))
+    expected = (np.array(EXIT_WEIGHTS) * losses_E).sum() / sum(EXIT_WEIGHTS)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(sums.loss_E, losses, rtol=1e-5)
-    np.testing.assert_array_equal(sums.correct_E, corrects)
-    evaluated = exit_sums(read_logits, *problem, chunk=chunk)
-    np.testing.assert_allclose(evaluated.loss_E, losses, rtol=1e-5)
-    np.testing.assert_array_equal(evaluated.correct_E, corrects)
+    np.testing.assert_allclose(sums["loss"], losses_E, rtol=1e-5)
+    np.testing.assert_array_equal(sums["correct"], (corrects * weights).sum((1, 2)))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_values_come_back_to_their_positions(problem, chunk):
+    head, hiddens, labels = problem
+    values = values_of_positions(token_values, head, hiddens, labels, chunk=chunk)
+    losses, corrects = reference(*problem)
+    counts = np.asarray(labels.weights_BT) > 0
+    np.testing.assert_allclose(values["loss"], np.where(counts, losses, 0), rtol=1e-5)
+    np.testing.assert_array_equal(values["correct"], np.where(counts, corrects, 0))
 
 
 def test_equal_weights_are_the_unweighted_mean(problem):
-    loss, _ = sorted_loss(read_logits, *problem, exit_weights=(1.0,) * E, chunk=4)
-    np.testing.assert_allclose(loss, reference(*problem)[0].mean(), rtol=1e-5)
+    loss, sums = loss_of(problem, 4, exit_weights=(1.0,) * E)
+    np.testing.assert_allclose(loss, np.asarray(sums["loss"]).mean(), rtol=1e-5)
+
+
+def plain_loss(head, hiddens, labels):
+    total = jnp.float32(0)
+    for h, share in zip(hiddens, EXIT_WEIGHTS, strict=True):
+        values = token_values(head, None, h[None], labels)["loss"][0]
+        total = total + share * jnp.sum(values * labels.weights_BT)
+    return 3.0 * total / sum(EXIT_WEIGHTS)
 
 
 @pytest.mark.parametrize("chunk", [2, 7])
 def test_gradient_equals_that_of_the_plain_definition(problem, chunk):
-    head, hiddens, targets, weights = problem
-
-    def plain(head, hiddens):
-        total = jnp.float32(0)
-        for h, share in zip(hiddens, EXIT_WEIGHTS, strict=True):
-            log_probs = jax.nn.log_softmax(read_logits(head, h))
-            picked = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-            total = total - share * jnp.sum(picked * weights)
-        return 3.0 * total / sum(EXIT_WEIGHTS)
+    head, hiddens, labels = problem
+    expected = jax.grad(plain_loss, argnums=(0, 1))(head, hiddens, labels)
 
     def chunked(head, hiddens):
-        arguments = (read_logits, head, hiddens, targets, weights)
-        return 3.0 * sorted_loss(*arguments, exit_weights=EXIT_WEIGHTS, chunk=chunk)[0]
+        return 3.0 * loss_of((head, hiddens, labels), chunk)[0]
 
-    expected = jax.grad(plain, argnums=(0, 1))(head, hiddens)
     got = jax.jit(jax.grad(chunked, argnums=(0, 1)))(head, hiddens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
+def test_frozen_states_get_no_gradient_and_cost_none(problem):
+    head, hiddens, labels = problem
+    expected = jax.grad(plain_loss)(head, hiddens, labels)
+
+    def chunked(head):
+        return 3.0 * loss_of((head, hiddens, labels), 3, through_hiddens=False)[0]
+
+    got = jax.grad(chunked)(head)
+    np.testing.assert_allclose(got["kernel"], expected["kernel"], atol=1e-5)
+    assert f"f32[{E},{B},9,{D}]" not in jax.jit(jax.grad(chunked)).lower(head).as_text("hlo")
+
+
+@pytest.mark.parametrize(
+    ("counted", "chunk", "expected"), [(7, 3, 3), (3, 3, 1), (4, 3, 2), (0, 3, 0)]
+)
+def test_only_chunks_that_count_are_read(problem, counted, chunk, expected):
+    head, hiddens, labels = problem
+    weights = jnp.zeros((B, T)).at[1, T - counted :].set(1.0) if counted else jnp.zeros((B, T))
+    seen = []
+
+    def counting(learned, fixed, h_EBCD, labels):
+        jax.debug.callback(lambda: seen.append(1), ordered=False)
+        return token_values(learned, fixed, h_EBCD, labels)
+
+    labels = labels.replace(weights_BT=weights)
+    loss, _ = sorted_loss(
+        counting, head, None, hiddens, labels, exit_weights=EXIT_WEIGHTS, chunk=chunk
+    )
+    jax.block_until_ready(loss)
+    jax.effects_barrier()
+    assert len(seen) == expected
+
+
 def test_no_array_holds_the_logits_of_all_positions(problem):
-    head, hiddens, targets, weights = problem
+    head, hiddens, labels = problem
 
     def loss(head, hiddens):
-        arguments = (read_logits, head, hiddens, targets, weights)
-        return sorted_loss(*arguments, exit_weights=EXIT_WEIGHTS, chunk=1)[0]
+        return loss_of((head, hiddens, labels), 1)[0]
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hiddens).compile().as_text()
     assert f"f32[{E},{B},1,{V}]" in text

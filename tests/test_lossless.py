@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from numpy_transformer import all_depths, logits
 from scipy import stats
-from tiny import enumerable_draft, enumerable_model
+from tiny import enumerable_draft, enumerable_model, with_parts
 
 from s2d_jax import linear
-from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams
+from s2d_jax.config import DecodeConfig, ExitParts, RoundCosts, SamplingParams
 from s2d_jax.decoder import Decoder, Target
 from s2d_jax.draft_length import DraftingArrays
 from s2d_jax.draft_vocabulary import DraftVocabulary
@@ -35,6 +35,7 @@ ALPHA = 1e-4
 VOCAB, EMITTED, WIDTH = 8, 3, 2
 PROMPT = (3, 1, 4, 1, 5)
 LISTED = (0, 2, 3, 6, 7)  # of a trimmed head
+PARTS = ExitParts(heads=(1, 3), adapters=(1, 2), adapter_rank=4)  # of exits 1, 2, 3
 
 PLAIN = SamplingParams(temperature=1.0)
 FILTERED = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, min_p=0.03)
@@ -50,10 +51,11 @@ class Mode:
     target_format: str = "f32"
     draft_format: str = "f32"
     trimmed: bool = False
+    parts: bool = False
 
     def __str__(self):
         parts = [self.policy, "sampled" if self.sampled else "argmax", self.rule]
-        parts += ["trimmed"] * self.trimmed + ["guarded"] * self.guarded
+        parts += ["trimmed"] * self.trimmed + ["guarded"] * self.guarded + ["parts"] * self.parts
         parts += ["filtered"] * (self.sampling is FILTERED)
         formats = (self.target_format, self.draft_format)
         return "-".join([*parts, *(formats if formats != ("f32", "f32") else ())])
@@ -105,6 +107,8 @@ MODES = [
         for sampled in (True, False)
     ),
     Mode("thresholds", sampling=FILTERED, trimmed=True),
+    Mode("thresholds", parts=True),
+    Mode("thresholds", False, trimmed=True, parts=True),
 ]
 
 
@@ -117,6 +121,7 @@ def _all_modes() -> list[Mode]:
         ("independent", "fixed", "thresholds"),
         *((True, False), ("fixed", "heuristic", "confidence", "expected_gain"), (False, True)),
         *((PLAIN, FILTERED), ("f32", "int8"), ("f32", "bf16", "int8"), (False, True)),
+        (False, True),
     )
     plain = itertools.product((PLAIN, FILTERED), ("f32", "int8"))
     return [
@@ -137,8 +142,7 @@ def pytest_generate_tests(metafunc):
 def _decoder(mode: Mode, target, draft) -> Decoder:
     watched = mode.rule in ("confidence", "expected_gain")
     config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled, watched=watched)
-    size = None if draft.vocabulary is None else draft.vocabulary.size
-    model = Transformer(draft.config, draft.dtype, trimmed_head_size=size)
+    model = draft.drafting_transformer
     back = 3 if mode.guarded else 0
     drafter = {
         "none": NoDrafter(0),
@@ -159,6 +163,8 @@ def _models():
 def _emitted_counts(mode: Mode) -> np.ndarray:
     """Counts `[8, 8, 8]` of the first three tokens of 200,000 continuations."""
     target, draft = _models()
+    if mode.parts:
+        draft = with_parts(draft, PARTS)
     if mode.trimmed:
         draft = with_trimmed_head(draft, DraftVocabulary(np.array(LISTED)))
     target = prepare_for_decode(target, mode.target_format)

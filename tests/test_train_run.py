@@ -79,7 +79,7 @@ def test_metrics_tell_loss_and_accuracy_per_exit(finished):
     held_out = metrics(finished, held_out=True)
     assert [row["step"] for row in held_out] == [0, 4, 8]
     assert held_out[-1]["loss"] < 0.8 * held_out[0]["loss"]
-    assert list(held_out[0]["accuracy_per_exit"]) == EXITS
+    assert list(held_out[0]["agreement_per_exit"]) == EXITS
 
 
 def test_without_a_terminal_there_are_lines_with_loss_and_time_left(source, tmp_path, capsys):

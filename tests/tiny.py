@@ -8,7 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.config import DraftConfig, ModelConfig
+from s2d_jax.config import DraftConfig, ExitParts, ModelConfig
 
 ENUMERABLE_VOCAB = 8
 
@@ -85,6 +85,32 @@ def tiny_draft(
     config = tiny_config(vocab_size, exit_layers[-1], **changes)
     params = tiny_params(config, seed, spread)
     return Draft(config, params, None, f"tiny draft seed {seed}", DraftConfig(exit_layers))
+
+
+def with_parts(draft, parts: ExitParts, *, seed: int = 5, spread: float = 0.3):
+    """The draft with parts of its exits that change what they read: as they begin, and noise; `spread` is of the adapters'."""
+    from s2d_jax.exit_parts import init_exit_parts
+
+    params = init_exit_parts(draft.config, draft.params, parts, jax.random.key(seed))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params))))
+
+    def noise(x, scale):
+        return scale * jax.random.normal(next(keys), x.shape, x.dtype)
+
+    for name in sorted(set(params) - set(draft.params)):
+        scale = 0.05 if name.startswith("exit_heads") else spread
+        params[name] = jax.tree.map(lambda x: x + noise(x, scale), params[name])  # noqa: B023
+    draft_config = dataclasses.replace(draft.draft_config, parts=parts)
+    return dataclasses.replace(draft, params=params, draft_config=draft_config)
+
+
+def noisy_draft(target, exit_layers: tuple[int, ...], thresholds: tuple[float, ...], seed: int = 9):
+    """The target with noise as its draft: often right, sometimes wrong, with exits that disagree."""
+    from s2d_jax.pretrained import Draft
+
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(target.params))))
+    noisy = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(next(keys), x.shape), target.params)
+    return Draft(target.config, noisy, None, "noisy", DraftConfig(exit_layers, thresholds))
 
 
 def enumerable_model(num_layers: int = 2, *, seed: int = 0, spread: float = 4.0):

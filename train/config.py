@@ -11,13 +11,15 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
 
-from s2d_jax.config import DraftConfig, UserError
+from s2d_jax.config import DraftConfig, ExitParts, UserError
 from s2d_jax.sharding import MeshConfig
+
+Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -33,6 +35,10 @@ class ModelSection:
     """Hugging Face directory or hub id, or a .gguf file."""
     num_layers: int | None = None
     """The draft is the first this many layers; None takes the whole model."""
+    layers: tuple[int, ...] = ()
+    """Or these layers of it, counted from 0, such as 0 2 4 ... 22."""
+    lora_rank: int = 0
+    """Low-rank adapters of this rank on every matrix of the layers; 0 has none."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Activations and products; master weights, loss and optimizer stay f32."""
     remat: bool = True
@@ -44,6 +50,20 @@ class ModelSection:
             self.num_layers is None or self.num_layers >= 1,
             f"model.num_layers={self.num_layers} must be at least 1, or None for the whole model",
         )
+        _require(
+            self.num_layers is None or not self.layers,
+            f"model.num_layers={self.num_layers} and model.layers={self.layers} both choose layers; give one",
+        )
+        _require(
+            not self.layers or min(self.layers) >= 0,
+            f"model.layers={self.layers} must be 0 or more: layers are counted from 0",
+        )
+        _require(self.lora_rank >= 0, f"model.lora_rank={self.lora_rank} must be 0 (none) or more")
+
+    @property
+    def depth(self) -> int | None:
+        """Layers of the draft, as far as the configuration alone tells."""
+        return len(self.layers) or self.num_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,14 @@ class DraftSection:
     """Weight of each exit's loss, one per exit; empty means equal."""
     exit_thresholds: tuple[float, ...] = ()
     """Default confidence thresholds stored with the draft; empty means 0.5, ..., 0."""
+    exit_heads: tuple[int, ...] = ()
+    """Exits that get a head of their own, which starts as a copy of the shared one."""
+    exit_adapters: tuple[int, ...] = ()
+    """Exits that get a residual low-rank adapter before the shared norm."""
+    adapter_rank: int = 256
+    """Width of those adapters."""
+    vocabulary: str | None = None
+    """List of tokens from infer.trim: the heads are read, and trained, over these only."""
 
     def __post_init__(self):
         self.draft_config()
@@ -75,9 +103,64 @@ class DraftSection:
         """One weight per exit."""
         return self.exit_weights or (1.0,) * len(self.exit_layers)
 
+    @property
+    def parts(self) -> ExitParts:
+        """What exits have of their own."""
+        rank = self.adapter_rank if self.exit_adapters else 0
+        return ExitParts(self.exit_heads, self.exit_adapters, rank)
+
     def draft_config(self) -> DraftConfig:
-        """The exits and thresholds in the form that is stored with the draft."""
-        return DraftConfig(self.exit_layers, self.exit_thresholds)
+        """The exits, thresholds and exits' own parts in the form that is stored with the draft."""
+        return DraftConfig(self.exit_layers, self.exit_thresholds, self.parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveSection:
+    """What every exit learns: the next token, a teacher's distribution, or a mix of both."""
+
+    ce_weight: float = 1.0
+    """Of the cross-entropy to the next token."""
+    distill_weight: float = 0.0
+    """Of the divergence from the teachers."""
+    divergence: Literal["forward_kl", "reverse_kl", "tvd"] = "forward_kl"
+    """Between a teacher's distribution and an exit's."""
+    teachers: tuple[str, ...] = ()
+    """Targets of the same vocabulary, as model directories, hub ids or .gguf; the mean over them is taken."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the teachers' weights and products."""
+    teacher_top_k: int = 0
+    """Store this many of each teacher's probabilities per token before training; 0 runs the teachers in every step."""
+
+    def __post_init__(self):
+        for name in ("ce_weight", "distill_weight", "teacher_top_k"):
+            value = getattr(self, name)
+            _require(value >= 0, f"objective.{name}={value} must be 0 or more")
+        _require(
+            self.ce_weight + self.distill_weight > 0,
+            "objective.ce_weight and objective.distill_weight are both 0; nothing would be learned, so raise one",
+        )
+        _require(
+            (self.distill_weight > 0) == bool(self.teachers),
+            f"objective.distill_weight={self.distill_weight} and objective.teachers={self.teachers} "
+            "go together; give both or neither",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchSection:
+    """How acceptance is measured while training, on the held-out rows."""
+
+    target: str | None = None
+    """Model whose argmax the exits should meet; None takes the first teacher, or else the answers themselves."""
+    draft_tokens: int = 5
+    """Tokens drafted per round in the implied mean acceptance length."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well (needs the tensorboard extra)."""
+
+    def __post_init__(self):
+        _require(
+            self.draft_tokens >= 1, f"watch.draft_tokens={self.draft_tokens} must be at least 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +168,11 @@ class DataSection:
     """Conversations, and how they become rows."""
 
     paths: tuple[str, ...]
-    """ShareGPT JSON or {"messages": [...]} JSONL files, told apart by content."""
+    """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or a directory of save_to_disk, told apart by content."""
+    weights: tuple[float, ...] = ()
+    """How often each row of each source is seen per epoch: 2.5 is twice, and half of them once more; empty means 1."""
+    cache_dir: str | None = None
+    """Packed rows are kept here for later runs. Default: $S2D_DATA_CACHE, else ~/.cache/s2d-jax/data."""
     max_length: int = 2048
     """Tokens per packed row; longer conversations are truncated and counted."""
     held_out_fraction: float = 0.01
@@ -95,12 +182,25 @@ class DataSection:
 
     def __post_init__(self):
         _require(len(self.paths) > 0, "data.paths is empty; give at least one conversation file")
+        _require(
+            len(self.weights) in (0, len(self.paths)),
+            f"data.weights={self.weights} has {len(self.weights)} values for {len(self.paths)} paths; give one per path",
+        )
+        _require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"data.weights={self.weights} must be above 0; leave out the path of a source that is not wanted",
+        )
         _require(self.max_length >= 2, f"data.max_length={self.max_length} must be at least 2")
         _require(
             0 <= self.held_out_fraction < 1,
             f"data.held_out_fraction={self.held_out_fraction} must be in [0, 1)",
         )
         _require(self.num_proc >= 1, f"data.num_proc={self.num_proc} must be at least 1")
+
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """One weight per path."""
+        return self.weights or (1.0,) * len(self.paths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +249,8 @@ class TrainSection:
     """Stop after this many steps."""
     max_minutes: float | None = None
     """Stop after this many minutes (compilation apart); the schedule then follows whichever is further, steps or time."""
+    learn: tuple[Part, ...] = ()
+    """What is trained; the rest is frozen. Empty: the small parts where there are any, else the whole model."""
     loss_chunk: int = 256
     """Positions per row whose logits are held at once."""
     seed: int = 0
@@ -188,13 +290,22 @@ class Config:
     model: ModelSection
     data: DataSection
     draft: DraftSection = DraftSection()
+    objective: ObjectiveSection = ObjectiveSection()
     optim: OptimSection = OptimSection()
     mesh: MeshConfig = MeshConfig()
+    watch: WatchSection = WatchSection()
     train: TrainSection = TrainSection()
 
     def __post_init__(self):
-        if self.model.num_layers is not None:
-            self.check_exits(self.model.num_layers)
+        if self.model.depth is not None:
+            self.check_exits(self.model.depth)
+        present = self._small_parts()
+        for part in self.train.learn:
+            _require(
+                part == "trunk" or part in present,
+                f"train.learn={self.train.learn} names {part}, which this draft does not have; "
+                "set model.lora_rank, draft.exit_heads or draft.exit_adapters",
+            )
         shards = self.mesh.data * self.mesh.fsdp
         part = self.train.batch_size // self.train.accumulate
         _require(
@@ -202,6 +313,19 @@ class Config:
             f"train.batch_size={self.train.batch_size} / train.accumulate={self.train.accumulate} "
             f"= {part} rows do not divide over mesh.data x mesh.fsdp = {shards}; choose a multiple",
         )
+
+    def _small_parts(self) -> tuple[Part, ...]:
+        sizes: dict[Part, object] = {
+            "lora": self.model.lora_rank,
+            "exit_heads": self.draft.exit_heads,
+            "exit_adapters": self.draft.exit_adapters,
+        }
+        return tuple(part for part, size in sizes.items() if size)
+
+    @property
+    def learned_parts(self) -> tuple[Part, ...]:
+        """What is trained."""
+        return self.train.learn or self._small_parts() or ("trunk",)
 
     def check_exits(self, num_layers: int) -> None:
         """Raises UserError unless the deepest exit is the draft's last layer: deeper layers would never learn anything."""
@@ -315,14 +439,28 @@ def parse_command_line(arguments: list[str], prog: str) -> Config:
             "--config is missing; give a YAML file, for example configs/smollm2_demo.yaml"
         )
     default = tyro.MISSING_NONPROP if path is None else load_config(path)
+    return parse_flags(Config, overrides, f"{prog} --config FILE", default)
+
+
+Flags = TypeVar("Flags")
+
+
+def parse_flags(
+    flags: type[Flags], arguments: list[str], prog: str, default: Any = tyro.MISSING_NONPROP
+) -> Flags:
+    """A dataclass from the command line; prints help for `--help` and exits.
+
+    Raises:
+        UserError: for anything wrong on the command line.
+    """
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
-                Config,
+                flags,
                 default=default,
-                args=overrides,
-                prog=f"{prog} --config FILE",
+                args=arguments,
+                prog=prog,
                 config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:

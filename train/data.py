@@ -6,9 +6,10 @@ the state of the data is one integer and does not depend on the number of hosts.
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,99 +19,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from s2d_jax.config import UserError
+from s2d_jax.conversation_files import Message, read_conversations
 from s2d_jax.tokenizer import Tokenizer
 from train.config import DataSection
-from train.conversations import Message, read_conversations, well_formed
+from train.data_cache import RowsCache, cache_directory, cache_key
+from train.data_report import DataReport, source_reports
+from train.documents import documents_of, training_turns
 from train.step import Batch
-
-
-@dataclasses.dataclass(frozen=True)
-class DataReport:
-    """What became of the conversations.
-
-    Attributes:
-        conversations: read from the files.
-        skipped: without an answer, or whose turns do not alternate.
-        truncated: longer than a row, cut at its length.
-        dropped: truncated so early that no answer was left.
-        rows: packed rows.
-        tokens: in them, padding apart.
-        counted_tokens: of those, assistant tokens that enter the loss.
-    """
-
-    conversations: int
-    skipped: int
-    truncated: int
-    dropped: int
-    rows: int
-    tokens: int
-    counted_tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.conversations} conversations ({self.skipped} skipped, {self.truncated} truncated, "
-            f"{self.dropped} dropped) -> {self.rows} rows, {self.tokens} tokens, "
-            f"{self.counted_tokens} of them answers"
-        )
-
-
-def tokenize(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of a well-formed conversation, and which of them the assistant writes.
-
-    An answer begins where the prompt with its generation prefix ends, as in decoding, and ends with its end-of-turn token;
-    without one in the template, where the template's text of that answer ends. An answer that was cut off ends with its
-    content: that the turn is over then, no model said.
-
-    Raises:
-        UserError: if the template writes a conversation in another way once it goes on.
-    """
-    cut_off = [bool(message.get("unfinished")) for message in messages]
-    messages = [{key: message[key] for key in ("role", "content")} for message in messages]
-    ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
-    text = tokenizer.render_chat(messages, add_generation_prompt=False)
-    mask = [False] * len(ids)
-    stops = set(tokenizer.stop_token_ids)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for i in answers:
-        if not text.startswith(tokenizer.render_chat(messages[:i], add_generation_prompt=True)):
-            raise UserError(
-                "the tokenizer's chat template rewrites earlier turns as a conversation grows, so answers cannot be told "
-                "apart; use a template that only appends"
-            )
-    starts = [
-        _shared_length(ids, tokenizer.encode_chat(messages[:i], add_generation_prompt=True))
-        for i in answers
-    ]
-    for i, start, limit in zip(answers, starts, [*starts[1:], len(ids)], strict=True):
-        if cut_off[i]:
-            end = max(start, _content_end(messages[: i + 1], ids, tokenizer))
-            mask[start:end] = [True] * (end - start)
-            continue
-        end = next((j + 1 for j in range(start, limit) if ids[j] in stops), None)
-        if end is None:
-            whole = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
-            end = _shared_length(ids, whole)
-        mask[start:end] = [True] * (end - start)
-    return ids, mask
-
-
-def _content_end(messages: list[Message], ids: list[int], tokenizer: Tokenizer) -> int:
-    """How many leading tokens of `ids` end no later than the content of the last message; 0 if a template changes it."""
-    prompt = tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
-    text, content = (
-        tokenizer.render_chat(messages, add_generation_prompt=False),
-        messages[-1]["content"].strip(),  # many templates strip it
-    )
-    begin = text.find(content, len(prompt))
-    return 0 if begin < 0 else _shared_length(ids, tokenizer.encode(text[: begin + len(content)]))
-
-
-def _shared_length(first: list[int], second: list[int]) -> int:
-    """How many leading ids are equal."""
-    for n, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return n
-    return min(len(first), len(second))
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -139,59 +54,139 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 def build_rows(
     config: DataSection, tokenizer: Tokenizer, *, vocab_size: int
 ) -> tuple[datasets.Dataset, DataReport]:
-    """Reads, tokenizes and packs all files of `config`.
+    """The packed rows of all sources of `config`: from the cache, or read, tokenized, packed and kept there.
 
     Returns:
-        A map-style dataset of rows of `max_length`: `tokens` (int32), `segment_ids` (int32; 0 is padding) and `answer` (bool).
+        A map-style dataset of rows of `max_length`: `tokens` (int32), `segment_ids` (int32; 0 is padding), `answer` (bool), and
+        `source` (int32), the place in `config.paths` of the source that all of the row's documents come from.
 
     Raises:
-        UserError: for an unreadable or corrupt file, when nothing is left to train on, or for ids beyond `vocab_size`.
+        UserError: for an unreadable or corrupt source, one with nothing to train on, or for ids beyond `vocab_size`.
     """
-    read = [row for path in config.paths for row in read_conversations(path)]
-    conversations = [kept for row in read if (kept := well_formed(row)) is not None]
-    if not conversations:
-        raise UserError(f"data.paths={config.paths}: no conversation has a user turn and an answer")
+    cache = RowsCache(cache_directory(config))
+    key = cache_key(config, tokenizer, (__file__,))
+    found = cache.find(key)
+    if found is None:
+        rows, facts = _make_rows(config, tokenizer)
+        if cache_key(config, tokenizer, (__file__,)) != key:
+            raise UserError(
+                f"data.paths={config.paths}: a file changed while it was read; start again once it is whole"
+            )
+        try:
+            cache.keep(key, rows, facts)
+            told = f"kept for later runs in {cache.directory / key}"
+        except OSError as error:  # the run keeps its own copy, so it goes on
+            told = f"not kept for later runs: {error.strerror} in {cache.directory}"
+    else:
+        (rows, facts), told = found, f"read from the cache, {cache.directory / key}"
+    if facts["highest_id"] >= vocab_size:
+        raise UserError(
+            f"the tokenizer wrote id {facts['highest_id']}, the model has {vocab_size}; give the model its own tokenizer"
+        )
+    sources = source_reports(config.paths, config.source_weights, facts["counts"])
+    return rows, DataReport(sources, told, facts["refusal"])
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        ids, answer = tokenize(row["messages"], tokenizer)
-        return {
-            "tokens": ids[: config.max_length],
-            "answer": answer[: config.max_length],
-            "length": len(ids),
-        }
 
-    documents = datasets.Dataset.from_dict({"messages": conversations}).map(
+def _make_rows(
+    config: DataSection, tokenizer: Tokenizer
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Rows, and what is told of them: counts of each source, the highest id, and the first refusal of the template."""
+    parts, counts, refusals, highest = [], [], [], 0
+    for number, path in enumerate(config.paths):
+        kept, left_out = _usable(read_conversations(path))
+        if not kept:
+            raise UserError(f"{path}: no conversation has a user turn and an answer; check it")
+        documents = _tokenized(kept, config, tokenizer)
+        refused = [reason for reason in documents["refused"] if reason]
+        refusals += refused
+        if len(refused) == len(kept):
+            raise UserError(f"{path}: no conversation is left; {refused[0]}")
+        trained = documents.select(np.flatnonzero(documents["counted"]))
+        if len(trained) == 0:
+            raise UserError(
+                f"{path}: data.max_length={config.max_length} leaves no answer in any conversation; raise it"
+            )
+        highest = max(highest, *trained["highest"])
+        columns = _fill_rows(trained, config.max_length)
+        rows, made = len(columns["tokens"]), len(documents) - len(refused)
+        parts.append({**columns, "source": np.full(rows, number, np.int32)})
+        counts.append(
+            {
+                **left_out,
+                "refused_by_template": len(refused),
+                "documents": made,
+                "truncated": sum(length > config.max_length for length in trained["length"]),
+                "truncated_before_any_answer": made - len(trained),
+                "rows": rows,
+                "tokens": int((columns["segment_ids"] > 0).sum()),
+                "answer_tokens": int(columns["answer"].sum()),
+            }
+        )
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    facts = {"counts": counts, "highest_id": highest, "refusal": next(iter(refusals), "")}
+    return datasets.Dataset.from_dict(joined), facts
+
+
+def _usable(conversations: list[list[Message]]) -> tuple[list[list[Message]], dict[str, int]]:
+    """The parts of conversations to train on, and counts of what was left out."""
+    counts = collections.Counter({"conversations": len(conversations), "shortened": 0})
+    kept = []
+    for messages in conversations:
+        turns, reason = training_turns(messages)
+        if reason:
+            counts[reason] += 1
+            continue
+        counts["shortened"] += len(turns) < len(messages)
+        kept.append(turns)
+    return kept, dict(counts)
+
+
+_DOCUMENT = datasets.Features(
+    {
+        "tokens": datasets.List(datasets.Value("int32")),
+        "answer": datasets.List(datasets.Value("bool")),
+        "length": datasets.Value("int64"),
+        "highest": datasets.Value("int64"),
+        "counted": datasets.Value("int64"),
+        "refused": datasets.Value("string"),
+    }
+)
+
+
+def _tokenized(
+    conversations: list[list[Message]], config: DataSection, tokenizer: Tokenizer
+) -> datasets.Dataset:
+    """A row per document, cut at `max_length`, with its whole `length`, the highest of its ids and how many are `counted` as
+    answers; `refused` says why there is none.
+    """
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        rows: dict[str, list] = {name: [] for name in _DOCUMENT}
+        for messages in batch["messages"]:
+            try:
+                found, refused = documents_of(messages, tokenizer), ""
+            except UserError as error:
+                found, refused = [([], [])], str(error)
+            for ids, answer in found:
+                cut = ids[: config.max_length], answer[: config.max_length]
+                found_here = (*cut, len(ids), max(cut[0], default=0), sum(cut[1]), refused)
+                for name, value in zip(_DOCUMENT, found_here, strict=True):
+                    rows[name].append(value)
+        return rows
+
+    return datasets.Dataset.from_dict({"messages": conversations}).map(
         encode,
+        batched=True,
+        batch_size=100,
         remove_columns=["messages"],
+        features=_DOCUMENT,
         num_proc=config.num_proc if config.num_proc > 1 else None,
         desc="tokenizing",
     )
-    truncated = sum(length > config.max_length for length in documents["length"])
-    kept = documents.filter(lambda row: any(row["answer"]))
-    if len(kept) == 0:
-        raise UserError(
-            f"data.max_length={config.max_length} leaves no answer in any conversation; raise it"
-        )
-    highest = max(max(row["tokens"]) for row in kept)
-    if highest >= vocab_size:
-        raise UserError(
-            f"the tokenizer wrote id {highest}, the model has {vocab_size}; give the model its own tokenizer"
-        )
-    rows, counted, tokens = _fill_rows(kept, config.max_length)
-    report = DataReport(
-        conversations=len(read),
-        skipped=len(read) - len(conversations),
-        truncated=truncated,
-        dropped=len(documents) - len(kept),
-        rows=len(rows),
-        tokens=tokens,
-        counted_tokens=counted,
-    )
-    return rows, report
 
 
-def _fill_rows(documents: datasets.Dataset, length: int) -> tuple[datasets.Dataset, int, int]:
-    """Packed rows, the number of answer tokens and of all tokens in them."""
+def _fill_rows(documents: datasets.Dataset, length: int) -> dict[str, np.ndarray]:
+    """The columns `tokens`, `segment_ids` and `answer` of packed rows, `[rows, length]` each."""
     packed = pack([min(n, length) for n in documents["length"]], length)
     documents = documents.with_format("numpy")
     columns = {
@@ -208,8 +203,7 @@ def _fill_rows(documents: datasets.Dataset, length: int) -> tuple[datasets.Datas
             columns["answer"][row, start:stop] = document["answer"]
             columns["segment_ids"][row, start:stop] = segment
             start = stop
-    counted, real = int(columns["answer"].sum()), int((columns["segment_ids"] > 0).sum())
-    return datasets.Dataset.from_dict(dict(columns)), counted, real
+    return columns
 
 
 def save_rows(rows: datasets.Dataset, directory: Path) -> None:
@@ -231,6 +225,11 @@ def load_rows(directory: Path) -> datasets.Dataset:
         raise UserError(
             f"{directory} is missing; a resumed run needs its rows, so start another run"
         ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{directory} is damaged ({reason}); a resumed run needs its rows, so start another run"
+        ) from None
 
 
 def split_rows(num_rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,6 +246,32 @@ def split_rows(num_rows: int, fraction: float, seed: int) -> tuple[np.ndarray, n
         )
     order = np.random.default_rng((seed, 1)).permutation(num_rows)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def weighted_rows(
+    indices: np.ndarray, sources: np.ndarray, weights: Sequence[float], seed: int
+) -> np.ndarray:
+    """The rows of an epoch: those of a source of weight 2.25 twice each, and a quarter of them, drawn by `seed`, once more.
+
+    Args:
+        indices: rows to train on; those held out are drawn before, so that no copy of one is trained on.
+        sources: the source of every row, also of those that are not in `indices`.
+        weights: one per source.
+        seed: draws the share.
+
+    Returns:
+        int64, ascending, with repetitions; at least one row of each source that has any.
+    """
+    epoch = []
+    for source, weight in enumerate(weights):
+        own = indices[sources[indices] == source]
+        whole, share = divmod(weight, 1.0)
+        extra = round(share * len(own))
+        if whole == 0 and len(own):
+            extra = max(extra, 1)
+        order = np.random.default_rng((seed, 3, source)).permutation(len(own))
+        epoch += [own] * int(whole) + [own[order[:extra]]]
+    return np.sort(np.concatenate(epoch))
 
 
 def rows_of_step(step: int, indices: np.ndarray, batch_size: int, seed: int) -> np.ndarray:

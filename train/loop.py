@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 import shutil
-import time
 from pathlib import Path
-from typing import Any
 
 import datasets
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, placed, read_run, write_run
-from s2d_jax.config import ModelConfig, UserError
+from s2d_jax.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    placed,
+    read_run,
+    read_run_vocabulary,
+    write_run,
+)
+from s2d_jax.config import UserError
+from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.files import write_text
-from s2d_jax.model import truncated
-from s2d_jax.pretrained import load_model
+from s2d_jax.lora import lora_of
 from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
 from train.config import Config, load_config
-from train.data import build_rows, load_rows, make_batch, rows_of_step, split_rows
-from train.distributed import is_main_process, of_main_process, wait_for_all
+from train.data import build_rows, load_rows, split_rows, weighted_rows
+from train.distributed import is_main_process, wait_for_all
 from train.kept_rows import check_rows, keep_rows
-from train.preemption import Preempted, Preemption
-from train.progress import MetricsFile, ProgressReport, losses
+from train.progress import METRICS, MetricsFile, ProgressReport
+from train.run import Run
+from train.start import load_start
 from train.step import Trainer, TrainState
+from train.teachers import prepare_teachers, resume_teachers
 
 _CONFIG = "config.yaml"
-_METRICS = "metrics.jsonl"
 _ROWS = "rows"
 
 
@@ -106,8 +108,12 @@ def _check_resume(run_dir: Path, config: Config) -> None:
     """What decides which rows a step sees, or what the checkpoint holds, cannot change when a run goes on."""
     before = load_config(run_dir / _CONFIG)
     for section, name in (
-        *(("model", "path"), ("model", "num_layers"), ("draft", "exit_layers")),
-        *(("data", "paths"), ("data", "max_length"), ("data", "held_out_fraction")),
+        *(("model", "path"), ("model", "num_layers"), ("model", "layers"), ("model", "lora_rank")),
+        *(("draft", "exit_layers"), ("draft", "parts"), ("draft", "vocabulary")),
+        *(("objective", "teachers"), ("objective", "teacher_top_k"), ("watch", "target")),
+        ("train", "learn"),
+        *(("data", "paths"), ("data", "weights"), ("data", "max_length")),
+        ("data", "held_out_fraction"),
         *(("train", "seed"), ("train", "batch_size")),
     ):
         old, new = (getattr(getattr(c, section), name) for c in (before, config))
@@ -118,51 +124,40 @@ def _check_resume(run_dir: Path, config: Config) -> None:
             )
 
 
-def load_draft_start(config: Config, mesh) -> tuple[ModelConfig, Any, Tokenizer]:
-    """Shape, f32 weights and tokenizer of the draft before training: the first layers of a model, or all of them.
-
-    Raises:
-        UserError: if the exits do not fit the depth, the rows the context, or there is no tokenizer.
-    """
-    model = load_model(config.model.path, mesh=mesh)
-    depth = config.model.num_layers or model.config.num_layers
-    config.check_exits(depth)
-    model_config, params = truncated(model.config, model.params, depth)
-    if config.data.max_length > model_config.max_context:
-        raise UserError(
-            f"data.max_length={config.data.max_length} exceeds the model's context of "
-            f"{model_config.max_context}; lower it"
-        )
-    if model.tokenizer is None:
-        raise UserError(f"{config.model.path} has no tokenizer; add its tokenizer.json")
-    return model_config, params, model.tokenizer
-
-
 def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """A new run; nothing is written before model and data are known to be good."""
     mesh = make_mesh(config.mesh)
-    model_config, params, tokenizer = load_draft_start(config, mesh)
+    start = load_start(config, mesh)
     if is_main_process():
-        rows, summary = build_rows(config.data, tokenizer, vocab_size=model_config.vocab_size)
+        rows, summary = build_rows(config.data, start.tokenizer, vocab_size=start.config.vocab_size)
         report.say(str(summary))
-        _split(config, len(rows))
-        write_run(run_dir, model_config, config.draft.draft_config(), tokenizer)
+        _split(config, rows)
+        description = (start.config, config.draft.draft_config(), start.tokenizer)
+        write_run(run_dir, *description, lora_of(start.params), start.vocabulary)
         keep_rows(rows, run_dir / _ROWS)
-        write_text(run_dir / "data.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+        write_text(run_dir / "data.json", json.dumps(summary.to_json(), indent=2) + "\n")
     wait_for_all("rows written")
     rows = load_rows(run_dir / _ROWS)
-    training, held_out = _split(config, len(rows))
-    trainer = Trainer(config, model_config, mesh)
+    training, held_out = _split(config, rows)
+    metrics = MetricsFile(run_dir / METRICS, last_step=-1, active=is_main_process())
+    teachers = prepare_teachers(config, run_dir, start.tokenizer, mesh, rows, held_out, report)
+    trainer = Trainer(config, start.config, mesh, teachers.shapes, _listed(start.vocabulary))
     return Run(
         trainer=trainer,
+        run_dir=run_dir,
         rows=rows,
         training=training,
         held_out=held_out,
+        teachers=teachers,
         checkpoints=Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints),
         report=report,
-        metrics=MetricsFile(run_dir / _METRICS, last_step=-1, active=is_main_process()),
-        state=trainer.init_state(params),
+        metrics=metrics,
+        state=trainer.init_state(start.params),
     )
+
+
+def _listed(vocabulary: DraftVocabulary | None) -> np.ndarray | None:
+    return None if vocabulary is None else vocabulary.ids_K
 
 
 def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
@@ -172,8 +167,11 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     if is_main_process():
         check_rows(run_dir / _ROWS)
     rows = load_rows(run_dir / _ROWS)
-    training, held_out = _split(config, len(rows))
-    trainer = Trainer(config, model_config, make_mesh(config.mesh))
+    training, held_out = _split(config, rows)
+    mesh = make_mesh(config.mesh)
+    teachers = resume_teachers(config, run_dir, Tokenizer.from_directory(run_dir), mesh)
+    vocabulary = read_run_vocabulary(run_dir)
+    trainer = Trainer(config, model_config, mesh, teachers.shapes, _listed(vocabulary))
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints)
     step = checkpoints.find(None)
     metadata = checkpoints.metadata(step)
@@ -188,192 +186,28 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     report.say(f"resuming {run_dir} after step {step}")
     return Run(
         trainer=trainer,
+        run_dir=run_dir,
         rows=rows,
         training=training,
         held_out=held_out,
+        teachers=teachers,
         checkpoints=checkpoints,
         report=report,
-        metrics=MetricsFile(run_dir / _METRICS, last_step=step, active=is_main_process()),
+        metrics=MetricsFile(run_dir / METRICS, last_step=step, active=is_main_process()),
         state=TrainState(restored["params"], restored["opt_state"]),
         step=step,
         elapsed=metadata["elapsed_seconds"],
     )
 
 
-def _split(config: Config, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    training, held_out = split_rows(num_rows, config.data.held_out_fraction, config.train.seed)
+def _split(config: Config, rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    section, seed = config.data, config.train.seed
+    training, held_out = split_rows(len(rows), section.held_out_fraction, seed)
+    sources = np.asarray(rows.with_format("numpy")["source"][:])
+    training = weighted_rows(training, sources, section.source_weights, seed)
     if len(training) < config.train.batch_size:
         raise UserError(
             f"train.batch_size={config.train.batch_size} exceeds the {len(training)} rows to train on; "
             "lower it, or data.max_length, or add data"
         )
     return training, held_out
-
-
-@dataclasses.dataclass
-class Run:
-    """The state of a run on the host.
-
-    Attributes:
-        step: steps taken; with the seed it is the whole state of the data.
-        elapsed: seconds of training so far, compilation apart.
-        training, held_out: indices of rows.
-    """
-
-    trainer: Trainer
-    rows: datasets.Dataset
-    training: np.ndarray
-    held_out: np.ndarray
-    checkpoints: Checkpoints
-    report: ProgressReport
-    metrics: MetricsFile
-    state: TrainState
-    step: int = 0
-    elapsed: float = 0.0
-    preemption: Preemption = dataclasses.field(default_factory=Preemption)
-
-    @property
-    def total_steps(self) -> int:
-        """Where the run ends unless its minutes are over before."""
-        section = self.trainer.config.train
-        per_epoch = len(self.training) // section.batch_size
-        return section.max_steps or max(1, round(per_epoch * section.epochs))
-
-    def loop(self) -> None:
-        """Trains to the end, with evaluations and checkpoints on the way.
-
-        Raises:
-            Preempted: once SIGTERM came and a checkpoint is written.
-            UserError: once a loss or a gradient is not finite; no checkpoint is written of parameters that give such a one.
-        """
-        section = self.trainer.config.train
-        batch = self._batch(self.step)
-        self.report.say(f"compiling for {self.trainer.mesh.size} device(s)")
-        self._step = self.trainer.compile_step(self.state, batch)
-        self._eval_step = self.trainer.compile_eval(self.state.params, batch)
-        self._began = time.perf_counter() - self.elapsed
-        with self.preemption.listening():
-            if self.step == 0:
-                self._evaluate()
-            while self.share < 1:
-                self._train_one()
-                last = self.share >= 1
-                if last or self.step % section.eval_every == 0:
-                    self._evaluate()
-                stopped = not last and self.preemption.reached(self.step)
-                if last or stopped or self.step % section.checkpoint_every == 0:
-                    self._save()
-                if stopped:
-                    self.checkpoints.wait()
-                    raise Preempted(self.step)
-            self.checkpoints.wait()
-
-    @property
-    def share(self) -> float:
-        """How much of the run is over: by steps or by time, whichever is further."""
-        minutes = self.trainer.config.train.max_minutes
-        by_time = 0.0 if minutes is None else self.elapsed / (60 * minutes)
-        return max(self.step / self.total_steps, by_time)
-
-    def _train_one(self) -> None:
-        section, draft = self.trainer.config.train, self.trainer.config.draft
-        started = time.perf_counter()
-        metrics = self._run_step(update=True)
-        self.step += 1
-        self.elapsed = self._clock()
-        self._check_finite(metrics, f"at step {self.step}")
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        seconds = time.perf_counter() - started
-        if self.step % section.log_every == 0 or self.step == self.total_steps:
-            row = {
-                "step": self.step,
-                "loss": loss,
-                "loss_per_exit": _per_exit(draft.exit_layers, metrics["loss_E"]),
-                "accuracy_per_exit": _per_exit(draft.exit_layers, metrics["accuracy_E"]),
-                "learning_rate": float(metrics["learning_rate"]),
-                "grad_norm": grad_norm,
-                "tokens_per_second": float(metrics["tokens"]) / seconds,
-                "elapsed_seconds": self.elapsed,
-            }
-            self.metrics.write(row)
-            self.report.update(min(1.0, self.share), row)
-
-    def _clock(self) -> float:
-        """Seconds of training so far. Where they decide when the run ends, all processes read one clock."""
-        seconds = time.perf_counter() - self._began
-        limited = self.trainer.config.train.max_minutes is not None
-        return of_main_process(seconds) if limited else seconds
-
-    def _run_step(self, *, update: bool) -> dict[str, np.ndarray]:
-        """Loss, gradient and, if `update`, the update of the next step's rows; returns the metrics."""
-        # Half a step ahead, so that neither the first nor the last step has a rate of 0.
-        progress = jnp.float32(self.share + 0.5 / self.total_steps)
-        batch = self._batch(self.step)
-        self.state, metrics = self._step(self.state, batch, progress, jnp.bool_(update))
-        # Waiting for every step costs little beside one.
-        return jax.device_get(metrics)
-
-    def _check_finite(self, metrics: dict[str, np.ndarray], when: str) -> None:
-        names = {"loss": "loss", "grad_norm": "gradient norm", "param_norm": "parameter norm"}
-        values = {name: float(metrics[key]) for key, name in names.items() if key in metrics}
-        if all(map(math.isfinite, values.values())):
-            return
-        self.checkpoints.wait()
-        steps = self.checkpoints.steps
-        kept = (
-            f"the last good checkpoint is step {steps[-1]}"
-            if steps
-            else "no checkpoint was written yet"
-        )
-        remedy = "resume with" if steps else "start again with"
-        told = ", ".join(f"{name}={value}" for name, value in values.items())
-        raise UserError(
-            f"{told} {when}: training stopped; {kept}; {remedy} a lower --optim.learning-rate, or check the data"
-        )
-
-    def _batch(self, step: int):
-        section = self.trainer.config.train
-        indices = rows_of_step(step, self.training, section.batch_size, section.seed)
-        return make_batch(self.rows, indices, self.trainer.batch_sharding)
-
-    def _evaluate(self) -> None:
-        """Loss and next-token accuracy of each exit on the held-out rows."""
-        size, exits = self.trainer.config.train.batch_size, self.trainer.config.draft.exit_layers
-        loss_E, correct_E, counted = np.zeros(len(exits)), np.zeros(len(exits)), 0.0
-        for start in range(0, len(self.held_out), size):
-            indices = self.held_out[start : start + size]
-            indices = np.pad(indices, (0, size - len(indices)), constant_values=-1)
-            batch = make_batch(self.rows, indices, self.trainer.batch_sharding)
-            sums, tokens = jax.device_get(self._eval_step(self.state.params, batch))
-            loss_E, correct_E = loss_E + sums.loss_E, correct_E + sums.correct_E
-            counted += float(tokens)
-        if counted:
-            weights = self.trainer.config.draft.loss_weights
-            row = {
-                "step": self.step,
-                "held_out": True,
-                "loss": float(np.average(loss_E / counted, weights=weights)),
-                "loss_per_exit": _per_exit(exits, loss_E / counted),
-                "accuracy_per_exit": _per_exit(exits, correct_E / counted),
-            }
-            self._check_finite(
-                {"loss": row["loss"]}, f"on the held-out rows after step {self.step}"
-            )
-            self.metrics.write(row)
-            accuracy = ", ".join(f"{k}: {v:.1%}" for k, v in row["accuracy_per_exit"].items())
-            self.report.say(f"step {self.step}: held-out {losses(row)}, accuracy ({accuracy})")
-
-    def _save(self) -> None:
-        """Starts a checkpoint.
-
-        A step's loss tells of the parameters before its update. So what a resumed run would compute first, the loss and the
-        gradient of the next step's rows, is computed before anything is written.
-        """
-        self._check_finite(self._run_step(update=False), f"after the update of step {self.step}")
-        metadata = {"elapsed_seconds": self.elapsed}
-        trees = {"params": self.state.params, "opt_state": self.state.opt_state}
-        self.checkpoints.save(self.step, metadata, **trees)
-
-
-def _per_exit(exit_layers: tuple[int, ...], values) -> dict[str, float]:
-    return {str(layer): float(value) for layer, value in zip(exit_layers, values, strict=True)}

@@ -1,4 +1,4 @@
-"""The sorted loss: cross-entropy at every exit through one shared norm and head, without ever holding all logits."""
+"""The sorted loss: what every exit is to learn, at the positions that count, without ever holding all logits."""
 
 from __future__ import annotations
 
@@ -9,139 +9,99 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-HeadParams = Any
-# (head_params, h [..., D]) -> f32 logits [..., V]
-ReadLogits = Callable[[HeadParams, jax.Array], jax.Array]
+# Values of some positions by name, each [E, B, C] with one entry per exit; "loss" is what training minimises.
+TokenValues = dict[str, jax.Array]
+# (learned, fixed, h_EBCD, labels of [B, C]) -> values of these positions
+TokenFunction = Callable[[Any, Any, jax.Array, "Labels"], TokenValues]
 
 
 @flax.struct.dataclass
-class ExitSums:
-    """Sums over the counted tokens, one per exit; divide by their number for means.
+class Labels:
+    """What the positions of a batch are to learn.
 
     Attributes:
-        loss_E: f32, cross-entropy in nats.
-        correct_E: f32, how often the argmax is the next token.
+        targets_BT: int32, the next token of each position.
+        weights_BT: f32, 0 where a position does not count.
+        teachers: for each teacher arrays `[B, T, ...]`: what its distribution is read from.
     """
 
-    loss_E: jax.Array
-    correct_E: jax.Array
-
-
-def exit_sums_of(logits: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> ExitSums:
-    """Weighted sums over all positions of `-log softmax(logits)[target]` and of `argmax == target`.
-
-    Args:
-        logits: f32 `[E, B, T, V]`.
-        targets_BT: int32, in `[0, V)`.
-        weights_BT: f32; 0 leaves a position out.
-    """
-    targets_EBT = jnp.broadcast_to(targets_BT[None], logits.shape[:-1])
-    picked = jnp.take_along_axis(logits, targets_EBT[..., None], axis=-1, mode="clip")[..., 0]
-    loss_EBT = jax.nn.logsumexp(logits, axis=-1) - picked
-    correct_EBT = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == targets_EBT).astype(jnp.float32)
-    weights_EBT = weights_BT[None]
-    return ExitSums(
-        loss_E=jnp.sum(loss_EBT * weights_EBT, axis=(1, 2)),
-        correct_E=jnp.sum(correct_EBT * weights_EBT, axis=(1, 2)),
-    )
+    targets_BT: jax.Array
+    weights_BT: jax.Array
+    teachers: tuple[Any, ...] = ()
 
 
 def sorted_loss(
-    read_logits: ReadLogits,
-    head_params: HeadParams,
+    token_values: TokenFunction,
+    learned: Any,
+    fixed: Any,
     exit_hiddens: tuple[jax.Array, ...],
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
+    labels: Labels,
     *,
     exit_weights: tuple[float, ...],
     chunk: int,
-) -> tuple[jax.Array, ExitSums]:
-    """The SoFT objective: the weighted mean over exits of the summed token cross-entropy.
+    through_hiddens: bool = True,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The SoFT objective: the weighted mean over exits of the summed loss of the tokens that count.
 
-        loss = sum_e w_e * CE(head(norm(h_e)), targets) / sum_e w_e
+        loss = sum_e w_e * sum_t loss(head(norm(h_e,t))) / sum_e w_e
 
-    With equal weights this is the unweighted mean of Sorted Fine-Tuning (Valipour et al. 2023, arXiv 2309.08968), as S2D
-    trains its draft (arXiv 2407.01955). Logits exist for `chunk` positions of each row at a time; their gradient is taken
-    at once, in the forward pass, so that no logits are stored or computed twice.
+    With cross-entropy and equal weights this is the unweighted mean of Sorted Fine-Tuning (Valipour et al. 2023, arXiv
+    2309.08968), as S2D trains its draft (arXiv 2407.01955). Only positions that count are read: each row's are brought
+    together and taken `chunk` at a time, so logits exist for that many positions of each row. Their gradient is taken at
+    once, in the forward pass, so that no logits are stored or computed twice.
 
     Args:
-        read_logits: the shared norm and head.
-        head_params: the parameters that `read_logits` takes.
+        token_values: the loss of some positions, and what else is to be summed up. It must not look across positions.
+        learned: the parameters that `token_values` is differentiated by.
+        fixed: what else it takes.
         exit_hiddens: one `[B, T, D]` state per exit.
-        targets_BT: int32, the next token of each position.
-        weights_BT: f32, 0 where a position is not counted.
+        labels: of all positions.
         exit_weights: one per exit, not all 0.
         chunk: positions per row whose logits are held at once.
+        through_hiddens: the states depend on something learned. Where they do not, their gradient is not computed.
 
     Returns:
-        The f32 loss, summed over counted tokens, and the sums of each exit, which carry no gradient.
+        The f32 loss, summed over counted tokens, and the sums f32 `[E]` of all values, which carry no gradient.
     """
     shares = tuple(weight / sum(exit_weights) for weight in exit_weights)
-    pieces = _chunks(exit_hiddens, targets_BT, weights_BT, chunk)
-    return _chunked_loss(read_logits, shares, head_params, *pieces)
 
-
-def exit_sums(
-    read_logits: ReadLogits,
-    head_params: HeadParams,
-    exit_hiddens: tuple[jax.Array, ...],
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    *,
-    chunk: int,
-) -> ExitSums:
-    """The sums of `sorted_loss` alone, for evaluation; the same arguments."""
-
-    def step(sums, piece):
-        h, targets, weights = piece
-        found = exit_sums_of(read_logits(head_params, h), targets, weights)
-        return jax.tree.map(jnp.add, sums, found), None
-
-    pieces = _chunks(exit_hiddens, targets_BT, weights_BT, chunk)
-    return jax.lax.scan(step, _zero_sums(len(exit_hiddens)), pieces)[0]
-
-
-def _chunks(exit_hiddens, targets_BT, weights_BT, chunk: int):
-    """States `[C, E, B, chunk, D]`, targets and weights `[C, B, chunk]`.
-
-    T is cut, zero-padded to whole chunks; the batch stays in one piece, so that its sharding does.
-    """
-
-    def cut(x: jax.Array) -> jax.Array:
-        B, T = x.shape[:2]
-        size = min(chunk, T)
-        padded = jnp.pad(x, [(0, 0), (0, -T % size), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(B, -1, size, *x.shape[2:]), 1, 0)
-
-    return jnp.stack([cut(h) for h in exit_hiddens], axis=1), cut(targets_BT), cut(weights_BT)
-
-
-def _zero_sums(num_exits: int) -> ExitSums:
-    return ExitSums(jnp.zeros(num_exits), jnp.zeros(num_exits))
-
-
-def _chunked_loss(read_logits, shares, head_params, hiddens, targets, weights):
-    """`sorted_loss` on chunks; its gradient is computed with its value and scaled by the cotangent afterwards."""
-
-    def chunk_loss(head_params, h, targets, weights):
-        sums = exit_sums_of(read_logits(head_params, h), targets, weights)
-        return jnp.sum(sums.loss_E * jnp.asarray(shares, jnp.float32)), sums
+    def chunk_loss(learned, h_EBCD, fixed, labels):
+        values = token_values(learned, fixed, h_EBCD, labels)
+        sums = {
+            name: jnp.sum(value_EBC * labels.weights_BT[None], axis=(1, 2))
+            for name, value_EBC in values.items()
+        }
+        return jnp.sum(sums["loss"] * jnp.asarray(shares, jnp.float32)), sums
 
     @jax.custom_vjp
-    def loss(head_params, hiddens, targets, weights):
-        return forward(head_params, hiddens, targets, weights)[0]
+    def loss(learned, hiddens, fixed, labels):
+        return forward(learned, hiddens, fixed, labels)[0]
 
-    def forward(head_params, hiddens, targets, weights):
-        def step(carry, piece):
-            gradient = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)
-            (value, sums), (head_grad, hidden_grad) = gradient(head_params, *piece)
-            return jax.tree.map(jnp.add, carry, (value, sums, head_grad)), hidden_grad
+    def forward(learned, hiddens, fixed, labels):
+        walk = _Walk.over(labels.weights_BT, chunk)
+        argnums = (0, 1) if through_hiddens else (0,)
+        gradient = jax.value_and_grad(chunk_loss, argnums=argnums, has_aux=True)
 
-        zeros = jax.tree.map(jnp.zeros_like, head_params)
-        start = (jnp.zeros(()), _zero_sums(len(shares)), zeros)
-        carry, hidden_grads = jax.lax.scan(step, start, (hiddens, targets, weights))
-        total, sums, head_grad = carry
-        return (total, sums), (head_grad, hidden_grads)
+        def step(i, carry):
+            total, sums, learned_grad, hidden_grad_EBSD = carry
+            h_EBCD, piece = walk.take(i, hiddens), walk.labels(i, labels)
+            (value, found), grads = gradient(learned, h_EBCD, fixed, piece)
+            if through_hiddens:
+                hidden_grad_EBSD = walk.put(i, hidden_grad_EBSD, grads[1])
+            add = jax.tree.map(jnp.add, (total, sums, learned_grad), (value, found, grads[0]))
+            return *add, hidden_grad_EBSD
+
+        shapes = jax.eval_shape(
+            chunk_loss, learned, walk.take(0, hiddens), fixed, walk.labels(0, labels)
+        )
+        total, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        learned_grad = jax.tree.map(jnp.zeros_like, learned)
+        hidden_grad = walk.empty(hiddens) if through_hiddens else None
+        start = (total, sums, learned_grad, hidden_grad)
+        total, sums, learned_grad, hidden_grad = jax.lax.fori_loop(0, walk.chunks, step, start)
+        if through_hiddens:
+            hidden_grad = walk.put_back(hidden_grad, len(hiddens))
+        return (total, sums), (learned_grad, hidden_grad)
 
     def backward(gradients, cotangents):
         scale = cotangents[0]
@@ -149,4 +109,103 @@ def _chunked_loss(read_logits, shares, head_params, hiddens, targets, weights):
         return (*scaled, None, None)
 
     loss.defvjp(forward, backward)
-    return loss(head_params, hiddens, targets, weights)
+    return loss(learned, exit_hiddens, fixed, labels)
+
+
+def values_of_positions(
+    token_values: TokenFunction,
+    params: Any,
+    exit_hiddens: tuple[jax.Array, ...],
+    labels: Labels,
+    *,
+    chunk: int,
+) -> TokenValues:
+    """The values of every position that counts, `[E, B, T, ...]`; 0 at the others."""
+    walk = _Walk.over(labels.weights_BT, chunk)
+
+    def piece_of(i):
+        return token_values(params, None, walk.take(i, exit_hiddens), walk.labels(i, labels))
+
+    def step(i, found):
+        return jax.tree.map(lambda all_, new: walk.put(i, all_, new), found, piece_of(i))
+
+    def empty(x):
+        E, B, _, *rest = x.shape
+        return jnp.zeros((E, B, walk.padded_length, *rest), x.dtype)
+
+    start = jax.tree.map(empty, jax.eval_shape(piece_of, 0))
+    found = jax.lax.fori_loop(0, walk.chunks, step, start)
+    return jax.tree.map(lambda x: jnp.stack(walk.put_back(x, len(x))), found)
+
+
+@flax.struct.dataclass
+class _Walk:
+    """The counted positions of each row, brought to its front and cut into chunks.
+
+    Rows stay where they are: positions move within a row, so a batch that is split over devices stays so.
+
+    Attributes:
+        order_BS: int32, position of the s-th in this order; the counted ones first, S whole chunks.
+        place_BT: int32, the inverse.
+        count_B: int32, how many count.
+        chunks: int32 scalar, chunks until all rows are through.
+        size: C, positions per chunk.
+    """
+
+    order_BS: jax.Array
+    place_BT: jax.Array
+    count_B: jax.Array
+    chunks: jax.Array
+    size: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def over(cls, weights_BT: jax.Array, chunk: int) -> _Walk:
+        T = weights_BT.shape[1]
+        size = min(chunk, T)
+        order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True).astype(jnp.int32)
+        place_BT = jnp.argsort(order_BT, axis=1).astype(jnp.int32)
+        count_B = jnp.sum((weights_BT != 0).astype(jnp.int32), axis=1)
+        order_BS = jnp.pad(order_BT, ((0, 0), (0, -T % size)))
+        return cls(order_BS, place_BT, count_B, -(-jnp.max(count_B) // size), size)
+
+    @property
+    def padded_length(self) -> int:
+        """S."""
+        return self.order_BS.shape[1]
+
+    def _positions(self, i) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(self.order_BS, i * self.size, self.size, axis=1)
+
+    def _gather(self, i, x_BT: jax.Array) -> jax.Array:
+        positions_BC = self._positions(i)
+        index = positions_BC.reshape(*positions_BC.shape, *(1,) * (x_BT.ndim - 2))
+        return jnp.take_along_axis(x_BT, index, axis=1, mode="clip")
+
+    def take(self, i, hiddens: tuple[jax.Array, ...]) -> jax.Array:
+        """Chunk `i` of the states, `[E, B, C, D]`."""
+        return jnp.stack([self._gather(i, h) for h in hiddens])
+
+    def labels(self, i, labels: Labels) -> Labels:
+        """Chunk `i` of the labels; positions that do not count have weight 0."""
+        piece = jax.tree.map(lambda x: self._gather(i, x), labels)
+        at_C = i * self.size + jnp.arange(self.size, dtype=jnp.int32)
+        counted_BC = at_C[None, :] < self.count_B[:, None]
+        return piece.replace(weights_BT=jnp.where(counted_BC, piece.weights_BT, 0.0))
+
+    def empty(self, hiddens: tuple[jax.Array, ...]) -> jax.Array:
+        """Zeros `[E, B, S, D]` for what `put` writes."""
+        B, _, D = hiddens[0].shape
+        return jnp.zeros((len(hiddens), B, self.padded_length, D), hiddens[0].dtype)
+
+    def put(self, i, all_EBS: jax.Array, chunk_EBC: jax.Array) -> jax.Array:
+        """Writes chunk `i`."""
+        return jax.lax.dynamic_update_slice_in_dim(all_EBS, chunk_EBC, i * self.size, axis=2)
+
+    def put_back(self, all_EBS: jax.Array, num_exits: int) -> tuple[jax.Array, ...]:
+        """What `put` wrote, every position where it was: one `[B, T, ...]` per exit; 0 where nothing counts."""
+        place = self.place_BT.reshape(*self.place_BT.shape, *(1,) * (all_EBS.ndim - 3))
+        counts = place < self.count_B.reshape(-1, *(1,) * (place.ndim - 1))
+        moved = [
+            jnp.take_along_axis(all_EBS[e], place, axis=1, mode="clip") for e in range(num_exits)
+        ]
+        return tuple(jnp.where(counts, x, jnp.zeros_like(x)) for x in moved)

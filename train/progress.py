@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from s2d_jax.files import write_text
 
+METRICS = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -79,6 +82,32 @@ class ProgressReport:
     def say(self, text: str) -> None:
         """One line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows how much of a preparation is done: call what is yielded with the number of rows that are through."""
+        began, done = time.perf_counter(), 0
+        task = None
+        if self._bar is not None:
+            task = self._bar.add_task(what, total=total, numbers=f"{total:,} rows")
+        else:
+            self.say(f"{what}: {total:,} rows")
+
+        def count(rows: int) -> None:
+            nonlocal done
+            done += rows
+            now = time.perf_counter()
+            if self._bar is not None and task is not None:
+                self._bar.update(task, completed=done)
+            elif now - self._last_line >= _SECONDS_BETWEEN_LINES and done < total:
+                self._last_line = now
+                self.say(
+                    f"{done / total:4.0%}  {what}  {(now - began) * (total - done) / done:,.0f} s left"
+                )
+
+        yield count
+        if self._bar is not None and task is not None:
+            self._bar.remove_task(task)
 
     def update(self, share: float, row: dict[str, Any]) -> None:
         """Shows a line of metrics; `share` of the run is over."""

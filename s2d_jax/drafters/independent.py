@@ -101,7 +101,7 @@ class IndependentDrafter:
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         def step(state, tokens_BC, end_B, live_B):
             last_BD, state = self._pass(params, state, tokens_BC, live_B)
-            logits_BK = self._apply(params, "logits", last_BD)
+            logits_BK = self._apply(params, "logits", last_BD, self.model.config.num_layers)
             drafted_B = state.drafted_B + live_B.astype(jnp.int32)
             logits_BK = fit_draft_logits(self.chain, logits_BK, request)
             return logits_BK, jnp.zeros_like(drafted_B), state.replace(drafted_B=drafted_B)

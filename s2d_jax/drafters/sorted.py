@@ -190,7 +190,9 @@ class SortedDrafter:
         # The first segment sees every token as it comes: nearly always just one waits for it.
         width = 1 if s == 0 else self.catch_up_width
         state, last_BD = self.catch_up(params, leaving.state, s, tokens_BC, target_B, width)
-        logits_BK = self.model.apply({"params": params}, last_BD, method="logits")
+        logits_BK = self.model.apply(
+            {"params": params}, last_BD, self.exit_layers[s], method="logits"
+        )
         logits_BK = fit_draft_logits(self.chain, logits_BK, request)
         last = s == len(self.exit_layers) - 1  # it always accepts
         unsure_B = jnp.bool_(not last) & (confidence(logits_BK) <= request.exit_threshold_E[s])

@@ -1,0 +1,217 @@
+"""The compiled step with teachers, lists of tokens and frozen trunks: what it minimises, and what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from test_train_step import MODEL, ONE_DEVICE, UPDATE, arrays, config
+from tiny import tiny_config, tiny_params
+
+from s2d_jax.exit_parts import init_exit_parts
+from s2d_jax.lora import LoraConfig, init_lora
+from s2d_jax.model import Transformer
+from s2d_jax.sharding import MeshConfig, make_mesh
+from train.config import Config, ObjectiveSection
+from train.reading import TopK
+from train.step import Trainer
+from train.trainable import part_of
+
+TEACHER = tiny_config(num_layers=2, num_kv_heads=4)
+SHARES = np.array([0.25, 0.5, 0.25])
+LISTED = np.arange(0, MODEL.vocab_size, 3, dtype=np.int32)
+
+
+def with_objective(mesh=ONE_DEVICE, draft=None, model=None, **objective) -> Config:
+    plain = config(mesh)
+    return dataclasses.replace(
+        plain,
+        objective=ObjectiveSection(**objective),
+        draft=dataclasses.replace(plain.draft, **(draft or {})),
+        model=dataclasses.replace(plain.model, **(model or {})),
+    )
+
+
+def teacher_params(seed=5):
+    return tiny_params(TEACHER, seed=seed, spread=4.0)
+
+
+def metrics_of(config, *, teachers=(), params=None, top_k=(), vocabulary_K=None, steps=1):
+    """Metrics of every step and the parameters after the last, on the host."""
+    shapes = () if top_k else (TEACHER,) * len(teachers)
+    trainer = Trainer(config, MODEL, make_mesh(config.mesh), shapes, vocabulary_K)
+    batch = jax.device_put(arrays().replace(top_k=top_k), trainer.batch_sharding)
+    state = trainer.init_state(tiny_params(MODEL) if params is None else params)
+    placed = jax.device_put(teachers, trainer.teacher_sharding)
+    step = trainer.compile_step(state, batch, placed)
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, placed, batch, jnp.float32(0.5), UPDATE)
+        history.append(jax.device_get(metrics))
+    return history, jax.device_get(state.params)
+
+
+def log_probs_of(model_config, params, exit_layers, entries=None):
+    """Log-probabilities in float64 `[E, B, T, V]`, or over some entries."""
+    batch, model = arrays(), Transformer(model_config)
+    hiddens = model.apply(
+        {"params": params},
+        batch.tokens_BT,
+        exit_layers=exit_layers,
+        positions_BT=batch.positions_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        method="exit_hiddens",
+    )
+    logits = np.stack([model.apply({"params": params}, h, method="logits") for h in hiddens])
+    logits = np.asarray(logits, np.float64)
+    logits = logits if entries is None else logits[..., entries]
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+DIVERGENCES = {
+    "forward_kl": lambda p, q: (np.exp(p) * (p - q)).sum(-1),
+    "reverse_kl": lambda p, q: (np.exp(q) * (q - p)).sum(-1),
+    "tvd": lambda p, q: 0.5 * np.abs(np.exp(p) - np.exp(q)).sum(-1),
+}
+
+
+def mean(values_EBT):
+    """Per exit, over the tokens that count."""
+    weights = arrays().weights_BT
+    return (values_EBT * weights).sum((1, 2)) / weights.sum()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_distillation_is_the_mean_divergence_from_the_teachers_mixed_with_cross_entropy(kind):
+    teachers = (teacher_params(5), teacher_params(6))
+    objective = {"ce_weight": 0.3, "distill_weight": 0.7, "divergence": kind}
+    given = with_objective(teachers=("a", "b"), teacher_dtype="float32", **objective)
+    ((metrics,), _) = metrics_of(given, teachers=teachers)
+    log_q = log_probs_of(MODEL, tiny_params(MODEL), (1, 2, 3))
+    apart = [DIVERGENCES[kind](log_probs_of(TEACHER, t, (2,)), log_q) for t in teachers]
+    divergence_E = mean(np.mean(apart, axis=0))
+    targets = arrays().targets_BT[None, ..., None]
+    ce_E = mean(-np.take_along_axis(log_q, np.repeat(targets, 3, 0), -1)[..., 0])
+    np.testing.assert_allclose(metrics["divergence_E"], divergence_E, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss_E"], ce_E, rtol=1e-4)
+    expected = (SHARES * (0.3 * ce_E + 0.7 * divergence_E)).sum()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+
+
+def distilling(mesh=ONE_DEVICE, **changes):
+    objective = {"ce_weight": 0.1, "distill_weight": 0.9, "teacher_dtype": "float32"}
+    return with_objective(mesh, teachers=("a",), **{**objective, **changes})
+
+
+def test_distilling_learns_the_teacher_and_leaves_it_alone():
+    teacher = teacher_params()
+    before = jax.device_get(teacher)
+    given = distilling(ce_weight=0.0, distill_weight=1.0)
+    history, _ = metrics_of(given, teachers=(teacher,), steps=40)
+    first, last = (h["divergence_E"] for h in (history[0], history[-1]))
+    assert (last < 0.6 * first).all()
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(teacher))
+
+
+def test_sharded_teachers_change_nothing():
+    expected = metrics_of(distilling(), teachers=(teacher_params(),), steps=2)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    got = metrics_of(distilling(mesh), teachers=(teacher_params(),), steps=2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, expected)
+
+
+def top_k_of(log_p_BTV, K):
+    ids = np.argsort(-log_p_BTV, axis=-1, kind="stable")[..., :K].astype(np.int32)
+    return TopK(ids, np.take_along_axis(log_p_BTV, ids, -1).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_stored_probabilities_of_all_tokens_equal_the_running_teacher(kind):
+    given = distilling(divergence=kind, teacher_top_k=MODEL.vocab_size)
+    stored = top_k_of(log_probs_of(TEACHER, teacher_params(), (2,))[0], MODEL.vocab_size)
+    ((got,), _) = metrics_of(given, top_k=(stored,))
+    ((expected,), _) = metrics_of(distilling(divergence=kind), teachers=(teacher_params(),))
+    np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-3)
+    np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-2)
+
+
+def test_fewer_stored_tokens_are_a_lower_bound():
+    log_p = log_probs_of(TEACHER, teacher_params(), (2,))[0]
+    values = []
+    for K in (4, 16, MODEL.vocab_size):
+        ((metrics,), _) = metrics_of(distilling(teacher_top_k=K), top_k=(top_k_of(log_p, K),))
+        values.append(metrics["divergence_E"])
+    assert (values[0] < values[1]).all()
+    assert (values[1] < values[2]).all()
+
+
+def test_a_list_of_tokens_is_what_heads_and_teachers_are_read_over():
+    given = distilling(draft={})
+    ((metrics,), _) = metrics_of(given, teachers=(teacher_params(),), vocabulary_K=LISTED)
+    log_q = log_probs_of(MODEL, tiny_params(MODEL), (1, 2, 3), LISTED)
+    log_p = log_probs_of(TEACHER, teacher_params(), (2,), LISTED)
+    np.testing.assert_allclose(
+        metrics["divergence_E"], mean(DIVERGENCES["forward_kl"](log_p, log_q)), rtol=1e-4
+    )
+    targets = arrays().targets_BT
+    listed = np.isin(targets, LISTED)
+    index = np.where(listed, targets // 3, 0)[None, ..., None]
+    ce = -np.take_along_axis(log_q, np.repeat(index, 3, 0), -1)[..., 0] * listed
+    np.testing.assert_allclose(metrics["loss_E"], mean(ce), rtol=1e-4)
+    best = LISTED[log_q.argmax(-1)]
+    np.testing.assert_allclose(metrics["accuracy_E"], mean(best == targets), rtol=1e-5)
+
+
+PARTS = {
+    "exit_heads": {"draft": {"exit_heads": (1, 2)}},
+    "exit_adapters": {"draft": {"exit_adapters": (1, 2), "adapter_rank": 4}},
+    "lora": {"model": {"lora_rank": 2}},
+}
+
+
+def started(given: Config):
+    params = init_exit_parts(MODEL, tiny_params(MODEL), given.draft.parts, jax.random.key(1))
+    if given.model.lora_rank:
+        params = init_lora(params, LoraConfig(given.model.lora_rank), jax.random.key(2))
+    return params
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_only_the_named_part_learns(part, mesh):
+    given = with_objective(mesh, **PARTS[part])
+    assert given.learned_parts == (part,)
+    before = flatten_dict(jax.device_get(started(given)))
+    history, after = metrics_of(given, params=started(given), steps=30)
+    assert history[-1]["loss"] < history[0]["loss"]
+    ((plain,), _) = metrics_of(config())  # the parts begin as if they were not there
+    np.testing.assert_allclose(history[0]["loss"], plain["loss"], rtol=1e-4)
+    changed = {path for path, value in flatten_dict(after).items() if (value != before[path]).any()}
+    assert {part_of(path) for path in changed} == {part}
+    assert {path for path in before if part_of(path) == part} <= changed | {
+        path for path in before if "lora" in part and path[0] == "layers_3"
+    }
+
+
+def test_moments_are_kept_for_what_learns_only():
+    given = with_objective(**PARTS["exit_adapters"])
+    trainer = Trainer(given, MODEL, make_mesh(given.mesh))
+    moments = flatten_dict(trainer.abstract_state().opt_state[1].mu)
+    assert {part_of(path) for path in moments} == {"exit_adapters"}
+
+
+def test_a_frozen_trunk_is_not_differentiated():
+    """Without a backward pass the step multiplies about a third as often."""
+
+    def flops(given, params):
+        trainer = Trainer(given, MODEL, make_mesh(given.mesh))
+        batch = jax.device_put(arrays(), trainer.batch_sharding)
+        analysis = trainer.compile_step(trainer.init_state(params), batch).cost_analysis()
+        return analysis["flops"]
+
+    adapters = with_objective(**PARTS["exit_adapters"])
+    assert flops(adapters, started(adapters)) < 0.5 * flops(config(), tiny_params(MODEL))

@@ -1,0 +1,129 @@
+"""What became of the conversations: how many of each source were left out, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Counts in the order of the table, in its words; those of conversations first, then those of documents and rows.
+_WORDS = {
+    "conversations": "conversations read",
+    "no_answer": "left out: no answer",
+    "roles_do_not_alternate": "left out: roles do not alternate",
+    "empty_turn": "left out: the first turn or answer is empty",
+    "refused_by_template": "left out: refused by the chat template",
+    "shortened": "kept without some turns: unprompted, unanswered or empty",
+    "documents": "sequences made",
+    "truncated": "truncated to data.max_length",
+    "truncated_before_any_answer": "left out: truncated before any answer",
+    "rows": "packed rows",
+    "tokens": "tokens in them",
+    "answer_tokens": "of those, answers",
+}
+_ALWAYS = ("conversations", "documents", "rows", "tokens", "answer_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """Counts of one source.
+
+    Attributes:
+        path: of the source.
+        weight: how often each of its rows is seen per epoch.
+        conversations: read.
+        no_answer: left out: no user turn followed by an answer.
+        roles_do_not_alternate: left out: two turns of one role in a row, or a system message in the middle.
+        empty_turn: left out: nothing but white space in the first question or answer.
+        refused_by_template: left out: the chat template does not take it.
+        shortened: kept, without turns before the first question, behind the last answer, or from an empty turn on.
+        documents: token sequences made; more than one of a conversation whose turns the template rewrites.
+        truncated: of those, cut at the length of a row.
+        truncated_before_any_answer: of those, left out because the cut came before any answer.
+        rows: packed rows.
+        tokens: in them, padding apart.
+        answer_tokens: of those, what the assistant writes; they enter the loss.
+    """
+
+    path: str
+    weight: float
+    conversations: int = 0
+    no_answer: int = 0
+    roles_do_not_alternate: int = 0
+    empty_turn: int = 0
+    refused_by_template: int = 0
+    shortened: int = 0
+    documents: int = 0
+    truncated: int = 0
+    truncated_before_any_answer: int = 0
+    rows: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """All counts by name."""
+        return {name: getattr(self, name) for name in _WORDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    """Counts of every source and of all together, and where the rows came from.
+
+    Attributes:
+        sources: one report each, in the order of `data.paths`.
+        cache: what the cache had to do with it, in words.
+        refusal: what a chat template said when it refused the first conversation; "" if it refused none.
+    """
+
+    sources: tuple[SourceReport, ...]
+    cache: str
+    refusal: str = ""
+
+    @property
+    def total(self) -> dict[str, int]:
+        """Each count, added up over the sources."""
+        names = self.sources[0].counts()
+        return {name: sum(source.counts()[name] for source in self.sources) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """What data.json holds."""
+        return {**dataclasses.asdict(self), "total": self.total}
+
+    def __str__(self) -> str:
+        """A table of at most 100 columns: for each source what was read, left out (only what happened) and packed."""
+        table = Table(title="data", title_justify="left")
+        table.add_column("source", overflow="fold", max_width=36)
+        table.add_column("what")
+        table.add_column("count", justify="right")
+        blocks = [(_title(source), source.counts()) for source in self.sources]
+        if len(blocks) > 1:
+            blocks.append(("all", self.total))
+        for title, counts in blocks:
+            shown = [name for name in _WORDS if counts[name] or name in _ALWAYS]
+            for line, name in enumerate(shown):
+                table.add_row("" if line else title, _WORDS[name], f"{counts[name]:,}")
+            table.add_section()
+        text = io.StringIO()
+        Console(file=text, width=100, highlight=False, markup=False).print(table)
+        notes = (
+            [f"the chat template refused a conversation: {self.refusal}"] if self.refusal else []
+        )
+        return text.getvalue() + "\n".join([*notes, self.cache])
+
+
+def _title(source: SourceReport) -> str:
+    return source.path if source.weight == 1 else f"{source.path} (weight {source.weight:g})"
+
+
+def source_reports(
+    paths: Sequence[str], weights: Sequence[float], counts: Sequence[dict[str, int]]
+) -> tuple[SourceReport, ...]:
+    """Reports from counts by name, as the cache keeps them."""
+    return tuple(
+        SourceReport(path=path, weight=weight, **entry)
+        for path, weight, entry in zip(paths, weights, counts, strict=True)
+    )

@@ -1,0 +1,98 @@
+"""Acceptance on held-out rows while training: what each exit would have drafted, and what the target would have kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutAnswer:
+    """One answer, teacher-forced: every token predicted from the true ones before it.
+
+    Attributes:
+        agrees_EN: bool, whether an exit's argmax is what the target writes (its argmax, or else the answer's own token).
+        confidence_EN: f32, the largest probability of each exit.
+    """
+
+    agrees_EN: np.ndarray
+    confidence_EN: np.ndarray
+
+
+def answers_of_row(
+    counted_T: np.ndarray, agrees_ET: np.ndarray, confidence_ET: np.ndarray
+) -> Iterator[HeldOutAnswer]:
+    """The answers of a packed row: its runs of counted positions.
+
+    Args:
+        counted_T: bool, whether the position's next token is an assistant's.
+        agrees_ET, confidence_ET: of all positions.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], counted_T.astype(np.int8), [0]])))
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        yield HeldOutAnswer(agrees_ET[:, start:stop], confidence_ET[:, start:stop])
+
+
+def rounds_of_chain(agrees_N: np.ndarray, draft_tokens: int) -> int:
+    """Target passes that write an answer when chains of at most `draft_tokens` are drafted; the first token is the prefill's.
+
+    Exact for greedy answers: as long as drafted tokens agree, the draft has seen what it sees here.
+
+    >>> rounds_of_chain(np.array([1, 1, 1, 0, 1, 1], bool), 2)
+    2
+    """
+    at, rounds = 1, 0
+    while at < len(agrees_N):
+        window = agrees_N[at : at + draft_tokens]
+        accepted = len(window) if window.all() else int(np.argmin(window))
+        at, rounds = at + accepted + 1, rounds + 1
+    return rounds
+
+
+def exits_taken(confidence_EN: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """The exit `[N]` where each token leaves: the first whose confidence is above its threshold; the last always accepts."""
+    leaves_EN = confidence_EN > np.asarray(thresholds)[:, None]
+    leaves_EN[-1] = True
+    return np.argmax(leaves_EN, axis=0)
+
+
+def acceptance(
+    answers: Sequence[HeldOutAnswer],
+    exit_layers: Sequence[int],
+    thresholds: Sequence[float],
+    draft_tokens: int,
+) -> dict[str, Any]:
+    """What the metrics file says of the held-out answers.
+
+    Returns:
+        `agreement_per_exit`, `mat_per_exit` (of a chain from that exit alone), and of S2D at `thresholds`: `exit_histogram`
+        (shares) and `s2d_mat`. A MAT is None where no answer has two tokens.
+    """
+    names = [str(layer) for layer in exit_layers]
+    agrees_EN = np.concatenate([answer.agrees_EN for answer in answers], axis=1)
+    taken = [exits_taken(answer.confidence_EN, thresholds) for answer in answers]
+    sorted_agrees = [
+        np.take_along_axis(answer.agrees_EN, exits[None], axis=0)[0]
+        for answer, exits in zip(answers, taken, strict=True)
+    ]
+    shares = np.bincount(np.concatenate(taken), minlength=len(names)) / agrees_EN.shape[1]
+    per_exit = [
+        mean_acceptance_length([answer.agrees_EN[e] for answer in answers], draft_tokens)
+        for e in range(len(names))
+    ]
+    return {
+        "agreement_per_exit": dict(zip(names, agrees_EN.mean(axis=1).tolist(), strict=True)),
+        "mat_per_exit": dict(zip(names, per_exit, strict=True)),
+        "exit_histogram": dict(zip(names, shares.tolist(), strict=True)),
+        "s2d_mat": mean_acceptance_length(sorted_agrees, draft_tokens),
+    }
+
+
+def mean_acceptance_length(agrees: Sequence[np.ndarray], draft_tokens: int) -> float | None:
+    """Tokens per target pass, the prefill's token and pass left out."""
+    rounds = sum(rounds_of_chain(agrees_N, draft_tokens) for agrees_N in agrees)
+    tokens = sum(max(len(agrees_N) - 1, 0) for agrees_N in agrees)
+    return tokens / rounds if rounds else None

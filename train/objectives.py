@@ -1,0 +1,72 @@
+"""What one position is to learn: cross-entropy to the next token, and divergences from a teacher's distribution."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Divergence = Literal["forward_kl", "reverse_kl", "tvd"]
+
+# Probabilities below this count as this: the rest of a distribution, one minus a sum, may round to 0.
+_TINY = 1e-7
+
+
+def cross_entropy(log_q: jax.Array, targets: jax.Array) -> jax.Array:
+    """`-log q[target]` in nats.
+
+    Args:
+        log_q: f32 `[..., K]` log-probabilities.
+        targets: int32 `[...]` in [0, K).
+    """
+    return -jnp.take_along_axis(log_q, targets[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def divergence(kind: Divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """How far the draft's q is from the teacher's p, over K outcomes; f32 `[...]`.
+
+    - forward_kl: `sum p (log p - log q)`, in nats (Hinton et al. 2015 without its temperature; DistillSpec, Zhou et al. 2023,
+      arXiv 2310.08461, table 1).
+    - reverse_kl: `sum q (log q - log p)`, in nats (ibid.).
+    - tvd: `1/2 sum |p - q|`; a drafted token is accepted with probability 1 - tvd (Leviathan et al. 2022, arXiv 2211.17192,
+      theorem 3.5).
+
+    Args:
+        log_p, log_q: f32 `[..., K]` log-probabilities; -inf is probability 0.
+    """
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    if kind == "tvd":
+        return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+    # A finite log where p or q is 0, so that neither 0 * inf nor its gradient arises.
+    log_p, log_q = (jnp.maximum(x, jnp.log(jnp.float32(1e-30))) for x in (log_p, log_q))
+    weight = p if kind == "forward_kl" else q
+    return jnp.sum(weight * (log_p - log_q if kind == "forward_kl" else log_q - log_p), axis=-1)
+
+
+def with_rest(log_probs: jax.Array) -> jax.Array:
+    """Adds one outcome for all tokens that are not among the K given: `[..., K]` -> `[..., K + 1]`.
+
+    Lumping outcomes together never increases an f-divergence, so divergences over the top K and the rest are lower bounds of
+    those over the whole vocabulary (the data-processing inequality; Csiszar 1967).
+    """
+    total = jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
+    rest = jnp.log(jnp.maximum(1.0 - total, _TINY))
+    return jnp.concatenate([log_probs, rest], axis=-1)
+
+
+def at_tokens(log_q: jax.Array, ids: jax.Array) -> jax.Array:
+    """`log q` at the listed ids `[..., K]`."""
+    return jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
+
+
+def restricted(log_probs: jax.Array, known: jax.Array) -> jax.Array:
+    """Top-K log-probabilities and their rest, without the tokens that the draft's list lacks, adding up to 1 again.
+
+    Args:
+        log_probs: f32 `[..., K + 1]`, the last entry the rest.
+        known: bool `[..., K]`, True where the draft's list has the token.
+    """
+    kept = jnp.where(known, log_probs[..., :-1], -jnp.inf)
+    kept = jnp.concatenate([kept, log_probs[..., -1:]], axis=-1)
+    return kept - jax.nn.logsumexp(kept, axis=-1, keepdims=True)

@@ -1,0 +1,198 @@
+"""How the objective reads exits and teachers at some positions: heads, lists of tokens, distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax.config import ExitParts, ModelConfig
+from s2d_jax.draft_vocabulary import TRIMMED, TRIMMED_HEAD
+from s2d_jax.model import Params, Transformer
+from s2d_jax.weight_names import EXIT_ADAPTERS, EXIT_HEADS, get_weight, shared_head
+from train.config import ObjectiveSection
+from train.losses import Labels, TokenValues
+from train.objectives import at_tokens, cross_entropy, divergence, restricted, with_rest
+
+_OWN = (EXIT_HEADS, EXIT_ADAPTERS)
+
+
+@flax.struct.dataclass
+class TopK:
+    """The K most probable tokens of a teacher at every position.
+
+    Attributes:
+        ids_BTK: int32.
+        log_probs_BTK: f32, of the teacher's whole distribution.
+    """
+
+    ids_BTK: jax.Array
+    log_probs_BTK: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """Reads the draft's exits, and the teachers, for the objective.
+
+    Attributes:
+        model: the draft's shape.
+        dtype: of its products.
+        exit_layers, parts: where it is read, and what exits have of their own.
+        objective: what the exits learn.
+        teachers: shapes of the teachers that run in every step.
+        vocabulary_K: int32, the list of tokens that heads are read over; None for all.
+    """
+
+    model: ModelConfig
+    dtype: Any
+    exit_layers: tuple[int, ...]
+    parts: ExitParts = ExitParts()
+    objective: ObjectiveSection = ObjectiveSection()
+    teachers: tuple[ModelConfig, ...] = ()
+    vocabulary_K: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig, dtype: Any = jnp.float32) -> Reading:
+        """Reads the last layer of any model through its head."""
+        return cls(model, dtype, (model.num_layers,))
+
+    @property
+    def transformer(self) -> Transformer:
+        """The draft; its head is over the list where there is one."""
+        size = None if self.vocabulary_K is None else len(self.vocabulary_K)
+        return Transformer(self.model, self.dtype, trimmed_head_size=size, parts=self.parts)
+
+    def head_params(self, params: Params) -> Params:
+        """What `logits` needs of the draft's parameters, with the listed rows of the heads where there is a list."""
+        table = shared_head(self.model).ours[0]
+        own = {name: value for name, value in params.items() if name.startswith(_OWN)}
+        if self.vocabulary_K is None:
+            return {"final_norm": params["final_norm"], table: params[table], **own}
+        heads = {TRIMMED_HEAD: get_weight(params, shared_head(self.model))}
+        for name in [name for name in own if name.startswith(EXIT_HEADS)]:
+            heads[TRIMMED + name] = own.pop(name)["kernel"]
+        ids_K = jnp.asarray(self.vocabulary_K)
+        rows = {
+            name: {"kernel": jnp.take(head_VD, ids_K, axis=0, mode="clip")}
+            for name, head_VD in heads.items()
+        }
+        return {"final_norm": params["final_norm"], **own, **rows}
+
+    def teacher_head_params(self, index: int, params: Params) -> Params:
+        """The final norm and head of a teacher."""
+        return Reading.of(self.teachers[index]).head_params(params)
+
+    def teacher_hiddens(self, index: int, params: Params, batch) -> jax.Array:
+        """The last state of a teacher, `[B, T, D]`; no gradient flows into it."""
+        config = self.teachers[index]
+        hiddens = self._teacher(index).apply(
+            {"params": params},
+            batch.tokens_BT,
+            exit_layers=(config.num_layers,),
+            positions_BT=batch.positions_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+            method="exit_hiddens",
+        )
+        return jax.lax.stop_gradient(hiddens[0])
+
+    def _teacher(self, index: int) -> Transformer:
+        return Transformer(self.teachers[index], jnp.dtype(self.objective.teacher_dtype))
+
+    def losses(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
+        """The `TokenFunction` of training: `loss`, `ce`, `correct`, and with teachers `divergence`, each `[E, B, C]`.
+
+        Args:
+            learned, fixed: two halves of the head parameters; fixed also holds those of the teachers.
+        """
+        objective = self.objective
+        head = _joined(learned, fixed["head"])
+        targets_BC, listed_BC = self._indices(labels.targets_BT)
+        read = zip(labels.teachers, fixed["teachers"], strict=True)
+        teachers = [self._distribution(i, *pair) for i, pair in enumerate(read)]
+        values: dict[str, list[jax.Array]] = {"loss": [], "ce": [], "correct": []}
+        for exit_layer, h_BCD in zip(self.exit_layers, h_EBCD, strict=True):
+            logits_BCK = self.logits(head, h_BCD, exit_layer)
+            log_q_BCK = jax.nn.log_softmax(logits_BCK, axis=-1)
+            best_BC = jnp.argmax(logits_BCK, axis=-1).astype(jnp.int32)
+            ce_BC = jnp.where(listed_BC, cross_entropy(log_q_BCK, targets_BC), 0.0)
+            loss_BC = objective.ce_weight * ce_BC
+            if teachers:
+                apart_BC = sum(
+                    divergence(objective.divergence, *teacher(log_q_BCK)) for teacher in teachers
+                ) / len(teachers)
+                loss_BC = loss_BC + objective.distill_weight * apart_BC
+                values.setdefault("divergence", []).append(apart_BC)
+            values["loss"].append(loss_BC)
+            values["ce"].append(ce_BC)
+            values["correct"].append((listed_BC & (best_BC == targets_BC)).astype(jnp.float32))
+        return {name: jnp.stack(value) for name, value in values.items()}
+
+    def watched(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
+        """The `TokenFunction` of evaluation, `[E, B, C]`: `ce`, `confidence`, and `best`, the token drafted (int32)."""
+        values: dict[str, list[jax.Array]] = {"ce": [], "confidence": [], "best": []}
+        targets_BC, listed_BC = self._indices(labels.targets_BT)
+        for exit_layer, h_BCD in zip(self.exit_layers, h_EBCD, strict=True):
+            logits_BCK = self.logits(learned, h_BCD, exit_layer)
+            log_q_BCK = jax.nn.log_softmax(logits_BCK, axis=-1)
+            best_BC = jnp.argmax(logits_BCK, axis=-1).astype(jnp.int32)
+            if self.vocabulary_K is not None:
+                best_BC = jnp.asarray(self.vocabulary_K)[best_BC]
+            values["ce"].append(jnp.where(listed_BC, cross_entropy(log_q_BCK, targets_BC), 0.0))
+            values["confidence"].append(jnp.exp(jnp.max(log_q_BCK, axis=-1)))
+            values["best"].append(best_BC)
+        return {name: jnp.stack(value) for name, value in values.items()}
+
+    def logits(self, head: Params, h_BCD: jax.Array, exit_layer: int) -> jax.Array:
+        """f32 `[B, C, K]` of an exit."""
+        return self.transformer.apply(
+            {"params": head}, h_BCD, exit_layer=exit_layer, method="logits"
+        )
+
+    def _indices(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where the head's entries have these tokens, and whether they have them at all."""
+        if self.vocabulary_K is None:
+            return ids, jnp.ones_like(ids, dtype=bool)
+        index_V = np.full(self.model.vocab_size, -1, np.int32)
+        index_V[self.vocabulary_K] = np.arange(len(self.vocabulary_K), dtype=np.int32)
+        found = jnp.take(jnp.asarray(index_V), ids, mode="fill", fill_value=-1)
+        return jnp.maximum(found, 0), found >= 0
+
+    def _distribution(self, index: int, values: Any, head: Params):
+        """A function from the draft's `log_q_BCK` to `(log_p, log_q)` over the same outcomes."""
+        if isinstance(values, TopK):
+            return self._of_top_k(values)
+        logits_BCV = self._teacher(index).apply({"params": head}, values, method="logits")
+        if self.vocabulary_K is not None:
+            logits_BCV = jnp.take(logits_BCV, jnp.asarray(self.vocabulary_K), axis=-1, mode="clip")
+
+        def both(log_q_BCK):
+            # Models of one tokenizer pad their tables differently; the common entries are the tokens.
+            common = min(logits_BCV.shape[-1], log_q_BCK.shape[-1])
+            cut = (jax.nn.log_softmax(x[..., :common], axis=-1) for x in (logits_BCV, log_q_BCK))
+            return tuple(cut)
+
+        return both
+
+    def _of_top_k(self, stored: TopK):
+        index_BCk, known_BCk = self._indices(stored.ids_BTK)
+        log_p_BCk = with_rest(stored.log_probs_BTK)
+        if self.vocabulary_K is not None:
+            log_p_BCk = restricted(log_p_BCk, known_BCk)
+
+        def both(log_q_BCK):
+            log_q_BCk = jnp.where(known_BCk, at_tokens(log_q_BCK, index_BCk), -jnp.inf)
+            return log_p_BCk, with_rest(log_q_BCk)
+
+        return both
+
+
+def _joined(learned: Params, fixed: Params) -> Params:
+    """Two trees without common leaves as one."""
+    both = dict(fixed)
+    for name, value in learned.items():
+        both[name] = _joined(value, fixed[name]) if name in fixed else value
+    return both
