@@ -30,7 +30,7 @@ from train.config_files import load_config
 from train.data import build_rows, load_rows, split_rows, weighted_rows
 from train.distributed import is_main_process, wait_for_all
 from train.kept_rows import check_rows, keep_rows
-from train.progress import METRICS, MetricsFile, ProgressReport
+from train.progress import METRICS, TENSORBOARD, MetricsFile, ProgressReport
 from train.run import Run
 from train.start import load_start
 from train.step import Trainer, TrainState
@@ -140,7 +140,7 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     wait_for_all("rows written")
     rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, rows)
-    metrics = MetricsFile(run_dir / METRICS, last_step=-1, active=is_main_process())
+    metrics = _metrics(config, run_dir, last_step=-1)
     teachers = prepare_teachers(config, run_dir, start.tokenizer, mesh, rows, held_out, report)
     trainer = Trainer(config, start.config, mesh, teachers.shapes, _listed(start.vocabulary))
     return Run(
@@ -155,6 +155,12 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         metrics=metrics,
         state=trainer.init_state(start.params),
     )
+
+
+def _metrics(config: Config, run_dir: Path, *, last_step: int) -> MetricsFile:
+    board = run_dir / TENSORBOARD if config.watch.tensorboard else None
+    file = run_dir / METRICS
+    return MetricsFile(file, last_step=last_step, active=is_main_process(), tensorboard=board)
 
 
 def _listed(vocabulary: DraftVocabulary | None) -> np.ndarray | None:
@@ -194,7 +200,7 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         teachers=teachers,
         checkpoints=checkpoints,
         report=report,
-        metrics=MetricsFile(run_dir / METRICS, last_step=step, active=is_main_process()),
+        metrics=_metrics(config, run_dir, last_step=step),
         state=TrainState(restored["params"], restored["opt_state"]),
         step=step,
         elapsed=metadata["elapsed_seconds"],
