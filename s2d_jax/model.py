@@ -14,6 +14,7 @@ from s2d_jax.config import NO_PARTS, ExitParts, ModelConfig, UserError
 from s2d_jax.kv_cache import KVCache
 from s2d_jax.layers import Block, ExitAdapter, Linear, RMSNorm
 from s2d_jax.linear import linear
+from s2d_jax.sharding import over_rows
 from s2d_jax.weight_formats import embed
 
 Params = dict[str, Any]
@@ -139,9 +140,9 @@ class Transformer(nn.Module):
             mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
 
         def run(layer, h):
-            return layer(h, positions_BT, mask_BTS)[0]
+            return over_rows(layer(h, positions_BT, mask_BTS)[0])
 
-        h_BTD, exits = self.embed(tokens_BT), {}
+        h_BTD, exits = over_rows(self.embed(tokens_BT)), {}
         for depth, layer in enumerate(self.layers[: max(exit_layers)], start=1):
             h_BTD = nn.remat(run)(layer, h_BTD) if remat else run(layer, h_BTD)
             exits[depth] = h_BTD

@@ -166,6 +166,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "length")))
 
 
+def over_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations `[B, ...]` split over rows where a mesh is set with `jax.set_mesh`; elsewhere nothing happens.
+
+    Left to itself, XLA splits them as the parameters that they meet are split: with `fsdp` every device then sees all rows
+    through a part of the weights, and attends for all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(("batch",)))
+
+
 def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: Mesh) -> Any:
     """Shardings of an optax state: what belongs to a parameter is split as it is, counters are on every device.
 

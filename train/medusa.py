@@ -308,7 +308,8 @@ class MedusaTrainer:
             out_shardings=(sharding, whole),
             donate_argnums=0,
         )
-        return step.lower(state, trunk, batch, jnp.float32(0)).compile()
+        with jax.set_mesh(self.mesh):  # for `over_rows`
+            return step.lower(state, trunk, batch, jnp.float32(0)).compile()
 
     def _trunk(self, tree: Any) -> Any:
         """What is read of a tree of the target's parameters, or of their shardings."""

@@ -14,10 +14,8 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +26,8 @@ from s2d_jax.config_translation import config_from_hf, read_json
 from s2d_jax.pretrained import read_description
 from s2d_jax.sharding import make_mesh
 from train.config import Config, parse_command_line
-from train.step import Batch, Trainer
+from train.step import Trainer
+from train.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
 
 _COLLECTIVE = re.compile(
     r"= (?P<result>[^=]*?) "
@@ -96,15 +95,19 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
     """
     trainer = Trainer(config, model_config, mesh)
     state = placed(trainer.abstract_state(), trainer.state_sharding)
-    batch = _abstract_batch(config, trainer)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding),
+        shapes_of_batch(config.train.batch_size, config.data.max_length),
+    )
     try:
         compiled = trainer.compile_step(state, batch)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        needed = bytes_needed(str(error))
+        if needed is None:
             raise
         raise UserError(
-            f"the step does not fit the memory of {mesh.size} chips ({_shortage(str(error))}); "
-            "raise mesh.fsdp, or train.accumulate"
+            f"the step needs {needed / 1e9:.1f} GB on each of {mesh.size} chips, more than they have; "
+            "raise mesh.fsdp or train.accumulate"
         ) from None
     memory = compiled.memory_analysis()
     return Plan(
@@ -115,27 +118,6 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         collectives=count_collectives(compiled.as_text()),
-    )
-
-
-def _abstract_batch(config: Config, trainer: Trainer) -> Batch:
-    shape = (config.train.batch_size, config.data.max_length)
-    kinds = {"weights_BT": jnp.float32}
-    return Batch(
-        **{
-            field.name: jax.ShapeDtypeStruct(
-                shape, kinds.get(field.name, jnp.int32), sharding=trainer.batch_sharding
-            )
-            for field in dataclasses.fields(Batch)
-        }
-    )
-
-
-def bytes_per_device(tree: Any) -> int:
-    """What one device holds of arrays, or of `jax.ShapeDtypeStruct`s with shardings; the largest share counts."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -158,12 +140,6 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
 
 def _size(bits: str, dims: str) -> int:
     return math.prod(int(n) for n in dims.split(",") if n) * (int(bits) if bits else 8) // 8
-
-
-def _shortage(message: str) -> str:
-    """Which amount the compiler misses, in its own words."""
-    found = re.search(r"Used \S+ of \S+ hbm|Exceeded [^.]*\.", message)
-    return found[0].rstrip(".") if found else " ".join(message.split())[:160]
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list:

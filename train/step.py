@@ -142,7 +142,8 @@ class Trainer:
             out_shardings=(sharding, whole),
             donate_argnums=0,
         )
-        return step.lower(state, teachers, batch, jnp.float32(0), jnp.bool_(True)).compile()
+        with jax.set_mesh(self.mesh):  # for `over_rows`
+            return step.lower(state, teachers, batch, jnp.float32(0), jnp.bool_(True)).compile()
 
     def compile_eval(self, params: Params, batch: Batch):
         """`(params, batch) -> TokenValues` of `Reading.watched` at every position, `[E, B, T]`, compiled."""
@@ -151,7 +152,8 @@ class Trainer:
             in_shardings=(self.state_sharding.params, self.batch_sharding),
             out_shardings=replicated(self.mesh),
         )
-        return step.lower(params, batch).compile()
+        with jax.set_mesh(self.mesh):  # for `over_rows`
+            return step.lower(params, batch).compile()
 
     @property
     def _lora(self) -> LoraConfig | None:

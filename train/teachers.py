@@ -76,7 +76,8 @@ def _compiled(
     step = jax.jit(
         read, in_shardings=(placement, batch_sharding(mesh)), out_shardings=replicated(mesh)
     )
-    return step.lower(model.params, batch).compile()
+    with jax.set_mesh(mesh):  # for `over_rows`
+        return step.lower(model.params, batch).compile()
 
 
 def best_tokens(
