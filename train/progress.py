@@ -58,7 +58,7 @@ class MetricsFile:
 
 
 class TensorBoardFile:
-    """Writes the numbers of the metrics file for TensorBoard, those of an exit as `loss_per_exit/6`, of held-out rows under `held_out/`.
+    """Writes the numbers of the metrics file for TensorBoard: `loss_per_exit/6` for an exit, `held_out/...` for held-out rows.
 
     Raises:
         UserError: if tensorboardX is not installed.
