@@ -140,7 +140,6 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     wait_for_all("rows written")
     rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, rows)
-    metrics = _metrics(config, run_dir, last_step=-1)
     teachers = prepare_teachers(config, run_dir, start.tokenizer, mesh, rows, held_out, report)
     trainer = Trainer(config, start.config, mesh, teachers.shapes, _listed(start.vocabulary))
     return Run(
@@ -152,7 +151,7 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         teachers=teachers,
         checkpoints=Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints),
         report=report,
-        metrics=metrics,
+        metrics=_metrics(config, run_dir, last_step=-1),
         state=trainer.init_state(start.params),
     )
 
