@@ -117,7 +117,7 @@ def test_a_step_that_does_not_fit_is_a_row(models):
     def compile():
         raise jax.errors.JaxRuntimeError(message)
 
-    row = measure(StepToCompile("Medusa heads", "huge", 1, (), (), (), compile), devices=8)
+    row = measure(StepToCompile("Medusa", "huge", 1, (), (), (), compile), devices=8)
     assert row.peak == int(215.5 * 2**30)
     assert row.temporaries is None
     assert not row.fits(95e9)
@@ -171,7 +171,7 @@ def test_the_command_prints_a_table_and_writes_it(models, tmp_path):
     assert medusa["frozen"] > 0
     assert written["options"]["topology"] == "cpu"
     markdown = (out / "memory.md").read_text()
-    assert f"| Medusa heads | {models['small']} | {medusa['frozen'] / 1e9:.2f} |" in markdown
+    assert f"| Medusa | small | {medusa['frozen'] / 1e9:.2f} |" in markdown
     assert "CPU compiler" in markdown
 
 
