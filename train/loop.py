@@ -131,7 +131,12 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """A new run; nothing is written before model and data are known to be good."""
     mesh = make_mesh(config.mesh)
     model_config, params, tokenizer = load_draft_start(config, mesh)
-    rows, summary = build_rows(config.data, tokenizer, vocab_size=model_config.vocab_size)
+    rows, summary = build_rows(
+        config.data,
+        tokenizer,
+        vocab_size=model_config.vocab_size,
+        on_progress=report.working,
+    )
     report.say(str(summary))
     training, held_out = _split(config, rows)
     write_run(run_dir, model_config, config.draft.draft_config(), tokenizer)

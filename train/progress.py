@@ -70,6 +70,21 @@ class ProgressReport:
         """One line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def working(self, what: str, done: int, total: int) -> None:
+        """Shows how far something before training is; from `done == total` on no longer."""
+        if self._bar is not None:
+            old = [task.id for task in self._bar.tasks if task.id != self._task]
+            if not old:
+                old = [self._bar.add_task(what, numbers="")]
+            self._bar.update(old[0], description=what, completed=done, total=total)
+            if done == total:
+                self._bar.remove_task(old[0])
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.say(what if total == 1 else f"{what}: {done:,} of {total:,}")
+
     def update(self, share: float, row: dict[str, Any]) -> None:
         """Shows a line of metrics; `share` of the run is over."""
         numbers = f"step {row['step']}  {row['tokens_per_second']:,.0f} tok/s  {losses(row)}"
