@@ -141,6 +141,24 @@ def test_rows_hold_documents_of_one_source(tokenizer, tmp_path):
     assert report.total["conversations"] == 14
 
 
+@pytest.mark.slow
+def test_several_processes_tokenize_as_one_does(tokenizer, tmp_path):
+    """Spawned, as threads of JAX run already."""
+    path = write_source(tmp_path / "chat", 250, words="one two")
+    found, told = [], []
+    for num_proc in (1, 2):
+        config = DataSection(
+            paths=(path,), num_proc=num_proc, max_length=64, cache_dir=str(tmp_path / str(num_proc))
+        )
+        rows, _ = build_rows(
+            config, tokenizer, vocab_size=VOCAB, on_progress=lambda *now: told.append(now)
+        )
+        found.append(rows[:])
+    assert found[0] == found[1]
+    steps = [("reading chat", 0, 1), *(("tokenizing", n, 250) for n in (100, 200, 250))]
+    assert told == steps * 2
+
+
 def test_weights_say_how_often_rows_are_seen():
     sources = np.array([0] * 40 + [1] * 20 + [2] * 8)
     training, held_out = split_rows(68, 0.1, seed=3)

@@ -130,7 +130,12 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     mesh = make_mesh(config.mesh)
     start = load_start(config, mesh)
     if is_main_process():
-        rows, summary = build_rows(config.data, start.tokenizer, vocab_size=start.config.vocab_size)
+        rows, summary = build_rows(
+            config.data,
+            start.tokenizer,
+            vocab_size=start.config.vocab_size,
+            on_progress=report.working,
+        )
         report.say(str(summary))
         _split(config, rows)
         description = (start.config, config.draft.draft_config(), start.tokenizer)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,31 +122,20 @@ class ProgressReport:
         """One line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    @contextlib.contextmanager
-    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows how much of a preparation is done: call what is yielded with the number of rows that are through."""
-        began, done = time.perf_counter(), 0
-        task = None
+    def working(self, what: str, done: int, total: int) -> None:
+        """Shows how far something before training is; from `done == total` on no longer."""
         if self._bar is not None:
-            task = self._bar.add_task(what, total=total, numbers=f"{total:,} rows")
-        else:
-            self.say(f"{what}: {total:,} rows")
-
-        def count(rows: int) -> None:
-            nonlocal done
-            done += rows
-            now = time.perf_counter()
-            if self._bar is not None and task is not None:
-                self._bar.update(task, completed=done)
-            elif now - self._last_line >= _SECONDS_BETWEEN_LINES and done < total:
-                self._last_line = now
-                self.say(
-                    f"{done / total:4.0%}  {what}  {(now - began) * (total - done) / done:,.0f} s left"
-                )
-
-        yield count
-        if self._bar is not None and task is not None:
-            self._bar.remove_task(task)
+            old = [task.id for task in self._bar.tasks if task.id != self._task]
+            if not old:
+                old = [self._bar.add_task(what, numbers="")]
+            self._bar.update(old[0], description=what, completed=done, total=total)
+            if done == total:
+                self._bar.remove_task(old[0])
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.say(what if total == 1 else f"{what}: {done:,} of {total:,}")
 
     def update(self, share: float, row: dict[str, Any]) -> None:
         """Shows a line of metrics; `share` of the run is over."""
