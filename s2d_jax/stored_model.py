@@ -185,8 +185,8 @@ def _describe_directory(directory: Path) -> tuple[ModelConfig, Tokenizer | None]
 
 
 def _describe_gguf(file: GGUFFile) -> tuple[ModelConfig, Tokenizer | None]:
-    tokenizer = Tokenizer.from_gguf(file)
-    return _with_stop_tokens(config_from_gguf(file), tokenizer), tokenizer
+    config, tokenizer = config_from_gguf(file), Tokenizer.from_gguf(file)
+    return _with_stop_tokens(config, tokenizer), tokenizer
 
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:
