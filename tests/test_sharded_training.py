@@ -78,7 +78,7 @@ def run(config: Config, plain_descent: bool = False):
         batch = jax.device_put(batch, trainer.batch_sharding)
         step = step or trainer.compile_step(state, batch)
         before = jax.tree.map(jnp.copy, state.params)
-        state, metrics = step(state, batch, jnp.float32(0.5), jnp.bool_(True))
+        state, metrics = step(state, (), batch, jnp.float32(0.5), jnp.bool_(True))
         losses.append(float(metrics["loss"]))
         gradients = state.opt_state[1].mu
         first = jax.device_get(gradients) if first is None else first

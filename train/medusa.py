@@ -17,6 +17,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -308,7 +309,7 @@ class MedusaTrainer:
             donate_argnums=0,
         )
         with jax.set_mesh(self.mesh):  # for `over_rows`
-            return step.lower(state, trunk, batch, jnp.float32(0)).compile()
+            return step.lower(state, trunk, batch, np.float32(0)).compile()
 
     def _trunk(self, tree: Any) -> Any:
         """What is read of a tree of the target's parameters, or of their shardings."""

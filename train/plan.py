@@ -34,8 +34,9 @@ _COLLECTIVE = re.compile(
     r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-# What libtpu would ask the machine; it only has to be there.
+# What libtpu would ask the machine; it only has to be there. Several processes may compile at a time: none takes a chip.
 _NO_TPU_HERE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-16",
     "TPU_WORKER_HOSTNAMES": "localhost",

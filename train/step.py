@@ -143,7 +143,7 @@ class Trainer:
             donate_argnums=0,
         )
         with jax.set_mesh(self.mesh):  # for `over_rows`
-            return step.lower(state, teachers, batch, jnp.float32(0), jnp.bool_(True)).compile()
+            return step.lower(state, teachers, batch, np.float32(0), np.bool_(True)).compile()
 
     def compile_eval(self, params: Params, batch: Batch):
         """`(params, batch) -> TokenValues` of `Reading.watched` at every position, `[E, B, T]`, compiled."""
