@@ -277,7 +277,7 @@ def _cells(row: StepMemory) -> tuple[str, ...]:
     return (
         *(row.system, Path(row.target).name if row.target else "any"),
         *(giga(row.frozen), giga(row.trained), giga(row.optimizer), giga(row.temporaries)),
-        *(giga(row.peak), f"{row.devices * row.peak / 1e9:,.1f}"),
+        *(giga(row.peak), "-" if row.peak is None else f"{row.devices * row.peak / 1e9:,.1f}"),
         "/".join("yes" if row.fits(size) else "no" for size in CAPACITIES),
         PUBLISHED.get((row.system, row.target), ""),
     )
