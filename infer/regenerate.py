@@ -317,7 +317,8 @@ def _show(
     seconds: float,
 ) -> None:
     answers = sum(len(talk.answers) for talk in talks)
-    table = Table(title=f"target {args.target[0]}", title_justify="left", show_header=False)
+    console.print(f"target {args.target[0]}", soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column("what")
     table.add_column("number", justify="right")
     rows = {

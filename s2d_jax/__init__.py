@@ -1,11 +1,19 @@
 """Sorted Speculative Decoding in JAX: one sorted draft makes many target models faster, without changing their output."""
 
 from s2d_jax.compilation import use_compile_cache
-from s2d_jax.config import DecodeConfig, DraftConfig, ModelConfig, SamplingParams, UserError
+from s2d_jax.config import (
+    DecodeConfig,
+    DraftConfig,
+    ExitParts,
+    ModelConfig,
+    SamplingParams,
+    UserError,
+)
 from s2d_jax.conversation import Conversation
 from s2d_jax.draft_vocabulary import DraftVocabulary, read_vocabulary
-from s2d_jax.export import export_draft
+from s2d_jax.export import export_draft, export_parts
 from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.lora import LoraConfig, load_peft, merge_lora
 from s2d_jax.prepare import prepare_for_decode
 from s2d_jax.pretrained import Draft, Model, load_draft, load_model, with_trimmed_head
 from s2d_jax.sharding import MeshConfig, make_mesh
@@ -20,8 +28,10 @@ __all__ = [
     "Draft",
     "DraftConfig",
     "DraftVocabulary",
+    "ExitParts",
     "GenerationResult",
     "GenerationStats",
+    "LoraConfig",
     "MeshConfig",
     "Model",
     "ModelConfig",
@@ -31,9 +41,12 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "export_draft",
+    "export_parts",
     "load_draft",
     "load_model",
+    "load_peft",
     "make_mesh",
+    "merge_lora",
     "prepare_for_decode",
     "read_vocabulary",
     "use_compile_cache",

@@ -25,6 +25,7 @@ from s2d_jax.safetensors_files import save_safetensors
 from s2d_jax.sorted_draft import Base, SortedDraft, base_fingerprint
 from s2d_jax.stored_model import StoredModel, open_model
 from s2d_jax.tokenizer import Tokenizer
+from s2d_jax.weight_formats import Int8Weight
 from s2d_jax.weight_names import get_weight, part_names, weight_names
 
 # How Hugging Face's assisted generation drafts with these directories: the heuristic of the paper, which starts at 5
@@ -204,6 +205,8 @@ def _fingerprint_of_trunk(
         )
     for name, array in base.tensors(layers):
         own = get_weight(draft.params, name)
+        if isinstance(own, Int8Weight):
+            raise UserError(f"{'.'.join(name.ours)} is int8; export parameters in f32, f16 or bf16")
         if not np.array_equal(np.asarray(own), array.astype(own.dtype)):
             raise UserError(
                 f"the draft's {'.'.join(name.ours)} differs from that of {path}: its trunk was trained; export it whole"

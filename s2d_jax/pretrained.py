@@ -85,9 +85,13 @@ def load_model(
         UserError: if the path holds no supported, complete model, or the format is unknown.
     """
     check_weight_format(weight_format)
-    stored = open_model(locate(path))
+    return _load(locate(path), str(path), weight_format, mesh)
+
+
+def _load(local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
+    stored = open_model(local)
     params = _read_params(stored.config, stored.tensors(), weight_format, mesh)
-    return Model(stored.config, params, stored.tokenizer, str(path))
+    return Model(stored.config, params, stored.tokenizer, source)
 
 
 def load_draft(
@@ -104,16 +108,16 @@ def load_draft(
             is missing or another model.
     """
     check_weight_format(weight_format)
-    local = locate(path)
+    local, source = locate(path), str(path)
     file = local / SORTED_DRAFT
     if not file.exists():
-        model = load_model(path, weight_format=weight_format, mesh=mesh)
+        model = _load(local, source, weight_format, mesh)
         return Draft(*_fields(model), DraftConfig((model.config.num_layers,)))
     described = read_sorted_draft(file)
     if described.base is None:
-        model = load_model(local, weight_format=weight_format, mesh=mesh)
+        model = _load(local, source, weight_format, mesh)
     else:
-        model = _load_on_base(local, described.base, weight_format, mesh)
+        model = _load_on_base(local, source, described.base, weight_format, mesh)
     described.draft_config.check_depth(model.config.num_layers)
     parts = described.draft_config.parts
     if parts.exits:
@@ -121,7 +125,6 @@ def load_draft(
         added = _read_params(model.config, tensors, weight_format, mesh, parts)
         model = dataclasses.replace(model, params=model.params | added)
     draft = Draft(*_fields(model), described.draft_config)
-    draft = dataclasses.replace(draft, source=str(path))
     return with_trimmed_head(draft, described.vocabulary)
 
 
@@ -157,7 +160,7 @@ def _tensors_of_parts(file: Path, config: ModelConfig, parts: ExitParts):
 
 
 def _load_on_base(
-    local: Path, base: Base, weight_format: str, mesh: jax.sharding.Mesh | None
+    local: Path, source: str, base: Base, weight_format: str, mesh: jax.sharding.Mesh | None
 ) -> Model:
     """The trunk of a draft that was exported without it."""
     try:
@@ -184,7 +187,7 @@ def _load_on_base(
             f"{base.path} is not the model that {local} was trained on (fingerprint {seen}, {base.fingerprint} is expected); "
             f"correct base.path in its {SORTED_DRAFT}"
         )
-    return Model(config, params, tokenizer_in(local) or stored.tokenizer, str(local))
+    return Model(config, params, tokenizer_in(local) or stored.tokenizer, source)
 
 
 def with_trimmed_head(draft: Draft, vocabulary: DraftVocabulary | None) -> Draft:

@@ -19,6 +19,7 @@ from s2d_jax.config_translation import (
     saved_eos_token_ids,
 )
 from s2d_jax.gguf_reader import GGUFFile
+from s2d_jax.locate import SORTED_DRAFT
 from s2d_jax.model import Params, abstract_params
 from s2d_jax.safetensors_files import SafetensorsFiles
 from s2d_jax.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -136,6 +137,8 @@ def _config_file(directory: Path) -> Path:
     if not (directory / "config.json").exists():
         ggufs = sorted(path.name for path in directory.glob("*.gguf"))
         remedy = f"give the path of {ggufs[0]}" if ggufs else "give a Hugging Face directory"
+        if (directory / SORTED_DRAFT).exists():
+            remedy = "it is a draft without its trunk, so give it as a draft (load_draft, --draft)"
         raise UserError(f"{directory} has no config.json; {remedy}")
     return directory / "config.json"
 
@@ -182,8 +185,8 @@ def _describe_directory(directory: Path) -> tuple[ModelConfig, Tokenizer | None]
 
 
 def _describe_gguf(file: GGUFFile) -> tuple[ModelConfig, Tokenizer | None]:
-    tokenizer = Tokenizer.from_gguf(file)
-    return _with_stop_tokens(config_from_gguf(file), tokenizer), tokenizer
+    config, tokenizer = config_from_gguf(file), Tokenizer.from_gguf(file)
+    return _with_stop_tokens(config, tokenizer), tokenizer
 
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import datasets
 import numpy as np
 import pytest
 from hf_tiny import expect_user_error
-from tiny import tiny_tokenizer
+from tiny import tiny_draft, tiny_tokenizer
 
 from s2d_jax.conversation_files import content_hash, read_conversations, read_rows
+from s2d_jax.export import export_draft
 from train.config import DataSection
 from train.data import build_rows, split_rows, weighted_rows
+from train.main import main
 
 VOCAB = 300
 MESSAGES = [
@@ -138,6 +141,24 @@ def test_rows_hold_documents_of_one_source(tokenizer, tmp_path):
     assert report.total["conversations"] == 14
 
 
+@pytest.mark.slow
+def test_several_processes_tokenize_as_one_does(tokenizer, tmp_path):
+    """Spawned, as threads of JAX run already."""
+    path = write_source(tmp_path / "chat", 250, words="one two")
+    found, told = [], []
+    for num_proc in (1, 2):
+        config = DataSection(
+            paths=(path,), num_proc=num_proc, max_length=64, cache_dir=str(tmp_path / str(num_proc))
+        )
+        rows, _ = build_rows(
+            config, tokenizer, vocab_size=VOCAB, on_progress=lambda *now: told.append(now)
+        )
+        found.append(rows[:])
+    assert found[0] == found[1]
+    steps = [("reading chat", 0, 1), *(("tokenizing", n, 250) for n in (100, 200, 250))]
+    assert told == steps * 2
+
+
 def test_weights_say_how_often_rows_are_seen():
     sources = np.array([0] * 40 + [1] * 20 + [2] * 8)
     training, held_out = split_rows(68, 0.1, seed=3)
@@ -236,3 +257,21 @@ def test_a_source_with_nothing_to_train_on_is_named(tokenizer, tmp_path):
 def test_bad_weights_are_refused(weights, message):
     with expect_user_error(message):
         DataSection(paths=("a", "b"), weights=weights)
+
+
+def test_a_corrupt_row_stops_a_run_in_one_line_and_leaves_nothing(tokenizer, tmp_path, capsys):
+    model = dataclasses.replace(tiny_draft(VOCAB, (1, 2)), tokenizer=tokenizer)
+    export_draft(model, tmp_path / "model", {})
+    chat = write_source(tmp_path / "chat.jsonl", 40, words="one")
+    with open(chat, "a") as file:
+        file.write('{"messages": [{"role": "user", "con')
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tmp_path}/model, compute_dtype: float32}}\n"
+        f"data: {{paths: [{chat}], max_length: 64}}\ndraft: {{exit_layers: [1, 2]}}\n"
+    )
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(tmp_path / "run.yaml"), "--train.run-dir", str(run_dir)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {chat}: line 41: not valid JSON (Unterminated string")
+    assert line.endswith("repair or remove the line")
+    assert not run_dir.exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import transformers
@@ -17,6 +20,7 @@ from chat_templates import (
 from hf_tiny import expect_user_error
 from test_sentencepiece import write_sentencepiece_model
 
+from s2d_jax.gguf_reader import GGUFFile
 from s2d_jax.tokenizer import Tokenizer
 from train.documents import documents_of, training_turns
 
@@ -223,3 +227,22 @@ def test_the_part_of_a_conversation_to_train_on():
         assert training_turns(bad) == ([], "roles_do_not_alternate")
     for bad in ([empty_user, answer], [user, empty_answer, user, answer], [SYSTEM, empty_user, answer]):  # fmt: skip
         assert training_turns(bad) == ([], "empty_turn")
+
+
+@pytest.mark.weights
+def test_smollm2s_own_tokenizer_and_template(smollm2_path):
+    """Against rendering turn by turn."""
+    tokenizer = Tokenizer.from_gguf(GGUFFile(smollm2_path))
+    prompts = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    for number in range(0, 48, 8):
+        messages = chat(*texts[number : number + 6])
+        ((ids, mask),) = documents_of(messages, tokenizer)
+        assert ids == tokenizer.encode_chat(messages, add_generation_prompt=False)
+        expected = np.zeros(len(ids), bool)
+        for i in (1, 3, 5):
+            start = len(tokenizer.encode_chat(messages[:i]))
+            whole = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+            assert whole[-2:] == [tokenizer.stop_token_ids[0], *tokenizer.encode("\n")]
+            expected[start : len(whole) - 1] = True
+        np.testing.assert_array_equal(mask, expected)

@@ -12,15 +12,16 @@ import pytest
 from hf_tiny import expect_user_error, hf_logits, random_tokens
 from numpy_transformer import all_depths, logits
 from test_export import MAX_ABS, VOCABULARY, exit_logits, files_in, hf_load, make_draft
-from tiny import noisy_draft, tiny_config, tiny_model, tiny_params, with_parts
+from tiny import adapted, noisy_draft, tiny_config, tiny_model, tiny_params, with_parts
 
 from infer.costs import draft_programs, head_program
 from infer.trace import record_trace
-from s2d_jax.config import DecodeConfig, DraftConfig, ExitParts, SamplingParams
+from s2d_jax.config import NO_PARTS, DecodeConfig, DraftConfig, ExitParts, SamplingParams
 from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.exit_parts import exit_model, init_exit_parts
 from s2d_jax.export import exits_left_out, export_draft
 from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.lora import LoraConfig, with_lora
 from s2d_jax.model import Transformer, abstract_params, logical_axes, selected, truncated
 from s2d_jax.prepare import prepare_for_decode
 from s2d_jax.pretrained import load_draft, with_trimmed_head
@@ -132,8 +133,8 @@ def test_shapes_and_axes_of_parts():
 @pytest.mark.parametrize(
     ("policy", "trimmed", "weight_format"),
     [
-        *(("s2d", False, "f32"), ("s2d", True, "int8"), ("s2d", False, "bf16")),
-        *(("sd@2", True, "f32"), ("independent", False, "int8")),
+        *(("s2d", False, "f32"), ("s2d", True, "int8")),
+        *(("sd@2", True, "bf16"), ("independent", False, "int8")),
     ],
 )
 def test_greedy_equals_the_width_matched_reference(target, draft, policy, trimmed, weight_format):
@@ -171,19 +172,21 @@ def test_a_draft_as_target_reads_the_shared_head(draft):
 
 
 def test_tokens_beside_a_sharded_target_equal_those_of_one_device():
+    """Both with LoRA on the trunk as well."""
     sampling = [GREEDY, SAMPLED, SAMPLED, SAMPLED]
-    target = _target(num_heads=8, num_kv_heads=8)
+    target, lora = _target(num_heads=8, num_kv_heads=8), LoraConfig(2, ("q_proj", "down_proj"))
+    target = dataclasses.replace(target, params=adapted(target.params, lora))
     draft = _draft(target)
     one = SpeculativeDecoder(target, with_trimmed_head(draft, LISTED)).generate(PROMPTS, sampling)
     mesh = make_mesh(MeshConfig(tensor=4))
+
+    def shardings(model, parts):
+        axes = with_lora(logical_axes(model.config, parts), lora)
+        return params_sharding(model.config, axes, mesh)
+
     split_target, split_draft = (
-        dataclasses.replace(
-            model,
-            params=jax.device_put(
-                model.params, params_sharding(model.config, logical_axes(model.config, parts), mesh)
-            ),
-        )
-        for model, parts in ((target, ExitParts()), (draft, PARTS))
+        dataclasses.replace(model, params=jax.device_put(model.params, shardings(model, parts)))
+        for model, parts in ((target, NO_PARTS), (draft, PARTS))
     )
     decoder = SpeculativeDecoder(split_target, with_trimmed_head(split_draft, LISTED))
     many = decoder.generate(PROMPTS, sampling)

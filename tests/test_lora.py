@@ -14,7 +14,7 @@ import torch
 import yaml
 from hf_tiny import CASES, expect_user_error, hf_logits, random_tokens
 from test_export import MAX_ABS, VOCABULARY, exit_logits, files_in, hf_load, make_draft
-from tiny import tiny_config, tiny_model, tiny_params, tiny_tokenizer, with_parts
+from tiny import adapted, tiny_config, tiny_model, tiny_params, tiny_tokenizer, with_parts
 
 from infer.export import Args, export
 from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, load_run, read_lora, write_run
@@ -41,19 +41,6 @@ SOME = LoraConfig(2, ("q_proj", "down_proj"))
 PARTS = ExitParts(heads=(1,), adapters=(2,), adapter_rank=4)
 
 
-def adapted(params, lora=LORA, seed=7):
-    """`params` with adapters that matter."""
-    begun = init_lora(params, lora, jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(begun))))
-
-    def filled(path, x):
-        if getattr(path[-1], "key", None) != "lora_b":
-            return x
-        return 0.3 * jax.random.normal(next(keys), x.shape, x.dtype)
-
-    return jax.tree_util.tree_map_with_path(filled, begun)
-
-
 def logits_of(config, params, tokens_BT=random_tokens(64)):  # noqa: B008
     return np.asarray(Transformer(config).apply({"params": params}, jnp.asarray(tokens_BT)))
 
@@ -64,7 +51,7 @@ def test_merged_equals_unmerged(name):
     params = tiny_params(config, spread=5.0)
     begun = init_lora(params, LORA, jax.random.key(0))
     np.testing.assert_array_equal(logits_of(config, begun), logits_of(config, params))
-    changed = adapted(params)
+    changed = adapted(params, LORA)
     merged = merge_lora(changed)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     found = logits_of(config, changed)
@@ -130,7 +117,7 @@ def test_adapters_that_cannot_be(fields, message):
 
 def test_adapters_are_folded_in_before_int8():
     draft = make_draft()
-    changed = dataclasses.replace(draft, params=adapted(draft.params))
+    changed = dataclasses.replace(draft, params=adapted(draft.params, LORA))
     whole = dataclasses.replace(draft, params=merge_lora(changed.params))
     found = prepare_for_decode(changed, "int8").params
     jax.tree.map(np.testing.assert_array_equal, found, prepare_for_decode(whole, "int8").params)
@@ -164,7 +151,7 @@ def test_peft_reads_what_is_written(tmp_path):
     peft = pytest.importorskip("peft", reason="install the test extra to compare with PEFT")
     draft = make_draft("qwen2 tied")
     export_draft(draft, tmp_path / "base", {})
-    changed = dataclasses.replace(draft, params=adapted(draft.params))
+    changed = dataclasses.replace(draft, params=adapted(draft.params, LORA))
     (tmp_path / "lora").mkdir()
     save_peft(tmp_path / "lora", draft.config, changed.params, LORA, str(tmp_path / "base"))
     model = peft.PeftModel.from_pretrained(hf_load(tmp_path / "base"), tmp_path / "lora").eval()
@@ -258,6 +245,8 @@ def test_a_draft_on_a_base_is_the_whole_one(base, weight_format, tmp_path):
     assert small.tokenizer.vocabulary() == draft.tokenizer.vocabulary()
     jax.tree.map(np.testing.assert_array_equal, small.params, whole.params)
     assert read_description(tmp_path / "small")[0] == draft.config
+    with expect_user_error("it is a draft without its trunk, so give it as a draft"):
+        load_model(tmp_path / "small")
     if weight_format == "f32":
         sampling = SamplingParams(temperature=1.0, max_new_tokens=20)
         results = [SpeculativeDecoder(base, m).generate(PROMPTS, sampling) for m in (whole, small)]
@@ -303,6 +292,9 @@ def test_trunks_that_are_not_the_base(base, tmp_path):
         export_parts(draft, out, base=base.source, layers=(0, 1, 3), provenance={})
     with expect_user_error("layer 4 is not in the model"):
         export_parts(draft, out, base=base.source, layers=(0, 1, 4), provenance={})
+    int8 = prepare_for_decode(draft, "int8")
+    with expect_user_error("embed.embedding is int8; export parameters in f32, f16 or bf16"):
+        export_parts(int8, out, base=base.source, layers=BASE_LAYERS, provenance={})
     assert not out.exists()
 
 

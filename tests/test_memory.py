@@ -17,7 +17,7 @@ from tiny import tiny_config, tiny_params
 from s2d_jax.config_translation import config_to_hf
 from s2d_jax.sharding import MeshConfig, make_mesh
 from train import memory
-from train.config import load_config
+from train.config_files import load_config
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.memory import Args, main, plan, run
 from train.step_memory import StepToCompile, bytes_needed, bytes_per_device, measure
@@ -117,7 +117,7 @@ def test_a_step_that_does_not_fit_is_a_row(models):
     def compile():
         raise jax.errors.JaxRuntimeError(message)
 
-    row = measure(StepToCompile("Medusa heads", "huge", 1, (), (), (), compile), devices=8)
+    row = measure(StepToCompile("Medusa", "huge", 1, (), (), (), compile), devices=8)
     assert row.peak == int(215.5 * 2**30)
     assert row.temporaries is None
     assert not row.fits(95e9)
@@ -171,7 +171,7 @@ def test_the_command_prints_a_table_and_writes_it(models, tmp_path):
     assert medusa["frozen"] > 0
     assert written["options"]["topology"] == "cpu"
     markdown = (out / "memory.md").read_text()
-    assert f"| Medusa heads | {models['small']} | {medusa['frozen'] / 1e9:.2f} |" in markdown
+    assert f"| Medusa | small | {medusa['frozen'] / 1e9:.2f} |" in markdown
     assert "CPU compiler" in markdown
 
 

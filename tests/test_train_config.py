@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2d_jax.config import UserError
-from train.config import load_config, parse_command_line
+from train.config_files import load_config, parse_command_line
 from train.main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"

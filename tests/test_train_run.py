@@ -25,7 +25,7 @@ from s2d_jax.checkpoint import Checkpoints, load_run
 from s2d_jax.config import DraftConfig
 from s2d_jax.model import Transformer, truncated
 from s2d_jax.pretrained import load_draft, load_model
-from train.config import load_config
+from train.config_files import load_config
 from train.progress import ProgressReport
 
 EXITS = ["1", "2", "3"]
@@ -85,7 +85,7 @@ def test_metrics_tell_loss_and_accuracy_per_exit(finished):
 def test_without_a_terminal_there_are_lines_with_loss_and_time_left(source, tmp_path, capsys):
     assert launch(source, tmp_path / "run", "--train.max-steps", 2) == 0
     text = capsys.readouterr().out
-    assert "60 conversations (0 skipped, 0 truncated, 0 dropped) -> " in text
+    assert re.search(r"conversations read +│ +60 │", text)
     assert "tok/s  loss " in text
     assert "0 s left" in text
     assert "held-out loss" in text
@@ -351,3 +351,5 @@ def test_a_finished_run_is_not_overwritten_and_keeps_its_data_when_resumed(
     assert "holds checkpoints [4, 8]; add --train.resume True, or choose" in one_error(capsys)
     assert launch(source, finished, "--train.resume", "True", "--train.seed", 3) == 2
     assert "train.seed=3 differs from 0 in" in one_error(capsys)
+    assert launch(source, finished, "--train.resume", "True", "--data.weights", 2) == 2
+    assert "data.weights=(2.0,) differs from () in" in one_error(capsys)

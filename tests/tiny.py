@@ -104,6 +104,21 @@ def with_parts(draft, parts: ExitParts, *, seed: int = 5, spread: float = 0.3):
     return dataclasses.replace(draft, params=params, draft_config=draft_config)
 
 
+def adapted(params, lora, seed: int = 7):
+    """`params` with low-rank adapters on the trunk that matter."""
+    from s2d_jax.lora import init_lora
+
+    begun = init_lora(params, lora, jax.random.key(seed))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(begun))))
+
+    def filled(path, x):
+        if getattr(path[-1], "key", None) != "lora_b":
+            return x
+        return jax.device_put(0.3 * jax.random.normal(next(keys), x.shape, x.dtype), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(filled, begun)
+
+
 def noisy_draft(target, exit_layers: tuple[int, ...], thresholds: tuple[float, ...], seed: int = 9):
     """The target with noise as its draft: often right, sometimes wrong, with exits that disagree."""
     from s2d_jax.pretrained import Draft

@@ -21,11 +21,16 @@ from jax.sharding import NamedSharding
 from s2d_jax.config import UserError
 from s2d_jax.conversation_files import Message, read_conversations
 from s2d_jax.tokenizer import Tokenizer
+from train import tokenizing
 from train.config import DataSection
 from train.data_cache import RowsCache, cache_directory, cache_key
 from train.data_report import DataReport, source_reports
-from train.documents import documents_of, training_turns
+from train.documents import training_turns
 from train.step import Batch
+from train.tokenizing import Documents, OnProgress, tokenize_all
+
+# What the rows depend on, beside what the cache knows of itself.
+_CODE = (__file__, tokenizing.__file__)
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -52,9 +57,19 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def build_rows(
-    config: DataSection, tokenizer: Tokenizer, *, vocab_size: int
+    config: DataSection,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    on_progress: OnProgress = lambda *_: None,
 ) -> tuple[datasets.Dataset, DataReport]:
     """The packed rows of all sources of `config`: from the cache, or read, tokenized, packed and kept there.
+
+    Args:
+        config: the sources and the length of rows.
+        tokenizer: of the model.
+        vocab_size: of the model.
+        on_progress: told what is being done, how much of it is, and how much there is to do.
 
     Returns:
         A map-style dataset of rows of `max_length`: `tokens` (int32), `segment_ids` (int32; 0 is padding), `answer` (bool), and
@@ -64,11 +79,11 @@ def build_rows(
         UserError: for an unreadable or corrupt source, one with nothing to train on, or for ids beyond `vocab_size`.
     """
     cache = RowsCache(cache_directory(config))
-    key = cache_key(config, tokenizer, (__file__,))
+    key = cache_key(config, tokenizer, _CODE)
     found = cache.find(key)
     if found is None:
-        rows, facts = _make_rows(config, tokenizer)
-        if cache_key(config, tokenizer, (__file__,)) != key:
+        rows, facts = _make_rows(config, tokenizer, on_progress)
+        if cache_key(config, tokenizer, _CODE) != key:
             raise UserError(
                 f"data.paths={config.paths}: a file changed while it was read; start again once it is whole"
             )
@@ -88,35 +103,42 @@ def build_rows(
 
 
 def _make_rows(
-    config: DataSection, tokenizer: Tokenizer
+    config: DataSection, tokenizer: Tokenizer, on_progress: OnProgress
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Rows, and what is told of them: counts of each source, the highest id, and the first refusal of the template."""
     parts, counts, refusals, highest = [], [], [], 0
     for number, path in enumerate(config.paths):
+        on_progress(f"reading {Path(path).name}", 0, 1)
         kept, left_out = _usable(read_conversations(path))
         if not kept:
             raise UserError(f"{path}: no conversation has a user turn and an answer; check it")
-        documents = _tokenized(kept, config, tokenizer)
-        refused = [reason for reason in documents["refused"] if reason]
-        refusals += refused
-        if len(refused) == len(kept):
-            raise UserError(f"{path}: no conversation is left; {refused[0]}")
-        trained = documents.select(np.flatnonzero(documents["counted"]))
-        if len(trained) == 0:
+        documents = tokenize_all(
+            kept,
+            tokenizer,
+            max_length=config.max_length,
+            num_proc=config.num_proc,
+            on_progress=on_progress,
+        )
+        refusals += documents.refused
+        if len(documents.refused) == len(kept):
+            raise UserError(f"{path}: no conversation is left; {documents.refused[0]}")
+        trained = documents.trained
+        if not trained.any():
             raise UserError(
                 f"{path}: data.max_length={config.max_length} leaves no answer in any conversation; raise it"
             )
-        highest = max(highest, *trained["highest"])
-        columns = _fill_rows(trained, config.max_length)
-        rows, made = len(columns["tokens"]), len(documents) - len(refused)
+        highest = max(highest, int(documents.tokens.max()))
+        columns = _fill_rows(documents, np.flatnonzero(trained), config.max_length)
+        rows = len(columns["tokens"])
         parts.append({**columns, "source": np.full(rows, number, np.int32)})
+        too_long = documents.whole_lengths > config.max_length
         counts.append(
             {
                 **left_out,
-                "refused_by_template": len(refused),
-                "documents": made,
-                "truncated": sum(length > config.max_length for length in trained["length"]),
-                "truncated_before_any_answer": made - len(trained),
+                "refused_by_template": len(documents.refused),
+                "documents": len(trained),
+                "truncated": int((too_long & trained).sum()),
+                "truncated_before_any_answer": int((~trained).sum()),
                 "rows": rows,
                 "tokens": int((columns["segment_ids"] > 0).sum()),
                 "answer_tokens": int(columns["answer"].sum()),
@@ -141,54 +163,9 @@ def _usable(conversations: list[list[Message]]) -> tuple[list[list[Message]], di
     return kept, dict(counts)
 
 
-_DOCUMENT = datasets.Features(
-    {
-        "tokens": datasets.List(datasets.Value("int32")),
-        "answer": datasets.List(datasets.Value("bool")),
-        "length": datasets.Value("int64"),
-        "highest": datasets.Value("int64"),
-        "counted": datasets.Value("int64"),
-        "refused": datasets.Value("string"),
-    }
-)
-
-
-def _tokenized(
-    conversations: list[list[Message]], config: DataSection, tokenizer: Tokenizer
-) -> datasets.Dataset:
-    """A row per document, cut at `max_length`, with its whole `length`, the highest of its ids and how many are `counted` as
-    answers; `refused` says why there is none.
-    """
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        rows: dict[str, list] = {name: [] for name in _DOCUMENT}
-        for messages in batch["messages"]:
-            try:
-                found, refused = documents_of(messages, tokenizer), ""
-            except UserError as error:
-                found, refused = [([], [])], str(error)
-            for ids, answer in found:
-                cut = ids[: config.max_length], answer[: config.max_length]
-                found_here = (*cut, len(ids), max(cut[0], default=0), sum(cut[1]), refused)
-                for name, value in zip(_DOCUMENT, found_here, strict=True):
-                    rows[name].append(value)
-        return rows
-
-    return datasets.Dataset.from_dict({"messages": conversations}).map(
-        encode,
-        batched=True,
-        batch_size=100,
-        remove_columns=["messages"],
-        features=_DOCUMENT,
-        num_proc=config.num_proc if config.num_proc > 1 else None,
-        desc="tokenizing",
-    )
-
-
-def _fill_rows(documents: datasets.Dataset, length: int) -> dict[str, np.ndarray]:
-    """The columns `tokens`, `segment_ids` and `answer` of packed rows, `[rows, length]` each."""
-    packed = pack([min(n, length) for n in documents["length"]], length)
-    documents = documents.with_format("numpy")
+def _fill_rows(documents: Documents, chosen: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """The columns `tokens`, `segment_ids` and `answer` of the packed rows of `chosen` documents, `[rows, length]` each."""
+    packed = pack(documents.lengths[chosen].tolist(), length)
     columns = {
         "tokens": np.zeros((len(packed), length), np.int32),
         "segment_ids": np.zeros((len(packed), length), np.int32),
@@ -196,11 +173,11 @@ def _fill_rows(documents: datasets.Dataset, length: int) -> dict[str, np.ndarray
     }
     for row, members in enumerate(packed):
         start = 0
-        for segment, index in enumerate(members, start=1):
-            document = documents[index]
-            stop = start + len(document["tokens"])
-            columns["tokens"][row, start:stop] = document["tokens"]
-            columns["answer"][row, start:stop] = document["answer"]
+        for segment, index in enumerate(chosen[members], start=1):
+            own = slice(documents.starts[index], documents.starts[index + 1])
+            stop = start + own.stop - own.start
+            columns["tokens"][row, start:stop] = documents.tokens[own]
+            columns["answer"][row, start:stop] = documents.answer[own]
             columns["segment_ids"][row, start:stop] = segment
             start = stop
     return columns

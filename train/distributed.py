@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,10 +76,15 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
+def _client() -> Any:
+    """The coordination service, as seen by one of several processes."""
+    return distributed.global_state.client
+
+
 def wait_for_all(point: str) -> None:
     """Returns once every process has come to this point, which none passes twice."""
     if jax.process_count() > 1:
-        distributed.global_state.client.wait_at_barrier(f"s2d/{point}", _LONGEST_WAIT_MS)
+        _client().wait_at_barrier(f"s2d/{point}", _LONGEST_WAIT_MS)
 
 
 def of_main_process(value: float) -> float:
@@ -126,7 +132,7 @@ def end_all(status: int, message: str) -> None:
 
 def _watch(over: threading.Event) -> None:
     """Ends this process once another has failed."""
-    client = distributed.global_state.client
+    client = _client()
     while not over.wait(_SECONDS_BETWEEN_LOOKS):
         try:
             status, _, message = client.key_value_try_get(_FAILURE).partition(" ")

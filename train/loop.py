@@ -25,11 +25,12 @@ from s2d_jax.files import write_text
 from s2d_jax.lora import lora_of
 from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
-from train.config import Config, load_config
+from train.config import Config
+from train.config_files import load_config
 from train.data import build_rows, load_rows, split_rows, weighted_rows
 from train.distributed import is_main_process, wait_for_all
 from train.kept_rows import check_rows, keep_rows
-from train.progress import METRICS, MetricsFile, ProgressReport
+from train.progress import METRICS, TENSORBOARD, MetricsFile, ProgressReport
 from train.run import Run
 from train.start import load_start
 from train.step import Trainer, TrainState
@@ -129,7 +130,12 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     mesh = make_mesh(config.mesh)
     start = load_start(config, mesh)
     if is_main_process():
-        rows, summary = build_rows(config.data, start.tokenizer, vocab_size=start.config.vocab_size)
+        rows, summary = build_rows(
+            config.data,
+            start.tokenizer,
+            vocab_size=start.config.vocab_size,
+            on_progress=report.working,
+        )
         report.say(str(summary))
         _split(config, rows)
         description = (start.config, config.draft.draft_config(), start.tokenizer)
@@ -139,7 +145,6 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     wait_for_all("rows written")
     rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, rows)
-    metrics = MetricsFile(run_dir / METRICS, last_step=-1, active=is_main_process())
     teachers = prepare_teachers(config, run_dir, start.tokenizer, mesh, rows, held_out, report)
     trainer = Trainer(config, start.config, mesh, teachers.shapes, _listed(start.vocabulary))
     return Run(
@@ -151,9 +156,15 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         teachers=teachers,
         checkpoints=Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints),
         report=report,
-        metrics=metrics,
+        metrics=_metrics(config, run_dir, last_step=-1),
         state=trainer.init_state(start.params),
     )
+
+
+def _metrics(config: Config, run_dir: Path, *, last_step: int) -> MetricsFile:
+    board = run_dir / TENSORBOARD if config.watch.tensorboard else None
+    file = run_dir / METRICS
+    return MetricsFile(file, last_step=last_step, active=is_main_process(), tensorboard=board)
 
 
 def _listed(vocabulary: DraftVocabulary | None) -> np.ndarray | None:
@@ -193,7 +204,7 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         teachers=teachers,
         checkpoints=checkpoints,
         report=report,
-        metrics=MetricsFile(run_dir / METRICS, last_step=step, active=is_main_process()),
+        metrics=_metrics(config, run_dir, last_step=step),
         state=TrainState(restored["params"], restored["opt_state"]),
         step=step,
         elapsed=metadata["elapsed_seconds"],

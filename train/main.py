@@ -9,7 +9,7 @@ import datasets
 import jax
 
 from s2d_jax.config import UserError
-from train.config import parse_command_line
+from train.config_files import parse_command_line
 from train.distributed import end_all, ending_together, is_main_process, start_processes
 from train.loop import train
 from train.preemption import PREEMPTED_STATUS, Preempted

@@ -172,7 +172,6 @@ def medusa_gradient(
 
     def of_one_head(of_head):
         head, targets_BT, weights_BT, scale = of_head
-
         gathered = {name: w.astype(hidden_BTD.dtype) for name, w in head.items()}
         gathered = _placed(gathered, mesh, {**_HEAD_RULES, "embed": None})
 
@@ -192,7 +191,7 @@ def medusa_gradient(
     return HeadSums(loss_K, correct_K), grads
 
 
-def _placed(head: Params, mesh: Mesh | None, rules: dict[str, str | None]) -> Params:
+def _placed(head: Params, mesh: Mesh | None, rules: dict[str, Any]) -> Params:
     """One head's arrays, split by `rules`.
 
     Left to itself, the partitioner of XLA (jaxlib 0.10.2) gives wrong gradients of `residual` on a mesh of three axes. Weights

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import jax
 import tyro
 from jax.sharding import Mesh
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -33,8 +34,8 @@ from train.config import (
     DraftSection,
     ModelSection,
     TrainSection,
-    parse_flags,
 )
+from train.config_files import parse_flags
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.step import Trainer
 from train.step_memory import StepMemory, StepToCompile, measure, medusa_step, soft_step
@@ -65,11 +66,11 @@ MODELS: dict[str, ModelConfig] = {
 # arXiv 2407.01955; MB. The paper does not say on how many devices.
 PUBLISHED = {
     ("SoFT draft", None): "92,744",
-    ("Medusa heads", "vicuna-7b"): "113,416",
-    ("Medusa heads", "vicuna-13b"): "152,616",
-    ("Medusa heads", "llama-2-70b"): "out of memory",
+    ("Medusa", "vicuna-7b"): "113,416",
+    ("Medusa", "vicuna-13b"): "152,616",
+    ("Medusa", "llama-2-70b"): "out of memory",
 }
-CAPACITIES = {"80 GB": 80e9, "95 GB": 95e9}
+CAPACITIES = (80e9, 95e9)
 _TPU = "v5p:2x2x2"
 
 
@@ -104,6 +105,8 @@ class Args:
     """The frozen target's weights."""
     remat: bool = True
     """Recompute the draft's layers in the backward pass. Nothing flows back into a frozen target."""
+    quick: bool = True
+    """Let the TPU compiler spend little on speed: it is several times as fast, and temporaries come out a little different."""
     out: Path | None = None
     """Write memory.json and memory.md into this directory."""
 
@@ -139,6 +142,8 @@ def run(args: Args) -> list[StepMemory]:
     topology = args.topology
     if topology == "auto":
         topology = _TPU if importlib.util.find_spec("libtpu") else "cpu"
+    if topology != "cpu" and args.quick:
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
     mesh = make_mesh(args.mesh, _devices(topology, math.prod(args.mesh.shape)))
     steps = plan(args, mesh)
     console = Console()
@@ -259,7 +264,7 @@ def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> 
 
 _HEADINGS = (
     *("step", "target", "frozen", "trained", "optim.", "temp.", "peak", "total"),
-    *("80 GB", "95 GB", "paper, MB"),
+    *("fits 80/95", "paper, MB"),
 )
 
 
@@ -270,10 +275,10 @@ def _cells(row: StepMemory) -> tuple[str, ...]:
         return "-" if size is None else f"{size / 1e9:,.2f}"
 
     return (
-        *(row.system, row.target or "any"),
+        *(row.system, Path(row.target).name if row.target else "any"),
         *(giga(row.frozen), giga(row.trained), giga(row.optimizer), giga(row.temporaries)),
         *(giga(row.peak), f"{row.devices * row.peak / 1e9:,.1f}"),
-        *("fits" if row.fits(size) else "no" for size in CAPACITIES.values()),
+        "/".join("yes" if row.fits(size) else "no" for size in CAPACITIES),
         PUBLISHED.get((row.system, row.target), ""),
     )
 
@@ -284,14 +289,14 @@ def _caption(args: Args, topology: str) -> str:
     )
     what = f"XLA's {'CPU' if topology == 'cpu' else 'TPU'} compiler, {topology}"
     return (
-        f"GB (1e9 bytes) on each device; total on all. Compiled by {what}, mesh {mesh or 'of one device'}. "
+        f"GB (1e9 bytes) on each device, total on all. Compiled by {what}, mesh {mesh or 'of one device'}. "
         f"{args.batch_size} rows of {args.length} tokens a step in {args.accumulate} parts, {args.compute_dtype}; "
         f"frozen weights {args.target_dtype}; {args.heads} Medusa heads."
     )
 
 
 def _table(rows: list[StepMemory], caption: str) -> Table:
-    table = Table(caption=caption, caption_justify="left", padding=(0, 0, 0, 1))
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(_HEADINGS):
         table.add_column(heading, justify="left" if index < 2 else "right")
     for row in rows:
@@ -313,8 +318,8 @@ def _json(args: Args, topology: str, rows: list[StepMemory]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    # Nothing runs here: an accelerator of this machine is left alone, and libtpu need not find one.
+def _prepare_process() -> None:
+    """Nothing runs here: an accelerator of this machine is left alone, and libtpu need not find one."""
     jax.config.update("jax_platforms", "cpu")
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -323,4 +328,11 @@ if __name__ == "__main__":
         "TPU_WORKER_ID": "0",
     }.items():
         os.environ.setdefault(variable, value)
+    # For a CPU, XLA otherwise orders work for its threads: every layer's temporaries would exist at once.
+    flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
+
+
+if __name__ == "__main__":
+    _prepare_process()
     sys.exit(main())

@@ -112,6 +112,7 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
             "raise mesh.fsdp or train.accumulate"
         ) from None
     memory = compiled.memory_analysis()
+    assert memory is not None  # CPU, GPU and TPU all tell
     return Plan(
         devices=mesh.size,
         params=bytes_per_device(state.params),

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from s2d_jax.config import UserError
 from s2d_jax.files import write_text
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricsFile:
     """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`.
 
-    Only an `active` one touches the file: the main process's.
+    Only an `active` one touches the file: the main process's. `tensorboard` names a directory that gets the same numbers.
     """
 
-    def __init__(self, path: Path, *, last_step: int, active: bool = True):
-        self._file = None
+    def __init__(
+        self, path: Path, *, last_step: int, active: bool = True, tensorboard: Path | None = None
+    ):
+        self._file = self._board = None
         if not active:
             return
+        if tensorboard is not None:
+            self._board = TensorBoardFile(tensorboard, resumed_after=last_step)
         kept = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -42,10 +46,45 @@ class MetricsFile:
         if self._file is not None:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
+        if self._board is not None:
+            self._board.write(row)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
+
+
+class TensorBoardFile:
+    """Writes the numbers of the metrics file for TensorBoard: `loss_per_exit/6` for an exit, `held_out/...` for held-out rows.
+
+    Raises:
+        UserError: if tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: Path, *, resumed_after: int):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "watch.tensorboard=True needs tensorboardX; python -m pip install 's2d-jax[tensorboard]'"
+            ) from None
+        # What an earlier process wrote beyond its last checkpoint is hidden.
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_after + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds the numbers of one row."""
+        prefix = "held_out/" if "held_out" in row else ""
+        for name, value in row.items():
+            values = value if isinstance(value, dict) else {None: value}
+            for layer, number in values.items():
+                if name not in ("step", "held_out") and number is not None:
+                    tag = prefix + (name if layer is None else f"{name}/{layer}")
+                    self._writer.add_scalar(tag, number, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class ProgressReport:
@@ -83,31 +122,20 @@ class ProgressReport:
         """One line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    @contextlib.contextmanager
-    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows how much of a preparation is done: call what is yielded with the number of rows that are through."""
-        began, done = time.perf_counter(), 0
-        task = None
+    def working(self, what: str, done: int, total: int) -> None:
+        """Shows how far something before training is; from `done == total` on no longer."""
         if self._bar is not None:
-            task = self._bar.add_task(what, total=total, numbers=f"{total:,} rows")
-        else:
-            self.say(f"{what}: {total:,} rows")
-
-        def count(rows: int) -> None:
-            nonlocal done
-            done += rows
-            now = time.perf_counter()
-            if self._bar is not None and task is not None:
-                self._bar.update(task, completed=done)
-            elif now - self._last_line >= _SECONDS_BETWEEN_LINES and done < total:
-                self._last_line = now
-                self.say(
-                    f"{done / total:4.0%}  {what}  {(now - began) * (total - done) / done:,.0f} s left"
-                )
-
-        yield count
-        if self._bar is not None and task is not None:
-            self._bar.remove_task(task)
+            old = [task.id for task in self._bar.tasks if task.id != self._task]
+            if not old:
+                old = [self._bar.add_task(what, numbers="")]
+            self._bar.update(old[0], description=what, completed=done, total=total)
+            if done == total:
+                self._bar.remove_task(old[0])
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.say(what if total == 1 else f"{what}: {done:,} of {total:,}")
 
     def update(self, share: float, row: dict[str, Any]) -> None:
         """Shows a line of metrics; `share` of the run is over."""

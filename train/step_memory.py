@@ -109,7 +109,7 @@ def medusa_step(trainer: MedusaTrainer, target: str, length: int) -> StepToCompi
     placed = _placed(state, trainer.state_sharding)
     batch = shapes_of_batch(trainer.config.batch_size, length)
     return StepToCompile(
-        system="Medusa heads",
+        system="Medusa",
         target=target,
         num_layers=trainer.model_config.num_layers,
         frozen=_placed(trunk, trainer.trunk_sharding),

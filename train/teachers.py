@@ -219,21 +219,20 @@ def prepare_teachers(
         UserError: for a target that cannot be loaded or is of another vocabulary.
     """
     objective, watched = config.objective, _watched(config)
-    models, make = [], _batches(config, mesh, rows)
+    models, read = [], _reader(config, mesh, rows, report)
     for path in dict.fromkeys((*objective.teachers, *([watched] if watched else []))):
         model = load_teacher(path, config, tokenizer, mesh)
         if path == watched and len(held_out):
-            with report.counting(f"what {path} writes on held-out rows", len(held_out)) as count:
-                shape = (len(held_out), config.data.max_length)
-                found = best_tokens(model, config, mesh, make(held_out, count), shape)
+            batches = read(f"what {path} writes on held-out rows", held_out)
+            shape = (len(held_out), config.data.max_length)
+            found = best_tokens(model, config, mesh, batches, shape)
             if is_main_process():
                 with written_whole(run_dir / _EXPECTED) as partial, partial.open("wb") as file:
                     np.save(file, found)
         if path in objective.teachers and objective.teacher_top_k:
-            everything = np.arange(len(rows))
-            with report.counting(f"storing probabilities of {path}", len(rows)) as count:
-                directory = run_dir / _STORED.format(objective.teachers.index(path))
-                store_top_k(directory, model, config, mesh, make(everything, count), len(rows))
+            directory = run_dir / _STORED.format(objective.teachers.index(path))
+            batches = read(f"storing probabilities of {path}", np.arange(len(rows)))
+            store_top_k(directory, model, config, mesh, batches, len(rows))
         elif path in objective.teachers:
             models.append(model)
     wait_for_all("teachers prepared")
@@ -265,16 +264,15 @@ def _watched(config: Config) -> str | None:
     return config.watch.target or next(iter(config.objective.teachers), None)
 
 
-def _batches(config: Config, mesh: Mesh, rows: datasets.Dataset):
-    """`(indices, count)` -> batches of these rows; `count` hears of every row that is through."""
+def _reader(config: Config, mesh: Mesh, rows: datasets.Dataset, report: ProgressReport):
+    """`(what, indices)` -> batches of these rows, while the report tells how far `what` is."""
     sharding = batch_sharding(mesh)
 
-    def make(indices: np.ndarray, count: Callable[[int], None]):
-        size = config.train.batch_size
-        for places, batch in batches_of(
-            indices, size, lambda chosen: make_batch(rows, chosen, sharding)
-        ):
+    def read(what: str, indices: np.ndarray):
+        make = lambda chosen: make_batch(rows, chosen, sharding)  # noqa: E731
+        report.working(what, 0, len(indices))
+        for places, batch in batches_of(indices, config.train.batch_size, make):
             yield places, batch
-            count(int((places >= 0).sum()))
+            report.working(what, int(places.max()) + 1, len(indices))
 
-    return make
+    return read
