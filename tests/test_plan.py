@@ -74,7 +74,7 @@ def test_collectives_are_counted_once_each_with_their_results():
   %g = bf16[8,4]{1,0} all-gather(bf16[1,4]{1,0} %x), dimensions={0}
   %s = (f32[4]{0}, f32[32]{0}) all-gather-start(f32[4]{0} %x), dimensions={0}
   %d = f32[32]{0} all-gather-done((f32[4]{0}, f32[32]{0}) %s)
-  %r = (f32[2,3]{1,0}, f32[]) all-reduce(%a, %b), to_apply=%add
+  ROOT %r = (f32[2,3]{1,0}, /*index=1*/f32[]) all-reduce(%a, %b), to_apply=%add
 """
     assert count_collectives(text) == {
         "all-gather": Collectives(2, 64 + 128),

@@ -30,8 +30,9 @@ from train.step import Trainer
 from train.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
 
 _COLLECTIVE = re.compile(
-    r"= (?P<result>[^=]*?) "
-    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r"^\s*(?:ROOT )?%\S+ = (?P<result>.*?) "
+    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
+    re.MULTILINE,
 )
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 # What libtpu would ask the machine; it only has to be there. Several processes may compile at a time: none takes a chip.
