@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 from s2d_jax.config_translation import config_to_hf
 from s2d_jax.sharding import MeshConfig, make_mesh
-from train.config import load_config
+from train.config_files import load_config
 from train.plan import Collectives, count_collectives, draft_shape, main, make_plan, tpu_devices
 
 CONFIGS = Path(__file__).parent.parent / "configs"

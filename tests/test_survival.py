@@ -62,8 +62,7 @@ def test_sigterm_saves_ends_with_its_own_status_and_the_rest_is_as_if_nothing_wa
     source, flags, whole, tmp_path
 ):
     run_dir = tmp_path / "run"
-    never = ("--train.checkpoint-every", 10_000)
-    process = spawn(source, run_dir, *flags, *never)
+    process = spawn(source, run_dir, *flags)
     wait_for_step(run_dir, 7, process)
     process.send_signal(signal.SIGTERM)
     ((status, out, told),) = finish([process])

@@ -25,7 +25,8 @@ from s2d_jax.config import ModelConfig, UserError
 from s2d_jax.config_translation import config_from_hf, read_json
 from s2d_jax.pretrained import read_description
 from s2d_jax.sharding import make_mesh
-from train.config import Config, parse_command_line
+from train.config import Config
+from train.config_files import parse_command_line
 from train.step import Trainer
 from train.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
 

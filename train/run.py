@@ -85,8 +85,9 @@ class Run:
                 if last or self.step % section.eval_every == 0:
                     self._evaluate()
                 stopped = not last and self.preemption.reached(self.step)
-                if last or stopped or self.step % section.checkpoint_every == 0:
-                    self._save()
+                due = last or self.step % section.checkpoint_every == 0
+                if due or stopped:
+                    self._save(judged=due)
                 if stopped:
                     self.checkpoints.wait()
                     raise Preempted(self.step)
@@ -179,17 +180,17 @@ class Run:
         if is_main_process():
             draw_progress(self.run_dir / METRICS, self.run_dir / PICTURE)
 
-    def _save(self) -> None:
-        """Starts a checkpoint.
+    def _save(self, *, judged: bool) -> None:
+        """Starts a checkpoint; after SIGTERM not `judged`, for there may be no time for an evaluation.
 
         A step's loss tells of the parameters before its update. So what a resumed run would compute first, the loss and the
         gradient of the next step's rows, is computed before anything is written.
         """
         self._check_finite(self._run_step(update=False), f"after the update of step {self.step}")
-        if len(self.held_out) and (self.mat is None or self.mat[0] != self.step):
+        if judged and len(self.held_out) and (self.mat is None or self.mat[0] != self.step):
             self._evaluate()  # which checkpoint is the best is known of each
         metadata = {"elapsed_seconds": self.elapsed}
-        score = None if self.mat is None else self.mat[1]
+        score = None if self.mat is None or self.mat[0] != self.step else self.mat[1]
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}
         self.checkpoints.save(self.step, metadata, score, **trees)
 
