@@ -11,7 +11,7 @@ from s2d_jax.config import ModelConfig, UserError
 from s2d_jax.draft_vocabulary import DraftVocabulary, read_vocabulary
 from s2d_jax.exit_parts import init_exit_parts
 from s2d_jax.lora import LoraConfig, init_lora
-from s2d_jax.model import Params, selected
+from s2d_jax.model import Params, selected, truncated
 from s2d_jax.pretrained import load_model
 from s2d_jax.tokenizer import Tokenizer
 from train.config import Config
@@ -42,8 +42,11 @@ def load_start(config: Config, mesh: Mesh) -> Start:
     """
     section = config.model
     model = load_model(section.path, mesh=mesh)
-    layers = section.layers or range(section.num_layers or model.config.num_layers)
-    model_config, params = selected(model.config, model.params, layers)
+    if section.layers:
+        model_config, params = selected(model.config, model.params, section.layers)
+    else:
+        depth = section.num_layers or model.config.num_layers
+        model_config, params = truncated(model.config, model.params, depth)
     config.check_exits(model_config.num_layers)
     if config.data.max_length > model_config.max_context:
         raise UserError(
