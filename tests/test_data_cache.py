@@ -100,7 +100,9 @@ def test_the_key_depends_on_contents_tokenizer_template_and_length_only(
     assert len({*different, same[0]}) == 7
 
 
-@pytest.mark.parametrize("damage", ["truncated", "zeroed", "no entry.json", "half entry.json"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "zeroed", "no entry.json", "no hashes.json", "half entry.json"]
+)
 def test_a_damaged_entry_is_made_again(config, tokenizer, damage):
     rows, _ = build(config, tokenizer)
     entry = cache_directory(config) / entries(config)[0]
@@ -113,6 +115,8 @@ def test_a_damaged_entry_is_made_again(config, tokenizer, damage):
         file.write_bytes(bytes(len(whole)))
     elif damage == "no entry.json":
         (entry / "entry.json").unlink()
+    elif damage == "no hashes.json":
+        (entry / "rows" / "hashes.json").unlink()
     else:
         (entry / "entry.json").write_text((entry / "entry.json").read_text()[:40])
     again, report = build(config, tokenizer)
@@ -196,10 +200,20 @@ def test_where_the_cache_is(config, monkeypatch, tmp_path):
     assert cache_directory(default) == tmp_path / "home" / ".cache" / "s2d-jax" / "data"
 
 
-def test_damaged_rows_of_a_run_are_named(config, tokenizer, tmp_path):
-    rows, _ = build(config, tokenizer)
+@pytest.mark.parametrize("damage", ["truncated", "one bit"])
+def test_damaged_rows_of_a_run_are_named_and_the_cache_repairs_them(
+    config, tokenizer, tmp_path, damage
+):
+    rows, report = build(config, tokenizer)
     save_rows(rows, tmp_path / "rows")
     file = next((tmp_path / "rows").glob("*.arrow"))
-    file.write_bytes(file.read_bytes()[:100])
-    with expect_user_error("rows is damaged .*; a resumed run needs its rows, so start another"):
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole if damage == "one bit" else whole[:100])
+    with expect_user_error(
+        "rows is damaged .*.arrow is not what was saved.; a resumed run needs its rows: copy the rows of"
+    ):
         load_rows(tmp_path / "rows")
+    shutil.rmtree(tmp_path / "rows")
+    shutil.copytree(report.cache.removeprefix("kept for later runs in "), tmp_path / "rows")
+    assert_same(load_rows(tmp_path / "rows"), rows)

@@ -177,8 +177,10 @@ def test_tokens_beside_a_sharded_target_equal_those_of_one_device():
     target, lora = _target(num_heads=8, num_kv_heads=8), LoraConfig(2, ("q_proj", "down_proj"))
     target = dataclasses.replace(target, params=adapted(target.params, lora))
     draft = _draft(target)
-    one = SpeculativeDecoder(target, with_trimmed_head(draft, LISTED)).generate(PROMPTS, sampling)
-    mesh = make_mesh(MeshConfig(tensor=4))
+    policy = DecodeConfig(exits=(1, 2), num_draft_tokens=3)
+    decoder = SpeculativeDecoder(target, with_trimmed_head(draft, LISTED), policy)
+    one = decoder.generate(PROMPTS, sampling)
+    mesh = make_mesh(MeshConfig(tensor=2))
 
     def shardings(model, parts):
         axes = with_lora(logical_axes(model.config, parts), lora)
@@ -188,7 +190,7 @@ def test_tokens_beside_a_sharded_target_equal_those_of_one_device():
         dataclasses.replace(model, params=jax.device_put(model.params, shardings(model, parts)))
         for model, parts in ((target, NO_PARTS), (draft, PARTS))
     )
-    decoder = SpeculativeDecoder(split_target, with_trimmed_head(split_draft, LISTED))
+    decoder = SpeculativeDecoder(split_target, with_trimmed_head(split_draft, LISTED), policy)
     many = decoder.generate(PROMPTS, sampling)
     assert many.token_ids == one.token_ids
     assert many.stats.exit_histogram == one.stats.exit_histogram

@@ -42,7 +42,8 @@ PARTS = ExitParts(heads=(1,), adapters=(2,), adapter_rank=4)
 
 
 def logits_of(config, params, tokens_BT=random_tokens(64)):  # noqa: B008
-    return np.asarray(Transformer(config).apply({"params": params}, jnp.asarray(tokens_BT)))
+    apply = jax.jit(Transformer(config).apply)
+    return np.asarray(apply({"params": params}, jnp.asarray(tokens_BT)))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2 tied"])
@@ -116,7 +117,7 @@ def test_adapters_that_cannot_be(fields, message):
 
 
 def test_adapters_are_folded_in_before_int8():
-    draft = make_draft()
+    draft = tiny_model(num_layers=1, spread=5.0)
     changed = dataclasses.replace(draft, params=adapted(draft.params, LORA))
     whole = dataclasses.replace(draft, params=merge_lora(changed.params))
     found = prepare_for_decode(changed, "int8").params

@@ -155,15 +155,8 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (flip_a_bit, "is damaged (SHA-256 "),
-        (cut_in_half, "is damaged (SHA-256 "),
-        (Path.unlink, "is missing; a resumed run needs its rows"),
-    ],
-)
-def test_damaged_rows_are_named_before_a_run_goes_on(source, finished, capsys, damage, message):
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, Path.unlink])
+def test_damaged_rows_are_named_before_a_run_goes_on(source, finished, capsys, damage):
     file = next((finished / "rows").glob("*.arrow"))
     good, saved = file.read_bytes(), load_run(finished).params
     damage(file)
@@ -171,8 +164,9 @@ def test_damaged_rows_are_named_before_a_run_goes_on(source, finished, capsys, d
     capsys.readouterr()
     assert launch(source, finished, *again) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {file} {message}")
-    assert line.endswith("restore the directory from a copy, or start another run")
+    assert line.startswith(f"error: {finished / 'rows'} is damaged (")
+    assert file.name in line
+    assert line.endswith("or start another run")
     jax.tree.map(np.testing.assert_array_equal, load_run(finished).params, saved)
     file.write_bytes(good)
     assert launch(source, finished, *again) == 0

@@ -23,7 +23,15 @@ from s2d_jax.conversation_files import Message, read_conversations
 from s2d_jax.tokenizer import Tokenizer
 from train import tokenizing
 from train.config import DataSection
-from train.data_cache import RowsCache, cache_directory, cache_key
+from train.data_cache import (
+    ROWS,
+    DamagedRows,
+    RowsCache,
+    cache_directory,
+    cache_key,
+    read_rows,
+    write_rows,
+)
 from train.data_report import DataReport, source_reports
 from train.documents import training_turns
 from train.step import Batch
@@ -89,11 +97,11 @@ def build_rows(
             )
         try:
             cache.keep(key, rows, facts)
-            told = f"kept for later runs in {cache.directory / key}"
+            told = f"kept for later runs in {cache.directory / key / ROWS}"
         except OSError as error:  # the run keeps its own copy, so it goes on
             told = f"not kept for later runs: {error.strerror} in {cache.directory}"
     else:
-        (rows, facts), told = found, f"read from the cache, {cache.directory / key}"
+        (rows, facts), told = found, f"read from the cache, {cache.directory / key / ROWS}"
     if facts["highest_id"] >= vocab_size:
         raise UserError(
             f"the tokenizer wrote id {facts['highest_id']}, the model has {vocab_size}; give the model its own tokenizer"
@@ -187,7 +195,8 @@ def save_rows(rows: datasets.Dataset, directory: Path) -> None:
     """Keeps the rows of a run, so that a resumed run sees the same ones; the directory appears whole or not at all."""
     partial = directory.with_name(f".{directory.name}.partial")
     try:
-        rows.save_to_disk(str(partial))
+        shutil.rmtree(partial, ignore_errors=True)
+        write_rows(rows, partial)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
     finally:
@@ -195,17 +204,19 @@ def save_rows(rows: datasets.Dataset, directory: Path) -> None:
 
 
 def load_rows(directory: Path) -> datasets.Dataset:
-    """What `save_rows` kept."""
+    """What `save_rows` kept, byte by byte.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    remedy = "copy the rows of the cache entry that data.json names there, or start another run"
     try:
-        return datasets.load_from_disk(str(directory))
+        return read_rows(directory)
     except FileNotFoundError:
+        raise UserError(f"{directory} is missing; a resumed run needs its rows: {remedy}") from None
+    except DamagedRows as error:
         raise UserError(
-            f"{directory} is missing; a resumed run needs its rows, so start another run"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{directory} is damaged ({reason}); a resumed run needs its rows, so start another run"
+            f"{directory} is damaged ({error}); a resumed run needs its rows: {remedy}"
         ) from None
 
 

@@ -28,7 +28,8 @@ from train import documents
 from train.config import DataSection
 
 CACHE_VARIABLE = "S2D_DATA_CACHE"
-_ENTRY, _ROWS = "entry.json", "rows"
+ROWS = "rows"
+_ENTRY, _HASHES = "entry.json", "hashes.json"
 _LEFTOVER_SECONDS = 24 * 3600.0
 
 
@@ -66,8 +67,36 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class DamagedRows(Exception):
+    """Saved rows are not what was saved."""
+
+
+def write_rows(rows: datasets.Dataset, directory: Path) -> None:
+    """Saves rows with the hash of each file, and waits until all is on the disk."""
+    rows.save_to_disk(str(directory))
+    files = sorted(directory.iterdir())
+    hashes = {file.name: _file_hash(file) for file in files}
+    (directory / _HASHES).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+    for path in (*files, directory / _HASHES, directory):
+        _to_disk(path)
+
+
+def read_rows(directory: Path) -> datasets.Dataset:
+    """What `write_rows` saved. Raises DamagedRows if it is not whole, FileNotFoundError if it is not there at all."""
+    if not directory.is_dir():
+        raise FileNotFoundError(directory)
+    try:
+        hashes = json.loads((directory / _HASHES).read_text(encoding="utf-8"))
+        for name, known in hashes.items():
+            if _file_hash(directory / name) != known:
+                raise DamagedRows(f"{name} is not what was saved")
+        return datasets.load_from_disk(str(directory))
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedRows(" ".join(str(error).split())[:160]) from None
+
+
 class RowsCache:
-    """Entries `KEY/` with the rows and entry.json: facts about them, and the hash of each file."""
+    """Entries `KEY/` with the rows, and facts about them in entry.json."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -78,16 +107,11 @@ class RowsCache:
         if not entry.is_dir():
             return None
         try:
-            told = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
-            whole = all(
-                _file_hash(entry / _ROWS / name) == known for name, known in told["files"].items()
-            )
-            if whole:
-                return datasets.load_from_disk(str(entry / _ROWS)), told["facts"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        shutil.rmtree(entry, ignore_errors=True)
-        return None
+            facts = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
+            return read_rows(entry / ROWS), facts
+        except (OSError, ValueError, DamagedRows):
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
 
     def keep(self, key: str, rows: datasets.Dataset, facts: dict[str, Any]) -> None:
         """Adds an entry, unless another process was faster. Raises OSError if the disk refuses; nothing is left then."""
@@ -95,11 +119,9 @@ class RowsCache:
         self._remove_leftovers()
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.directory))
         try:
-            rows.save_to_disk(str(partial / _ROWS))
-            files = sorted((partial / _ROWS).iterdir())
-            told = {"facts": facts, "files": {file.name: _file_hash(file) for file in files}}
-            (partial / _ENTRY).write_text(json.dumps(told, indent=2), encoding="utf-8")
-            for path in (*files, partial / _ENTRY, partial / _ROWS, partial):
+            write_rows(rows, partial / ROWS)
+            (partial / _ENTRY).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+            for path in (partial / _ENTRY, partial):
                 _to_disk(path)
             partial.chmod(0o755)  # mkdtemp hides it from other users
             os.rename(partial, self.directory / key)

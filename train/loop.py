@@ -27,9 +27,8 @@ from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
 from train.config import Config
 from train.config_files import load_config
-from train.data import build_rows, load_rows, split_rows, weighted_rows
+from train.data import build_rows, load_rows, save_rows, split_rows, weighted_rows
 from train.distributed import is_main_process, wait_for_all
-from train.kept_rows import check_rows, keep_rows
 from train.progress import METRICS, TENSORBOARD, MetricsFile, ProgressReport
 from train.run import Run
 from train.start import load_start
@@ -140,7 +139,7 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
         _split(config, rows)
         description = (start.config, config.draft.draft_config(), start.tokenizer)
         write_run(run_dir, *description, lora_of(start.params), start.vocabulary)
-        keep_rows(rows, run_dir / _ROWS)
+        save_rows(rows, run_dir / _ROWS)
         write_text(run_dir / "data.json", json.dumps(summary.to_json(), indent=2) + "\n")
     wait_for_all("rows written")
     rows = load_rows(run_dir / _ROWS)
@@ -175,8 +174,6 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """The run of `run_dir` after its newest checkpoint, on any mesh."""
     _check_resume(run_dir, config)
     model_config, _ = read_run(run_dir)
-    if is_main_process():
-        check_rows(run_dir / _ROWS)
     rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, rows)
     mesh = make_mesh(config.mesh)

@@ -73,35 +73,14 @@ def sorted_loss(
         }
         return jnp.sum(sums["loss"] * jnp.asarray(shares, jnp.float32)), sums
 
+    def forward(learned, hiddens, fixed, labels):
+        return _value_and_gradients(
+            chunk_loss, learned, hiddens, fixed, labels, chunk, through_hiddens=through_hiddens
+        )
+
     @jax.custom_vjp
     def loss(learned, hiddens, fixed, labels):
         return forward(learned, hiddens, fixed, labels)[0]
-
-    def forward(learned, hiddens, fixed, labels):
-        walk = _Walk.over(labels.weights_BT, chunk)
-        argnums = (0, 1) if through_hiddens else (0,)
-        gradient = jax.value_and_grad(chunk_loss, argnums=argnums, has_aux=True)
-
-        def step(i, carry):
-            total, sums, learned_grad, hidden_grad_EBSD = carry
-            h_EBCD, piece = walk.take(i, hiddens), walk.labels(i, labels)
-            (value, found), grads = gradient(learned, h_EBCD, fixed, piece)
-            if through_hiddens:
-                hidden_grad_EBSD = walk.put(i, hidden_grad_EBSD, grads[1])
-            add = jax.tree.map(jnp.add, (total, sums, learned_grad), (value, found, grads[0]))
-            return *add, hidden_grad_EBSD
-
-        shapes = jax.eval_shape(
-            chunk_loss, learned, walk.take(0, hiddens), fixed, walk.labels(0, labels)
-        )
-        total, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        learned_grad = jax.tree.map(jnp.zeros_like, learned)
-        hidden_grad = walk.empty(hiddens) if through_hiddens else None
-        start = (total, sums, learned_grad, hidden_grad)
-        total, sums, learned_grad, hidden_grad = jax.lax.fori_loop(0, walk.chunks, step, start)
-        if through_hiddens:
-            hidden_grad = walk.put_back(hidden_grad, len(hiddens))
-        return (total, sums), (learned_grad, hidden_grad)
 
     def backward(gradients, cotangents):
         scale = cotangents[0]
@@ -110,6 +89,34 @@ def sorted_loss(
 
     loss.defvjp(forward, backward)
     return loss(learned, exit_hiddens, fixed, labels)
+
+
+def _value_and_gradients(
+    chunk_loss, learned, hiddens, fixed, labels: Labels, chunk: int, *, through_hiddens: bool
+):
+    """`(loss, sums)` over all chunks, and the gradients of the loss by `learned` and the states (None if not asked for)."""
+    walk = _Walk.over(labels.weights_BT, chunk)
+    argnums = (0, 1) if through_hiddens else (0,)
+    gradient = jax.value_and_grad(chunk_loss, argnums=argnums, has_aux=True)
+
+    def step(i, carry):
+        total, sums, learned_grad, hidden_grad_EBSD = carry
+        h_EBCD, piece = walk.take(i, hiddens), walk.labels(i, labels)
+        (value, found), grads = gradient(learned, h_EBCD, fixed, piece)
+        if through_hiddens:
+            hidden_grad_EBSD = walk.put(i, hidden_grad_EBSD, grads[1])
+        add = jax.tree.map(jnp.add, (total, sums, learned_grad), (value, found, grads[0]))
+        return *add, hidden_grad_EBSD
+
+    first = (learned, walk.take(0, hiddens), fixed, walk.labels(0, labels))
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
+    start = (*zeros(jax.eval_shape(chunk_loss, *first)), zeros(learned))
+    hidden_grad = walk.empty(hiddens) if through_hiddens else None
+    *found, hidden_grad = jax.lax.fori_loop(0, walk.chunks, step, (*start, hidden_grad))
+    total, sums, learned_grad = found
+    if through_hiddens:
+        hidden_grad = walk.put_back(hidden_grad, len(hiddens))
+    return (total, sums), (learned_grad, hidden_grad)
 
 
 def values_of_positions(

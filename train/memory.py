@@ -144,16 +144,19 @@ def run(args: Args) -> list[StepMemory]:
         topology = _TPU if importlib.util.find_spec("libtpu") else "cpu"
     if topology != "cpu" and args.quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    mesh = make_mesh(args.mesh, _devices(topology, math.prod(args.mesh.shape)))
+    try:
+        mesh = make_mesh(args.mesh, _devices(topology, math.prod(args.mesh.shape)))
+    except AssertionError as error:  # how JAX refuses chips whose cores are devices of their own
+        raise UserError(f"--topology {topology} makes no mesh: {error}") from None
     steps = plan(args, mesh)
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
     rows = _measure_all(steps, mesh.size, console)
-    console.print(_table(rows, _caption(args, topology)))
+    console.print(_table(args, rows, _caption(args, topology)))
     if args.out is not None:
         write_text(args.out / "memory.json", json.dumps(_json(args, topology, rows), indent=2))
-        write_text(args.out / "memory.md", _markdown(rows, _caption(args, topology)))
+        write_text(args.out / "memory.md", _markdown(args, rows, _caption(args, topology)))
     return rows
 
 
@@ -268,8 +271,13 @@ _HEADINGS = (
 )
 
 
-def _cells(row: StepMemory) -> tuple[str, ...]:
+def _cells(row: StepMemory, args: Args) -> tuple[str, ...]:
     """One row of the table, in the order of `_HEADINGS`."""
+    defaults = Args()
+    is_papers = row.target or (args.draft, args.exit_layers) == (
+        defaults.draft,
+        defaults.exit_layers,
+    )
 
     def giga(size: int | None) -> str:
         return "-" if size is None else f"{size / 1e9:,.2f}"
@@ -277,9 +285,9 @@ def _cells(row: StepMemory) -> tuple[str, ...]:
     return (
         *(row.system, Path(row.target).name if row.target else "any"),
         *(giga(row.frozen), giga(row.trained), giga(row.optimizer), giga(row.temporaries)),
-        *(giga(row.peak), f"{row.devices * row.peak / 1e9:,.1f}"),
+        *(giga(row.peak), "-" if row.peak is None else f"{row.devices * row.peak / 1e9:,.1f}"),
         "/".join("yes" if row.fits(size) else "no" for size in CAPACITIES),
-        PUBLISHED.get((row.system, row.target), ""),
+        PUBLISHED.get((row.system, row.target), "") if is_papers else "",
     )
 
 
@@ -289,23 +297,24 @@ def _caption(args: Args, topology: str) -> str:
     )
     what = f"XLA's {'CPU' if topology == 'cpu' else 'TPU'} compiler, {topology}"
     return (
-        f"GB (1e9 bytes) on each device, total on all. Compiled by {what}, mesh {mesh or 'of one device'}. "
+        "GB (1e9 bytes) on each device; total: on all; paper: for how many devices it does not say. "
+        f"Compiled by {what}, mesh {mesh or 'of one device'}. "
         f"{args.batch_size} rows of {args.length} tokens a step in {args.accumulate} parts, {args.compute_dtype}; "
         f"frozen weights {args.target_dtype}; {args.heads} Medusa heads."
     )
 
 
-def _table(rows: list[StepMemory], caption: str) -> Table:
+def _table(args: Args, rows: list[StepMemory], caption: str) -> Table:
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(_HEADINGS):
         table.add_column(heading, justify="left" if index < 2 else "right")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, args))
     return table
 
 
-def _markdown(rows: list[StepMemory], caption: str) -> str:
-    lines = [_HEADINGS, ("---",) * len(_HEADINGS), *map(_cells, rows)]
+def _markdown(args: Args, rows: list[StepMemory], caption: str) -> str:
+    lines = [_HEADINGS, ("---",) * len(_HEADINGS), *(_cells(row, args) for row in rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{caption}\n"
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from train.medusa import MedusaTrainer
 from train.step import Batch, Trainer
 
-_GIGA = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ class StepMemory:
         frozen, trained, optimizer: of the state, from shapes and shardings.
         arguments, outputs, aliased, temporaries, code: of `compiled.memory_analysis()`; None where the compiler found that the
             step does not fit.
-        peak: arguments, outputs that are not in the place of arguments, temporaries and code; or what the compiler said that a
-            step would need which does not fit.
+        peak: arguments, outputs that are not in the place of arguments, temporaries and code. For a step that does not fit,
+            what the compiler says that it needs, or None.
         compile_seconds: that compiling took.
     """
 
@@ -67,12 +67,12 @@ class StepMemory:
     aliased: int | None
     temporaries: int | None
     code: int | None
-    peak: int
+    peak: int | None
     compile_seconds: float
 
     def fits(self, capacity: float) -> bool:
         """Whether a device of this many bytes holds the step."""
-        return self.peak <= capacity
+        return self.peak is not None and self.peak <= capacity
 
 
 def shapes_of_batch(rows: int, length: int) -> Batch:
@@ -157,11 +157,10 @@ def _analysis(step: StepToCompile) -> dict[str, int | None]:
     try:
         compiled = step.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = bytes_needed(str(error))
-        if needed is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         unknown = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code"))
-        return {**unknown, "peak": needed}
+        return {**unknown, "peak": bytes_needed(str(error))}
     memory = compiled.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
@@ -177,6 +176,9 @@ def _analysis(step: StepToCompile) -> dict[str, int | None]:
 
 
 def bytes_needed(message: str) -> int | None:
-    """What XLA says a program would need that does not fit: `Used 215.17G of 95.74G hbm`; None for any other message."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return int(float(found[1]) * _GIGA[found[2]]) if found else None
+    """What XLA's TPU compiler says a program would need that does not fit; None where it gives no number.
+
+    Either `Used 215.17G of 95.74G hbm` or `the total memory required for HLO temporaries (161.54G)`, arguments included.
+    """
+    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
+    return int(float(found[1]) * _SIZES[found[2]]) if found else None
