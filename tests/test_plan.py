@@ -105,18 +105,27 @@ def test_the_papers_recipe_needs_no_weights():
     assert (shape.num_layers, shape.embed_dim, shape.vocab_size) == (12, 4096, 32_000)
 
 
+@pytest.fixture
+def no_cache():
+    """A cached program for chips that are not there cannot be read back."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize(
     ("topology", "slices", "mesh"),
     [
         ("v5p:2x2x2", 1, MeshConfig(fsdp=8)),
-        ("v5p:2x2x4", 1, MeshConfig(fsdp=8, tensor=2)),
         ("v5p:2x2x2", 2, MeshConfig(data=2, fsdp=8)),
     ],
-    ids=["8 chips", "16 chips", "two slices of 8"],
+    ids=["8 chips", "two slices of 8"],
 )
 def test_the_papers_recipe_compiles_for_tpus(topology, slices, mesh):
-    """Ahead of time: no weights, no TPU."""
+    """Ahead of time: no weights, no TPU. Minutes each."""
     pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
     config = load_config(PAPER)
     plan = make_plan(

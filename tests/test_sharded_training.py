@@ -13,6 +13,7 @@ import pytest
 from hf_tiny import expect_user_error
 from tiny import tiny_config, tiny_params
 
+from s2d_jax.checkpoint import placed
 from s2d_jax.sharding import MeshConfig, make_mesh, optimizer_sharding, params_sharding, replicated
 from train.config import (
     Config,
@@ -23,6 +24,7 @@ from train.config import (
     TrainSection,
 )
 from train.step import Batch, Trainer, TrainState
+from train.step_memory import shapes_of_batch
 
 ROWS, LENGTH, STEPS, RATE = 8, 12, 20, 0.3
 MODEL = tiny_config(num_layers=3, num_heads=8, num_kv_heads=8, head_dim=8, ffw_dim=64)
@@ -206,3 +208,14 @@ def test_a_batch_is_split_by_rule():
     axes = dataclasses.replace(MODEL, num_layers=1)
     with pytest.raises(ValueError, match="no rule for axis 'experts'"):
         params_sharding(axes, {"router": ("experts", "embed")}, mesh)
+
+
+def test_with_fsdp_parameters_travel_and_activations_stay_split_over_rows():
+    sharded = config(MeshConfig(fsdp=8))
+    trainer = Trainer(sharded, MODEL, make_mesh(sharded.mesh))
+    state = placed(trainer.abstract_state(), trainer.state_sharding)
+    text = trainer.compile_step(state, shapes_of_batch(ROWS, LENGTH)).as_text()
+    assert f"f32[{ROWS * LENGTH // 8},{MODEL.embed_dim}]" in text
+    # No product takes all rows; the embedding's lookup may, a part of the columns at a time.
+    for columns in (MODEL.embed_dim, MODEL.ffw_dim):
+        assert f"f32[{ROWS * LENGTH},{columns}]" not in text

@@ -246,6 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the plan of a run; returns the exit status, 2 for a mistake of the user's."""
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
+    # A cached program for chips that are not there cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     console = Console()
     try:
         config = parse_command_line(
