@@ -59,7 +59,7 @@ step = trainer.compile_step(state, batch)
 
 
 def run(state):
-    state, metrics = step(state, batch, jnp.float32(0), jnp.bool_(True))
+    state, metrics = step(state, (), batch, jnp.float32(0), jnp.bool_(True))
     return state, float(metrics["loss"])
 
 
