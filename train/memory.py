@@ -39,6 +39,7 @@ from train.config_files import parse_flags
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.step import Trainer
 from train.step_memory import StepMemory, StepToCompile, measure, medusa_step, soft_step
+from train.topologies import tpu_devices
 
 _LLAMA_7B = ModelConfig(
     family="llama",
@@ -225,19 +226,7 @@ def _devices(topology: str, count: int) -> list[Any]:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
         return jax.devices("cpu")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology {topology} needs the libtpu package; pip install 'jax[tpu]', or give cpu"
-        )
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(
-            f"--topology {topology} is not a TPU topology such as {_TPU}, or cpu: {said}"
-        ) from None
+    return list(tpu_devices(topology))
 
 
 def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> list[StepMemory]:
@@ -328,15 +317,8 @@ def _json(args: Args, topology: str, rows: list[StepMemory]) -> dict[str, Any]:
 
 
 def _prepare_process() -> None:
-    """Nothing runs here: an accelerator of this machine is left alone, and libtpu need not find one."""
+    """Nothing runs here: an accelerator of this machine is left alone."""
     jax.config.update("jax_platforms", "cpu")
-    for variable, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-16",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-    }.items():
-        os.environ.setdefault(variable, value)
     # For a CPU, XLA otherwise orders work for its threads: every layer's temporaries would exist at once.
     flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_enable_concurrency_optimized_scheduler=false")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ from train.config import Config
 from train.config_files import parse_command_line
 from train.step import Trainer
 from train.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
+from train.topologies import tpu_devices
 
 _COLLECTIVE = re.compile(
     r"^\s*(?:ROOT )?%\S+ = (?P<result>.*?) "
@@ -36,14 +36,6 @@ _COLLECTIVE = re.compile(
     re.MULTILINE,
 )
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-# What libtpu would ask the machine; it only has to be there. Several processes may compile at a time: none takes a chip.
-_NO_TPU_HERE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,34 +138,6 @@ def _size(bits: str, dims: str) -> int:
     return math.prod(int(n) for n in dims.split(",") if n) * (int(bits) if bits else 8) // 8
 
 
-def tpu_devices(topology: str, slices: int = 1) -> list:
-    """Chips that only the compiler knows.
-
-    Args:
-        topology: such as "v5p:2x2x2" for 8 chips.
-        slices: how many such slices, with a slower network between them.
-
-    Raises:
-        UserError: without libtpu, or for a topology that it does not know.
-    """
-    from jax.experimental import topologies
-
-    for name, value in _NO_TPU_HERE.items():
-        os.environ.setdefault(name, value)
-    more = {"num_slices": slices} if slices > 1 else {}
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
-    except ImportError:
-        raise UserError(
-            f"--topology {topology} needs libtpu: pip install 'jax[tpu]', or plan with --devices N on fake CPU devices"
-        ) from None
-    except Exception as error:
-        words = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"--topology {topology} is not known to libtpu ({words}); give one such as v5p:2x2x2"
-        ) from None
-
-
 def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> ModelConfig:
     """The shape of the draft without reading weights.
 
@@ -197,7 +161,7 @@ def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> M
         raise UserError(
             f"model.path={path} is not on this machine; give its config.json as --shape FILE"
         )
-    depth = config.model.num_layers or shape.num_layers
+    depth = config.model.depth or shape.num_layers
     config.check_exits(depth)
     if depth > shape.num_layers:
         raise UserError(
