@@ -214,7 +214,9 @@ class Checkpoints:
             )
         return max(found)[1]
 
-    def save(self, step: int, metadata: dict[str, Any], score: float | None, **trees: Any) -> None:
+    def save(
+        self, step: int, metadata: dict[str, Any], score: float | None = None, **trees: Any
+    ) -> None:
         """Starts to save named trees of arrays, after waiting for the save before.
 
         Args:

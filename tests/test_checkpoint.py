@@ -182,3 +182,22 @@ def test_optimizer_state_survives_with_its_types(tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert abstract_params(CONFIG).keys() == params.keys()
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    directory = tmp_path / "run" / CHECKPOINTS
+    write_run(tmp_path / "run", CONFIG, DraftConfig((1, 2), (0.7, 0.0)), tiny_tokenizer(64))
+    with contextlib.closing(Checkpoints(directory, keep=1)) as checkpoints:
+        for step, score in ((1, 1.2), (2, 1.9), (3, 1.4), (4, 1.3)):
+            params = jax.tree.map(lambda x: x * jnp.float32(step), tiny_params(CONFIG))  # noqa: B023
+            checkpoints.save(step, {}, score, params=params)
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 4]
+        assert checkpoints.find("best") == 2
+        assert checkpoints.find(None) == 4
+    assert load_run(tmp_path / "run", "best").source.endswith("step 2")
+
+
+def test_the_best_of_checkpoints_that_were_not_judged_is_an_error(run_dir):
+    with pytest.raises(UserError, match="were not evaluated; give --step N"):
+        load_run(run_dir, "best")

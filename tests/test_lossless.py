@@ -93,7 +93,7 @@ MODES = [
     Mode("fixed", rule="heuristic", sampling=FILTERED),
     *(Mode("independent", sampled, "confidence") for sampled in (True, False)),
     Mode("thresholds", rule="confidence", sampling=FILTERED),
-    *(Mode("thresholds", sampled, "expected_gain") for sampled in (True, False)),
+    *(Mode("thresholds", sampled, "expected_gain", parts=sampled) for sampled in (True, False)),
     Mode("independent", rule="expected_gain"),
     Mode("independent", guarded=True),
     Mode("thresholds", rule="expected_gain", guarded=True),
@@ -106,9 +106,7 @@ MODES = [
         for policy in ("independent", "thresholds")
         for sampled in (True, False)
     ),
-    Mode("thresholds", sampling=FILTERED, trimmed=True),
-    Mode("thresholds", parts=True),
-    Mode("thresholds", False, trimmed=True, parts=True),
+    Mode("thresholds", sampling=FILTERED, trimmed=True, parts=True),
 ]
 
 
