@@ -134,7 +134,7 @@ def test_sharded_logits_equal_those_of_one_device():
 
 
 def test_an_axis_without_a_rule_is_an_error():
-    with pytest.raises(ValueError, match=r"no rule for axis 'experts'; have \['embed', 'ffw'"):
+    with pytest.raises(ValueError, match=r"no rule for axis 'experts'; have \['batch', 'embed'"):
         partition_spec(("experts", "embed"))
 
 

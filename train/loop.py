@@ -128,6 +128,7 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """A new run; nothing is written before model and data are known to be good."""
     mesh = make_mesh(config.mesh)
     start = load_start(config, mesh)
+    wait_for_all("draft loaded")
     if is_main_process():
         rows, summary = build_rows(
             config.data,
