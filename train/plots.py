@@ -32,7 +32,7 @@ def draw_progress(metrics: Path, out: Path) -> None:
         mat.legend(frameon=False)
     loss.set(title="loss (pale: training)", xlabel="step", ylabel="nats per token")
     agreement.set(title="agreement with the target, held out", xlabel="step", ylim=(0, None))
-    mat.set(title="implied mean acceptance length, held out", xlabel="step")
+    mat.set(title="implied MAT, held out", xlabel="step", ylabel="tokens per target pass")
     loss.legend(frameon=False)
     with written_whole(out) as partial:
         FigureCanvasAgg(figure).print_png(str(partial))
