@@ -23,7 +23,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.config import ModelConfig, UserError
 from s2d_jax.model import Params, Transformer, abstract_params, logical_axes
-from s2d_jax.sharding import RULES, params_sharding, partition_spec, replicated
+from s2d_jax.sharding import (
+    RULES,
+    batch_sharding,
+    optimizer_sharding,
+    params_sharding,
+    partition_spec,
+    replicated,
+)
 from train.config import OptimSection
 from train.optimizer import learning_rate, make_optimizer
 from train.step import Batch
@@ -247,7 +254,7 @@ class MedusaTrainer:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Rows over data and fsdp."""
-        return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        return batch_sharding(self.mesh)
 
     @property
     def trunk_sharding(self) -> Params:
@@ -263,13 +270,8 @@ class MedusaTrainer:
             for name, axes in _HEAD_AXES.items()
         }
         optimizer = make_optimizer(self.config.optim)
-        opt_state = optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            self.abstract_state().opt_state,
-            heads,
-            transform_non_params=lambda _: replicated(self.mesh),
-        )
+        abstract = self.abstract_state().opt_state
+        opt_state = optimizer_sharding(optimizer, abstract, heads, self.mesh)
         return MedusaState(heads, opt_state)
 
     def abstract_trunk(self) -> Params:
@@ -363,7 +365,7 @@ class MedusaTrainer:
         def split(x):
             # Every part takes rows of every device: part p is rows p, p + parts, ...
             x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-            rows = PartitionSpec(None, ("data", "fsdp"))
+            rows = PartitionSpec(None, *batch_sharding(self.mesh).spec)
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, rows))
 
         def add_part(total, part):

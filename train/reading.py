@@ -17,6 +17,7 @@ from s2d_jax.weight_names import EXIT_ADAPTERS, EXIT_HEADS, get_weight, shared_h
 from train.config import ObjectiveSection
 from train.losses import Labels, TokenValues
 from train.objectives import at_tokens, cross_entropy, divergence, restricted, with_rest
+from train.trainable import join
 
 _OWN = (EXIT_HEADS, EXIT_ADAPTERS)
 
@@ -82,25 +83,21 @@ class Reading:
         }
         return {"final_norm": params["final_norm"], **own, **rows}
 
-    def teacher_head_params(self, index: int, params: Params) -> Params:
-        """The final norm and head of a teacher."""
-        return Reading.of(self.teachers[index]).head_params(params)
-
-    def teacher_hiddens(self, index: int, params: Params, batch) -> jax.Array:
-        """The last state of a teacher, `[B, T, D]`; no gradient flows into it."""
-        config = self.teachers[index]
-        hiddens = self._teacher(index).apply(
+    def exit_hiddens(self, params: Params, batch, *, remat: bool = False) -> tuple[jax.Array, ...]:
+        """The states `[B, T, D]` at the exits, of a `train.step.Batch`."""
+        return self.transformer.apply(
             {"params": params},
             batch.tokens_BT,
-            exit_layers=(config.num_layers,),
+            exit_layers=self.exit_layers,
             positions_BT=batch.positions_BT,
             segment_ids_BT=batch.segment_ids_BT,
+            remat=remat,
             method="exit_hiddens",
-        )
-        return jax.lax.stop_gradient(hiddens[0])
+        )  # pyright: ignore[reportReturnType]
 
-    def _teacher(self, index: int) -> Transformer:
-        return Transformer(self.teachers[index], jnp.dtype(self.objective.teacher_dtype))
+    def teacher(self, index: int) -> Reading:
+        """Reads a running teacher."""
+        return Reading.of(self.teachers[index], jnp.dtype(self.objective.teacher_dtype))
 
     def losses(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
         """The `TokenFunction` of training: `loss`, `ce`, `correct`, and with teachers `divergence`, each `[E, B, C]`.
@@ -109,7 +106,7 @@ class Reading:
             learned, fixed: two halves of the head parameters; fixed also holds those of the teachers.
         """
         objective = self.objective
-        head = _joined(learned, fixed["head"])
+        head = join(learned, fixed["head"])
         targets_BC, listed_BC = self._indices(labels.targets_BT)
         read = zip(labels.teachers, fixed["teachers"], strict=True)
         teachers = [self._distribution(i, *pair) for i, pair in enumerate(read)]
@@ -165,7 +162,8 @@ class Reading:
         """A function from the draft's `log_q_BCK` to `(log_p, log_q)` over the same outcomes."""
         if isinstance(values, TopK):
             return self._of_top_k(values)
-        logits_BCV = self._teacher(index).apply({"params": head}, values, method="logits")
+        teacher = self.teacher(index)
+        logits_BCV = teacher.logits(head, values, teacher.exit_layers[0])
         if self.vocabulary_K is not None:
             logits_BCV = jnp.take(logits_BCV, jnp.asarray(self.vocabulary_K), axis=-1, mode="clip")
 
@@ -188,11 +186,3 @@ class Reading:
             return log_p_BCk, with_rest(log_q_BCk)
 
         return both
-
-
-def _joined(learned: Params, fixed: Params) -> Params:
-    """Two trees without common leaves as one."""
-    both = dict(fixed)
-    for name, value in learned.items():
-        both[name] = _joined(value, fixed[name]) if name in fixed else value
-    return both

@@ -163,24 +163,17 @@ class Trainer:
     def _split(self, params: Params) -> tuple[Params, Params]:
         return split(params, self.config.learned_parts)
 
-    def _exit_hiddens(self, params: Params, batch: Batch, *, remat: bool):
-        return self.reading.transformer.apply(
-            {"params": params},
-            batch.tokens_BT,
-            exit_layers=self.config.draft.exit_layers,
-            positions_BT=batch.positions_BT,
-            segment_ids_BT=batch.segment_ids_BT,
-            remat=remat,
-            method="exit_hiddens",
-        )
-
     def _teacher_values(self, teachers: tuple[Params, ...], batch: Batch):
         """For each teacher what its distributions are read from, and the head that reads them."""
         if batch.top_k:
             return batch.top_k, tuple({} for _ in batch.top_k)
-        read = self.reading
-        values = tuple(read.teacher_hiddens(i, p, batch) for i, p in enumerate(teachers))
-        return values, tuple(read.teacher_head_params(i, p) for i, p in enumerate(teachers))
+        read = [(self.reading.teacher(i), params) for i, params in enumerate(teachers)]
+        # No gradient flows into a teacher.
+        values = tuple(
+            jax.lax.stop_gradient(teacher.exit_hiddens(params, batch)[0])
+            for teacher, params in read
+        )
+        return values, tuple(teacher.head_params(params) for teacher, params in read)
 
     def _loss(
         self,
@@ -193,7 +186,9 @@ class Trainer:
         """The loss of these rows, times `scale`: one over the tokens that the whole step counts."""
         trunk_learns = not {"trunk", "lora"}.isdisjoint(self.config.learned_parts)
         params = join(learned, frozen)
-        hiddens = self._exit_hiddens(params, batch, remat=self.config.model.remat and trunk_learns)
+        hiddens = self.reading.exit_hiddens(
+            params, batch, remat=self.config.model.remat and trunk_learns
+        )
         values, teacher_heads = self._teacher_values(teachers, batch)
         head_learned, head_frozen = self._split(self.reading.head_params(params))
         loss, sums = sorted_loss(
@@ -263,7 +258,7 @@ class Trainer:
         return values_of_positions(
             self.reading.watched,
             self.reading.head_params(params),
-            self._exit_hiddens(params, batch, remat=False),
+            self.reading.exit_hiddens(params, batch),
             Labels(batch.targets_BT, batch.weights_BT),
             chunk=self.config.train.loss_chunk,
         )

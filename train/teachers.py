@@ -56,18 +56,10 @@ def _compiled(
     reading = Reading.of(model.config, jnp.dtype(config.objective.teacher_dtype))
 
     def read(params, batch: Batch):
-        hiddens = reading.transformer.apply(
-            {"params": params},
-            batch.tokens_BT,
-            exit_layers=reading.exit_layers,
-            positions_BT=batch.positions_BT,
-            segment_ids_BT=batch.segment_ids_BT,
-            method="exit_hiddens",
-        )
         return values_of_positions(
             values_of(reading),
             reading.head_params(params),
-            hiddens,
+            reading.exit_hiddens(params, batch),
             Labels(batch.targets_BT, batch.weights_BT),
             chunk=config.train.loss_chunk,
         )
