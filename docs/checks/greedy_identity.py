@@ -3,9 +3,9 @@
 Usage: greedy_identity.py --target GGUF --draft DIR --questions FILE.jsonl --batch 4 --out FILE.json
   (--methods as in infer.bench, such as ar,s2d,s2d+tree,sd@6+tree:16; trees are shaped by --tree-depth and so on)
 
-Every method is compared with plain decoding whose target pass is as wide as its own, and `ar`, the fastest plain decoding, with all
-of these references. A top-2 margin is how far the best logit lies above the second, in one pass without a cache. The exit status is
-1 if a method leaves its own reference where the margin is 1e-3 or more.
+Every method is compared with plain decoding whose target pass is as wide as its own, and `ar`, the fastest plain decoding, with
+all of these references. A top-2 margin is how far the best logit lies above the second, in one pass without a cache. The exit
+status is 1 if a method leaves its own reference where the margin is 1e-3 or more.
 """
 
 from __future__ import annotations
