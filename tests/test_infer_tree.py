@@ -56,7 +56,7 @@ def test_methods_have_the_tree_that_their_name_says(models):
     target, draft = load_model(models.large), load_draft(models.draft)
     # What is said of chains is left out of trees: the heuristic, and ten tokens.
     options = DraftingOptions(
-        draft_length_rule="heuristic", max_draft_tokens=12, tree_depth=3, tree_top_k=5
+        draft_length_rule="heuristic", max_draft_tokens=12, tree_depth=3, tree_top_k=6
     )
     names = ("s2d", "s2d+tree", "sd@1+tree:16", "draft+tree:8")
     chain, tree, fixed, whole = build_methods(names, target, draft, None, options)
@@ -68,7 +68,7 @@ def test_methods_have_the_tree_that_their_name_says(models):
     assert whole.label == "whole draft + SD + tree, 8 nodes"
     assert chain.decoder.config.tree is None
     assert chain.decoder.verify_width == 13
-    assert tree.decoder.config == DecodeConfig(tree=TreeShape(3, 5, 60))
+    assert tree.decoder.config == DecodeConfig(tree=TreeShape(3, 6, 60))
     assert [m.decoder.verify_width for m in (tree, fixed, whole)] == [60, 16, 8]
     assert fixed.decoder.exits == (1,)
     (other,) = build_methods(("draft+tree",), target, None, load_draft(models.draft), options)
