@@ -3,20 +3,21 @@
 Usage: tree_overhead.py --target MODEL --draft DIR [--tree-nodes 60 ...] [--exit K] [--repeats 9]
   (--independent-draft MODEL for a draft that is no sorted one)
 
-A round is timed as it is decoded: one compiled loop of `rounds` rounds after a real prompt, prefill left out, thresholds set so
-that every level of every tree leaves at one exit; then it is known which passes a round makes. These are timed in loops of their
-own, on caches of the same size that hold the same text, with positions and masks given:
+A round is timed as it is decoded: one compiled loop of `rounds` rounds after a real prompt, prefill left out, thresholds
+set so that every level of every tree leaves at one exit; then it is known which passes a round makes. These are timed in
+loops of their own, on caches of the same size that hold the same text, with positions and masks given:
 
   target  one pass over the tree's nodes, and its logits;
   root    per segment up to the exit, the pass that takes in what waits of the text, and the logits of one position;
   levels  per segment up to the exit, and per level but the first, the pass over the level's nodes, and their logits.
 
-So attention under a mask, norms, K/V writes and heads count as the models'. All else of the round is overhead: softmax, top-k and
-ranking of candidates, gathers, building positions and masks, confidence, acceptance, moving keys and values, stop conditions and
-the loops themselves. In every repeat the round and all passes are timed one after the other; shares are medians over the repeats.
+So attention under a mask, norms, K/V writes and heads count as the models'. All else of the round is overhead: softmax,
+top-k and ranking of candidates, gathers, building positions and masks, confidence, acceptance, moving keys and values, stop
+conditions and the loops themselves. In every repeat the round and all passes are timed one after the other; shares are
+medians over the repeats.
 
-The last three columns split the overhead, with propose, verify and accept as programs of their own that are waited for one by
-one; `accept` then also holds the time in which the host asks whether to go on.
+The last three columns split the overhead, with propose, verify and accept as programs of their own that are waited for one
+by one; `accept` then also holds the time in which the host asks whether to go on.
 """
 
 from __future__ import annotations
