@@ -115,7 +115,7 @@ def test_files_that_hold_no_paths(tmp_path, content, message):
         (("--methods", "s2d+tree:3"), "nodes=3 of a tree must be 5"),
         (("--methods", "s2d+tree:0"), "nodes=0 of a tree must be 5"),
         (("--methods", "s2d+tree", "--tree-leaving", "never"), "never"),
-        (("--methods", "s2d+tree"), "method 's2d+tree' needs a draft"),
+        (("--methods", "s2d+tree"), "method 's2d' needs a draft"),
         (("--methods", "sd@4+tree", "--draft", "{draft}"), "has no exit 4; use sd@1, sd@2"),
     ],
 )
