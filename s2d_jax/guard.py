@@ -80,7 +80,8 @@ class GuardState:
 def allowance(max_new_tokens: int, config: DecodeConfig) -> float:
     """Plain rounds that a request may lose. Only for a `config` with costs."""
     assert config.costs is not None
-    longest = worst_case(config.costs.draft_step, config.costs.verify)[config.num_draft_tokens - 1]
+    tokens = config.tree.depth if config.tree else config.num_draft_tokens
+    longest = worst_case(config.costs.draft_step, config.costs.verify)[tokens - 1]
     return max(ALLOWANCE_PER_TOKEN * min(max_new_tokens, ALLOWANCE_TOKENS), longest)
 
 
