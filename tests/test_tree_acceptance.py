@@ -23,7 +23,7 @@ from s2d_jax.proposal import SamplingArrays
 from s2d_jax.tree import Tree
 
 ALPHA = 1e-4
-SAMPLES = 200_000
+SAMPLES = 100_000
 VOCAB, DEPTH = 5, 2
 LISTED = np.array([0, 2, 3])
 
@@ -79,10 +79,10 @@ def _target_logits() -> dict[tuple[int, ...], np.ndarray]:
 
 @functools.cache
 def _draft_logits() -> dict[tuple[int, ...], np.ndarray]:
-    """Something like the target's."""
-    rng = np.random.default_rng(4)
+    """Like the target's so far that walks of all cases end at every depth."""
+    rng = np.random.default_rng(10)
     return {
-        text: 0.7 * row + rng.normal(size=VOCAB).astype(np.float32)
+        text: (0.4 * row + rng.normal(scale=1.5, size=VOCAB)).astype(np.float32)
         for text, row in _target_logits().items()
     }
 
@@ -296,7 +296,7 @@ def _judged(case: Case, rule=_product_rule, *, rows: int = SAMPLES, draw=_withou
     emitted = _completed(drawn, node_B, token_B, case.sampling, rng)
     if case.width > 1:  # the test means little unless walks end at every depth
         reached = np.bincount(drawn.depth_BM[np.arange(rows), node_B], minlength=DEPTH + 1)
-        assert (reached > 0.02 * rows).all()
+        assert (reached > 0.01 * rows).all()
     counts = np.zeros((VOCAB,) * 3, np.int64)
     np.add.at(counts, tuple(emitted.T), 1)
     return _p_value(counts, _law_of_texts(case.sampling))
@@ -308,12 +308,12 @@ def test_children_drawn_without_replacement_keep_the_targets_law(case):
 
 
 def test_the_reference_walk_passes_the_same_test():
-    assert _judged(CASES[2], _reference_rule, rows=SAMPLES // 5) > LEVEL
+    assert _judged(CASES[2], _reference_rule, rows=SAMPLES // 3) > LEVEL
 
 
 def test_q_that_is_not_renormalised_is_caught():
     wrong = functools.partial(_reference_rule, renormalise=False)
-    assert _judged(CASES[2], wrong, rows=SAMPLES // 5) < LEVEL
+    assert _judged(CASES[2], wrong, rows=SAMPLES // 3) < LEVEL
 
 
 def test_reranking_what_was_drawn_is_caught():
@@ -384,7 +384,7 @@ def test_a_greedy_walk_is_caught_at_temperature_one():
 def test_the_law_of_one_tree(seed):
     """Given the tree, node and token follow the law of the rule itself: another one of the same marginals would fail."""
     case = dataclasses.replace(CASES[seed % len(CASES)], dropped=False)
-    rows = SAMPLES // 4
+    rows = SAMPLES // 2
     drawn = _draw(case, np.random.default_rng(100 + seed), 1)
     for field in dataclasses.fields(drawn):
         row = getattr(drawn, field.name)
@@ -465,7 +465,7 @@ def test_the_rule_by_enumeration_where_p_or_q_is_0():
 
 
 def test_how_wrong_the_wrong_rules_are():
-    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    p, q = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
     kept = reference.emitted_law(p, q, 2, renormalise=False)
     assert np.abs(kept - p).max() > 0.02
 
