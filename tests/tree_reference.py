@@ -131,7 +131,7 @@ def grow_dynamic(exits, thresholds, *, depth, top_k, nodes, leaving):
     """The best `nodes - 1` of all tried nodes, by cumulative log q; the best `top_k` of each level are expanded.
 
     Returns:
-        The root, and the exits that the expanded nodes left at.
+        The root, and of each level the exits that its expanded nodes left at.
     """
     root, tried, used = _root(), [], []
     frontier = [root]
@@ -142,7 +142,7 @@ def grow_dynamic(exits, thresholds, *, depth, top_k, nodes, leaving):
             parent["children"] = _ranked_children(parent, exits, exit_number, top_k)
             level += parent["children"]
         tried += level
-        used += left
+        used.append(left)
         frontier = sorted(level, key=lambda node: -node["score"])[:top_k]
     kept = sorted(tried, key=lambda node: -node["score"])[: nodes - 1]
     return _kept_below(root, kept), used
@@ -162,7 +162,7 @@ def grow_static(exits, thresholds, *, paths, leaving):
         if not expanded:
             break
         left = left_at(expanded, exits, thresholds, leaving)
-        used += left
+        used.append(left)
         frontier = []
         for parent, exit_number in zip(expanded, left, strict=True):
             most = 1 + max(path[-1] for path in wanted if path[:-1] == parent["ranks"])
