@@ -13,7 +13,7 @@ from s2d_jax.buckets import bucket
 from s2d_jax.calibration import CHILDREN, Answer, Trace
 from s2d_jax.config import SamplingParams
 from s2d_jax.draft_length import confidence
-from s2d_jax.drafters.chain import fit_vocabulary
+from s2d_jax.draft_logits import fit_vocabulary
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import SamplingArrays

@@ -7,6 +7,7 @@ from s2d_jax.config import (
     ExitParts,
     ModelConfig,
     SamplingParams,
+    TreeShape,
     UserError,
 )
 from s2d_jax.conversation import Conversation
@@ -39,6 +40,7 @@ __all__ = [
     "SpeculativeDecoder",
     "Stream",
     "Tokenizer",
+    "TreeShape",
     "UserError",
     "export_draft",
     "export_parts",

@@ -30,19 +30,19 @@ def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
     """
     chunk_BW = jax.ShapeDtypeStruct((tokens_BC.shape[0], width), tokens_BC.dtype)
     h_BWD, _ = jax.eval_shape(forward, chunk_BW, cache)
-    nothing_BD = jnp.zeros((h_BWD.shape[0], h_BWD.shape[2]), h_BWD.dtype)
+    nothing_B1D = jnp.zeros((h_BWD.shape[0], 1, h_BWD.shape[2]), h_BWD.dtype)
 
     def run_chunk(carry):
-        cache, last_BD = carry
+        cache, last_B1D = carry
         h_BWD, written = forward(read_window(tokens_BC, cache.length_B, width), cache)
-        last_BD = state_at_end(h_BWD, cache.length_B, end_B, last_BD)
-        return written.advance_to(reached(cache.length_B, width, end_B)), last_BD
+        last_B1D = states_at_end(h_BWD, cache.length_B, end_B, last_B1D)
+        return written.advance_to(reached(cache.length_B, width, end_B)), last_B1D
 
     def behind(carry):
         return jnp.any(carry[0].length_B < end_B)
 
-    cache, last_BD = jax.lax.while_loop(behind, run_chunk, (cache, nothing_BD))
-    return last_BD, cache
+    cache, last_B1D = jax.lax.while_loop(behind, run_chunk, (cache, nothing_B1D))
+    return last_B1D[:, 0], cache
 
 
 def reached(length_B, width: int, end_B) -> jax.Array:
@@ -50,11 +50,10 @@ def reached(length_B, width: int, end_B) -> jax.Array:
     return jnp.maximum(length_B, jnp.minimum(length_B + width, end_B))
 
 
-def state_at_end(h_BWD, length_B, end_B, last_BD) -> jax.Array:
-    """`last_BD`, with the state at position `end_B - 1` in the rows whose chunk behind `length_B` holds it."""
-    width = h_BWD.shape[1]
-    index_B = end_B - 1 - length_B
-    inside_B = (index_B >= 0) & (index_B < width)
-    at_B11 = jnp.clip(index_B, 0, width - 1)[:, None, None]
-    found_BD = jnp.take_along_axis(h_BWD, at_B11, axis=1)[:, 0]
-    return jnp.where(inside_B[:, None], found_BD, last_BD)
+def states_at_end(h_BWD, length_B, end_B, last_BTD) -> jax.Array:
+    """`last_BTD`, with the states at the last T positions before `end_B` where the chunk behind `length_B` holds them."""
+    (_, W, _), T = h_BWD.shape, last_BTD.shape[1]
+    index_BT = (end_B - T - length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    inside_BT = (index_BT >= 0) & (index_BT < W)
+    found_BTD = jnp.take_along_axis(h_BWD, jnp.clip(index_BT, 0, W - 1)[:, :, None], axis=1)
+    return jnp.where(inside_BT[:, :, None], found_BTD, last_BTD)

@@ -5,20 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from s2d_jax.errors import (
+    UserError as UserError,
+)  # everything that may fail by a bad value imports it from here
+from s2d_jax.errors import require
+from s2d_jax.round_costs import RoundCosts
+from s2d_jax.tree_shape import TreeShape
+
 FAMILIES = ("llama", "qwen2")
 LENGTH_RULES = ("fixed", "heuristic", "confidence", "expected_gain")
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave: one line with the value, what was expected, the remedy.
-
-    Command lines print it without a traceback and exit with status 2.
-    """
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +56,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        _require(
+        require(
             self.family in FAMILIES,
             f"family={self.family!r} is not supported; use one of {', '.join(FAMILIES)}",
         )
@@ -70,15 +65,13 @@ class ModelConfig:
             *("num_kv_heads", "head_dim", "max_context"),
         ):
             value = getattr(self, name)
-            _require(
-                value >= 1, f"{name}={value} must be at least 1; check the model's config.json"
-            )
-        _require(
+            require(value >= 1, f"{name}={value} must be at least 1; check the model's config.json")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
             "check the model's config.json",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0,
             f"head_dim={self.head_dim} must be even for RoPE; check the model's config.json",
         )
@@ -100,13 +93,13 @@ class ExitParts:
 
     def __post_init__(self):
         for name, exits in (("heads", self.heads), ("adapters", self.adapters)):
-            _require(
+            require(
                 list(exits) == sorted(set(exits)) and min(exits, default=1) >= 1,
                 f"{name}={exits} of the exit parts must be ascending positive layer counts; for example 6, 9",
             )
         fits = self.adapter_rank >= 1 if self.adapters else self.adapter_rank == 0
         rank = f"adapter_rank={self.adapter_rank} with adapters={self.adapters}"
-        _require(fits, f"{rank}; give at least 1 with adapters, else 0")
+        require(fits, f"{rank}; give at least 1 with adapters, else 0")
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -136,7 +129,7 @@ class DraftConfig:
 
     def __post_init__(self):
         exits = self.exit_layers
-        _require(
+        require(
             len(exits) > 0 and min(exits) >= 1 and list(exits) == sorted(set(exits)),
             f"exit_layers={exits} must be ascending positive layer counts; for example 6, 9, 12",
         )
@@ -145,11 +138,11 @@ class DraftConfig:
             object.__setattr__(self, "exit_thresholds", defaults)
         check_thresholds(exits, self.exit_thresholds)
         missing = sorted(set(self.parts.exits) - set(exits))
-        _require(not missing, f"exit parts at {missing}, but exit_layers={exits}; add those exits")
+        require(not missing, f"exit parts at {missing}, but exit_layers={exits}; add those exits")
 
     def check_depth(self, num_layers: int) -> None:
         """Raises UserError if an exit lies deeper than the draft's `num_layers`."""
-        _require(
+        require(
             self.exit_layers[-1] <= num_layers,
             f"exit_layers={self.exit_layers} exceeds num_layers={num_layers}; drop the deepest exit",
         )
@@ -157,15 +150,15 @@ class DraftConfig:
 
 def check_thresholds(exits: tuple[int, ...], thresholds: tuple[float, ...]) -> None:
     """Raises UserError unless there is one threshold in [0, 1] per exit and the last one is 0."""
-    _require(
+    require(
         len(thresholds) == len(exits),
         f"exit_thresholds={thresholds} has {len(thresholds)} values for {len(exits)} exits {exits}; give one per exit",
     )
-    _require(
+    require(
         all(0.0 <= t <= 1.0 for t in thresholds),
         f"exit_thresholds={thresholds} must lie in [0, 1]: they are probabilities",
     )
-    _require(
+    require(
         thresholds[-1] == 0.0,
         f"exit_thresholds={thresholds}: the last exit always accepts; set its threshold to 0",
     )
@@ -200,70 +193,20 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _require(
+        require(
             isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
             f"stop={self.stop!r} must be a tuple of texts that are not empty, such as ('\\n\\n',)",
         )
-        _require(
+        require(
             self.temperature >= 0, f"temperature={self.temperature} must be 0 or more; 0 is greedy"
         )
-        _require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
-        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 is off")
-        _require(0 <= self.min_p < 1, f"min_p={self.min_p} must be in [0, 1); 0 is off")
-        _require(
+        require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 is off")
+        require(0 <= self.min_p < 1, f"min_p={self.min_p} must be in [0, 1); 0 is off")
+        require(
             self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
         )
-        _require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2**31)")
-
-
-@dataclasses.dataclass(frozen=True)
-class RoundCosts:
-    """What a round costs, in units of one round of plain decoding. Not compiled in.
-
-    `infer.calibrate` measures these; the expected-gain rule and the guard decide by them.
-
-    Attributes:
-        draft_step: of drafting one token, one per exit in use, leaving there.
-        verify: `verify[g]` is the rest of a round that drafted g tokens; `verify[0]` is 1.
-        catch_up: of one position that the draft has not seen, when it is taken up again after plain rounds.
-        acceptance: per exit in use, the probability that a token is accepted at confidences 0, 1/(N-1), ..., 1 (linear
-            between them); empty takes the confidence itself.
-        next_acceptance: the probability that a token not yet drafted will be accepted, if all before it are.
-
-    Raises:
-        UserError: for negative costs or probabilities outside [0, 1].
-    """
-
-    draft_step: tuple[float, ...]
-    verify: tuple[float, ...]
-    catch_up: float = 0.0
-    acceptance: tuple[tuple[float, ...], ...] = ()
-    next_acceptance: float = 0.5
-
-    def __post_init__(self):
-        _require(
-            len(self.draft_step) > 0 and min(self.draft_step) >= 0,
-            f"draft_step={self.draft_step} must be costs of 0 or more, one per exit; a plain round costs 1",
-        )
-        _require(
-            len(self.verify) >= 2 and self.verify[0] == 1.0 and min(self.verify) > 0,
-            f"verify={self.verify} must start with 1, the cost of a plain round, and go on with that after 1, 2, ... tokens",
-        )
-        _require(self.catch_up >= 0, f"catch_up={self.catch_up} must be 0 or more")
-        _require(
-            not self.acceptance
-            or (
-                len(self.acceptance) == len(self.draft_step)
-                and len({len(knots) for knots in self.acceptance}) == 1
-                and len(self.acceptance[0]) >= 2
-            ),
-            f"acceptance has {len(self.acceptance)} tables for {len(self.draft_step)} exits; give one of equal length for each",
-        )
-        probabilities = (*sum(self.acceptance, ()), self.next_acceptance)
-        _require(
-            all(0 <= p <= 1 for p in probabilities),
-            f"acceptance={self.acceptance}, next_acceptance={self.next_acceptance} must lie in [0, 1]: probabilities",
-        )
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2**31)")
 
 
 _HEURISTIC_CAP = 10
@@ -291,8 +234,10 @@ class DecodeConfig:
         narrow_widths: further widths, below the full one, that a target pass may have: it takes the smallest that holds the
             longest chain of the round. () always computes the full width, and then greedy output equals the width-matched
             reference bit for bit; None is (1,) with a guard or "expected_gain", else ().
-        draft_sampling: "sample" draws drafted tokens from the exit's own distribution q; "argmax" drafts its mode and
-            verifies with a one-hot q. Both are lossless.
+        tree: draft and verify a tree of tokens instead of a chain; its depth takes the place of the draft length, which is then
+            fixed: `num_draft_tokens` and `max_draft_tokens` are not read.
+        draft_sampling: "sample" draws drafted tokens from the exit's own distribution q (a tree draws children without
+            replacement); "argmax" drafts its most probable ones and verifies with a one-hot q. Both are lossless.
         verify_width: without a draft, how many positions one target pass computes; the width-matched reference of identity
             tests sets it to the `verify_width` of the decoder that it checks. None is 1: the fastest plain decoding.
         catch_up_width: how many waiting tokens one pass of deeper layers takes in.
@@ -314,6 +259,7 @@ class DecodeConfig:
     costs: RoundCosts | None = None
     guard: bool = False
     narrow_widths: tuple[int, ...] | None = None
+    tree: TreeShape | None = None
     draft_sampling: Literal["sample", "argmax"] = "sample"
     verify_width: int | None = None
     catch_up_width: int = 4
@@ -323,18 +269,18 @@ class DecodeConfig:
     policy_file: str | None = None
 
     def __post_init__(self):
-        _require(
+        require(
             self.draft_length_rule in LENGTH_RULES,
             f"draft_length_rule={self.draft_length_rule!r} is unknown; use one of {', '.join(LENGTH_RULES)}",
         )
-        _require(
+        require(
             0 <= self.min_confidence <= 1,
             f"min_confidence={self.min_confidence} must lie in [0, 1]: it is a probability",
         )
-        _require(self.gain_rate >= 0, f"gain_rate={self.gain_rate} must be 0 or more")
+        require(self.gain_rate >= 0, f"gain_rate={self.gain_rate} must be 0 or more")
         self._check_costs()
         self._check_policy()
-        _require(
+        require(
             self.draft_sampling in ("sample", "argmax"),
             f"draft_sampling={self.draft_sampling!r} is unknown; use sample or argmax",
         )
@@ -343,9 +289,13 @@ class DecodeConfig:
             *("prefill_chunk", "initial_room", "verify_width"),
         ):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}={value} must be at least 1")
-        _require(
-            self.num_draft_tokens <= self.draft_width,
+            require(value is None or value >= 1, f"{name}={value} must be at least 1")
+        require(
+            self.tree is None or self.draft_length_rule == "fixed",
+            f"draft_length_rule={self.draft_length_rule!r} is for chains; with a tree leave it at fixed",
+        )
+        require(
+            self.tree is not None or self.num_draft_tokens <= self.draft_width,
             f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.draft_width}; raise the cap",
         )
         if self.exits is not None:
@@ -353,26 +303,26 @@ class DecodeConfig:
 
     def _check_costs(self) -> None:
         needed = "guard" if self.guard else self.draft_length_rule
-        _require(
+        require(
             self.costs is not None or needed not in ("guard", "expected_gain"),
             f"{needed} needs the costs of a round; give costs=RoundCosts(...), or policy='auto' after infer.calibrate",
         )
         known = None if self.costs is None else len(self.costs.verify)
-        _require(
+        require(
             known is None or known == self.draft_width + 1,
             f"costs.verify has {known} values for at most {self.draft_width} drafted tokens; give {self.draft_width + 1}",
         )
         widths = self.narrow_widths or ()
-        _require(
-            list(widths) == sorted(set(widths)) and all(1 <= w <= self.draft_width for w in widths),
-            f"narrow_widths={widths} must ascend, within 1..{self.draft_width} (the full width is {self.draft_width + 1})",
+        require(
+            list(widths) == sorted(set(widths)) and all(1 <= w < self.full_width for w in widths),
+            f"narrow_widths={widths} must ascend, within 1..{self.full_width - 1} (the full width is {self.full_width})",
         )
 
     def _check_policy(self) -> None:
-        _require(
+        require(
             self.policy in (None, "auto"), f"policy={self.policy!r} is unknown; use auto or None"
         )
-        _require(
+        require(
             self.policy_file is None or self.policy == "auto",
             f"policy_file={self.policy_file} is only read with policy='auto'; give both",
         )
@@ -380,21 +330,26 @@ class DecodeConfig:
             free = ("policy", "policy_file", "catch_up_width")
             fields = [field for field in dataclasses.fields(self) if field.name not in free]
             changed = [f.name for f in fields if getattr(self, f.name) != f.default]
-            _require(
-                not changed, f"policy='auto' decides {', '.join(changed)} itself; leave it out"
-            )
+            require(not changed, f"policy='auto' decides {', '.join(changed)} itself; leave it out")
 
     @property
     def draft_width(self) -> int:
-        """G: the most tokens that one round may draft."""
+        """G: the most tokens that one round may draft in a row; the depth of a tree."""
+        if self.tree is not None:
+            return self.tree.depth
         if self.max_draft_tokens is not None:
             return self.max_draft_tokens
         return _HEURISTIC_CAP if self.draft_length_rule == "heuristic" else self.num_draft_tokens
 
     @property
+    def full_width(self) -> int:
+        """Positions that the target pass of a round has at most."""
+        return self.draft_width + 1 if self.tree is None else self.tree.nodes
+
+    @property
     def verify_widths(self) -> tuple[int, ...]:
-        """The widths that a target pass may have, ascending; the last is G + 1."""
+        """The widths that a target pass may have, ascending; the last is G + 1, or the nodes of a tree."""
         narrow = self.narrow_widths
         if narrow is None:
             narrow = (1,) if self.guard or self.draft_length_rule == "expected_gain" else ()
-        return (*narrow, self.draft_width + 1)
+        return (*narrow, self.full_width)

@@ -20,7 +20,7 @@ from s2d_jax.draft_length import next_length
 from s2d_jax.guard import GuardState, affordable_length, charge, settle
 from s2d_jax.kv_cache import KVCache, grow_axis, write_window
 from s2d_jax.model import Transformer
-from s2d_jax.proposal import Drafter, Proposal, Request, is_stop
+from s2d_jax.proposal import Drafter, Request, is_stop
 from s2d_jax.sampling import fold_in, probabilities, sample, split
 
 
@@ -38,6 +38,7 @@ class DecodeState:
         rounds_B: int32, target passes of each row after prefill.
         drafted_BG: int32, rounds that drafted at least 1, 2, ... G tokens.
         accepted_BG: int32, rounds that accepted at least 1, 2, ... G tokens.
+        proposed_B: int32, tokens that were drafted and verified.
         guard: what speculation has saved in each row.
     """
 
@@ -50,6 +51,7 @@ class DecodeState:
     rounds_B: jax.Array
     drafted_BG: jax.Array
     accepted_BG: jax.Array
+    proposed_B: jax.Array
     guard: GuardState
 
 
@@ -57,7 +59,7 @@ class DecodeState:
 class Verified:
     """A round between the target's pass and its end."""
 
-    proposal: Proposal
+    proposal: Any
     logits_BTV: jax.Array
     key_B: jax.Array
 
@@ -80,11 +82,14 @@ class Target:
         shape = (c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim)
         return KVCache.create(*shape, dtype=dtype, mesh=self.mesh)
 
-    def forward(self, params, tokens_BT, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """The state `[B, T, D]` after the last layer for T tokens behind the cache, and the cache with them written."""
+    def forward(self, params, tokens_BT, cache: KVCache, place=None) -> tuple[jax.Array, KVCache]:
+        """The state `[B, T, D]` after the last layer for T tokens behind the cache, and the cache with them written.
+
+        `place` is that of `Transformer.run_blocks`: None for text.
+        """
         apply = lambda method, *args: self.model.apply({"params": params}, *args, method=method)  # noqa: E731
         h_BTD = apply("embed", tokens_BT)
-        return apply("run_blocks", h_BTD, cache, 0, self.model.config.num_layers)
+        return apply("run_blocks", h_BTD, cache, 0, self.model.config.num_layers, place)
 
     def logits(self, params, h: jax.Array) -> jax.Array:
         """`[..., D]` -> f32 `[..., V]`."""
@@ -93,7 +98,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The compiled shape of decoding: every field is static.
+    """The compiled shape of decoding with chains (`TreeDecoder` is that with trees): every field is static.
 
     Attributes:
         target: the verifying model.
@@ -166,6 +171,7 @@ class Decoder:
             rounds_B=zeros_B,
             drafted_BG=counts_BG,
             accepted_BG=counts_BG,
+            proposed_B=zeros_B,
             guard=GuardState.create(request.drafting),
         )
 
@@ -212,20 +218,24 @@ class Decoder:
             *(params["draft"], state.draft_state, state.tokens_BC, state.length_B),
             *(num_draft_B, draft_key_B, request),
         )
-        if "exit_counts" in (after := self.drafter.stats(draft_state)):
-            steps_BE = after["exit_counts"] - self.drafter.stats(state.draft_state)["exit_counts"]
+        if "step_counts" in (after := self.drafter.stats(draft_state)):
+            steps_BE = after["step_counts"] - self.drafter.stats(state.draft_state)["step_counts"]
             state = state.replace(guard=charge(state.guard, request.drafting, steps_BE))
         return proposal, state.replace(draft_state=draft_state)
 
-    def verify(self, params, request: Request, state: DecodeState, proposal: Proposal):
+    def verify(self, params, request: Request, state: DecodeState, proposal):
         """One target pass over the last emitted token and the drafted ones."""
-        last_B1 = jnp.take_along_axis(state.tokens_BC, state.length_B[:, None] - 1, axis=1)
-        window_BT = jnp.concatenate([last_B1, proposal.tokens_BG], axis=1)
+        window_BT, place = self._window(state, proposal)
         B, T = window_BT.shape
 
         def forward(width, carry):
             cache, logits_BTV = carry
-            h_BTD, cache = self.target.forward(params["target"], window_BT[:, :width], cache)
+            h_BTD, cache = self.target.forward(
+                params["target"],
+                window_BT[:, :width],
+                cache,
+                jax.tree.map(lambda each: each[:, :width], place),
+            )
             own_BTV = self.target.logits(params["target"], h_BTD)
             if width == T:
                 return cache, own_BTV
@@ -233,7 +243,7 @@ class Decoder:
 
         nothing_BTV = jnp.zeros((B, T, self.target.model.config.vocab_size), jnp.float32)
         carry = state.target_cache, nothing_BTV
-        cache, logits_BTV = at_width(self.widths, _needed_width(proposal), forward, carry)
+        cache, logits_BTV = at_width(self.widths, self._needed_width(proposal), forward, carry)
         _, accept_key_B = self._round_keys(request, state)
         verified = Verified(proposal, logits_BTV, accept_key_B)
         return verified, state.replace(target_cache=cache)
@@ -241,19 +251,7 @@ class Decoder:
     def accept(self, request: Request, state: DecodeState, verified: Verified) -> DecodeState:
         """Emits the accepted tokens and one more, rewinds both caches, and checks the stop conditions."""
         proposal, live_B = verified.proposal, ~state.done_B
-
-        def judge(width, _):
-            logits_BTV, drafted = verified.logits_BTV[:, :width], proposal.first(width - 1)
-            if self.greedy:
-                return accept_greedy(drafted, logits_BTV)
-            target_probs_BTV = probabilities(logits_BTV, request.sampling)
-            return accept_sampled(drafted, target_probs_BTV, verified.key_B)
-
-        carry = (jnp.zeros_like(state.length_B),) * 2
-        needed = _needed_width(proposal)
-        num_accepted_B, next_token_B = at_width(self.widths, needed, judge, carry)
-        emitted_BT = jnp.pad(proposal.tokens_BG, ((0, 0), (0, 1)))
-        emitted_BT = write_window(emitted_BT, next_token_B[:, None], num_accepted_B, axis=1)
+        emitted_BT, num_accepted_B, state = self._judge(request, state, verified)
         num_emitted_B, stopped_B = _until_stop(emitted_BT, num_accepted_B + 1, request.stop_ids_BN)
         num_emitted_B = jnp.where(live_B, num_emitted_B, 0)
         length_B = state.length_B + num_emitted_B
@@ -274,10 +272,40 @@ class Decoder:
             rounds_B=state.rounds_B + live_B.astype(jnp.int32),
             drafted_BG=state.drafted_BG + reached_BG(proposal.num_draft_B),
             accepted_BG=state.accepted_BG + reached_BG(num_accepted_B),
+            proposed_B=state.proposed_B + jnp.where(live_B, self._num_proposed(proposal), 0),
             guard=settle(
                 *(state.guard, request.drafting, proposal.num_draft_B, num_emitted_B, live_B)
             ),
         )
+
+    def _window(self, state: DecodeState, proposal):
+        """The tokens that the target computes, and their place if they are not a text."""
+        last_B1 = jnp.take_along_axis(state.tokens_BC, state.length_B[:, None] - 1, axis=1)
+        return jnp.concatenate([last_B1, proposal.tokens_BG], axis=1), None
+
+    def _needed_width(self, proposal) -> jax.Array:
+        """int32 scalar: positions that this round's target pass has to compute."""
+        return jnp.max(proposal.num_draft_B) + 1
+
+    def _num_proposed(self, proposal) -> jax.Array:
+        """int32 `[B]`: drafted tokens that the target verifies."""
+        return proposal.num_draft_B
+
+    def _judge(self, request: Request, state: DecodeState, verified: Verified):
+        """What a round emits: `[B, G + 1]` tokens, of which `num_accepted_B` and one count, and the state that holds them."""
+        proposal = verified.proposal
+
+        def judge(width, _):
+            logits_BTV, drafted = verified.logits_BTV[:, :width], proposal.first(width - 1)
+            if self.greedy:
+                return accept_greedy(drafted, logits_BTV)
+            target_probs_BTV = probabilities(logits_BTV, request.sampling)
+            return accept_sampled(drafted, target_probs_BTV, verified.key_B)
+
+        carry = (jnp.zeros_like(state.length_B),) * 2
+        needed = self._needed_width(proposal)
+        num_accepted_B, next_token_B = at_width(self.widths, needed, judge, carry)
+        return append_next(proposal.tokens_BG, num_accepted_B, next_token_B), num_accepted_B, state
 
     def _round_keys(self, request: Request, state: DecodeState):
         """A row's length grows every round, so its keys never repeat and never depend on other rows."""
@@ -293,6 +321,7 @@ def _until_stop(emitted_BT, num_emitted_B, stop_ids_BN):
     return jnp.where(stopped_B, first_stop_B + 1, num_emitted_B), stopped_B
 
 
-def _needed_width(proposal: Proposal) -> jax.Array:
-    """int32 scalar: positions that this round's target pass has to compute."""
-    return jnp.max(proposal.num_draft_B) + 1
+def append_next(tokens_BG, num_accepted_B, next_token_B) -> jax.Array:
+    """int32 `[B, G + 1]`: the accepted tokens, and the next one behind them."""
+    emitted_BT = jnp.pad(tokens_BG, ((0, 0), (0, 1)))
+    return write_window(emitted_BT, next_token_B[:, None], num_accepted_B, axis=1)

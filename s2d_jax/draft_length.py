@@ -83,7 +83,7 @@ class DraftingArrays:
             return jnp.full((len(allowances),), value, dtype)
 
         return cls(
-            first_B=rows(min(config.num_draft_tokens, width), jnp.int32),
+            first_B=rows(width if config.tree else min(config.num_draft_tokens, width), jnp.int32),
             max_B=rows(width, jnp.int32),
             grow_B=rows(2 if heuristic else 0, jnp.int32),
             shrink_B=rows(1 if heuristic else 0, jnp.int32),
@@ -104,13 +104,13 @@ def next_length(drafting: DraftingArrays, limit_B, num_draft_B, num_accepted_B) 
     return jnp.clip(limit_B + change_B, 1, jnp.maximum(drafting.max_B, 1))
 
 
-def confidence(logits_BV: jax.Array) -> jax.Array:
-    """f32 `[B]`: the largest softmax probability of raw logits, before temperature and filters.
+def confidence(logits: jax.Array) -> jax.Array:
+    """`[..., V]` -> f32 `[...]`: the largest softmax probability of raw logits, before temperature and filters.
 
     Under a trimmed head the softmax is over the K listed tokens only, so one threshold means a little less certainty than it
     does over all tokens. It depends on the vector q alone, so leaving by it keeps the target's distribution.
     """
-    return jnp.exp(jnp.max(logits_BV, axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1))
+    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
 
 
 def decide(drafting: DraftingArrays, i, hope_B, confidence_B, exit_B, limit_B):

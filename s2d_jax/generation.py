@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax.config import DecodeConfig, SamplingParams, UserError, check_thresholds
+from s2d_jax.config import DecodeConfig, SamplingParams, TreeShape, UserError, check_thresholds
 from s2d_jax.conversation import Conversation
 from s2d_jax.decoder import Decoder, Target
 from s2d_jax.draft_length import DraftingArrays
 from s2d_jax.draft_vocabulary import DraftVocabulary
-from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter
+from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, TreeDrafter
 from s2d_jax.drafters.chain import ChainConfig
+from s2d_jax.drafters.segments import Segments
 from s2d_jax.guard import allowance
+from s2d_jax.model import Transformer
 from s2d_jax.policy import load_policy
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import Drafter, Request, SamplingArrays
@@ -26,6 +28,8 @@ from s2d_jax.session import UNLIMITED, Plan, Session
 from s2d_jax.sharding import mesh_of, replicated
 from s2d_jax.streaming import GenerationResult, Stream, Timing, growing_rounds
 from s2d_jax.tokenizer import check_same_tokenizer
+from s2d_jax.tree_decoder import TreeDecoder
+from s2d_jax.tree_growth import Growth
 
 _STOP_SLOTS = 8
 # Positions that the draft takes in at once after plain rounds: passes this wide cost least per position (docs/experiments.md).
@@ -85,7 +89,7 @@ class SpeculativeDecoder:
         if self.config.policy == "auto":
             return self.settled(0.0).verify_width
         if self.draft is not None:
-            return self.config.draft_width + 1
+            return self.config.full_width
         return self.config.verify_width or 1
 
     def generate(
@@ -276,13 +280,14 @@ class SpeculativeDecoder:
         return np.array([row + [-1] * (slots - len(row)) for row in ids], np.int32)
 
     def _decoder(self, greedy: bool) -> Decoder:
-        speculates = self.draft is not None
-        return Decoder(
-            target=Target(self.target.transformer, self.mesh),
-            drafter=self._drafter(greedy),
-            greedy=greedy,
-            widths=self.config.verify_widths if speculates else (self.verify_width,),
-        )
+        target = Target(self.target.transformer, self.mesh)
+        if self.draft is None:
+            return Decoder(target, NoDrafter(self.verify_width - 1), greedy, (self.verify_width,))
+        widths = self.config.verify_widths
+        if self.config.tree is None:
+            return Decoder(target, self._chain_drafter(greedy), greedy, widths)
+        drafter = self._tree_drafter(greedy, self.config.tree)
+        return TreeDecoder(target, drafter, greedy, (*widths[:-1], drafter.growth.nodes))
 
     def _drafting(self, rows: Sequence[SamplingParams], width: int) -> DraftingArrays:
         config = self.config if self.draft is not None else DecodeConfig()
@@ -291,9 +296,18 @@ class SpeculativeDecoder:
         ]
         return DraftingArrays.create(config, allowances, width, max(len(self.exits), 1))
 
-    def _drafter(self, greedy: bool) -> Drafter:
-        if self.draft is None:
-            return NoDrafter(self.verify_width - 1)
+    @property
+    def _drafting_model(self) -> Transformer:
+        """The draft, read through its trimmed head if it has one."""
+        draft = self.draft
+        assert draft is not None
+        return draft.drafting_transformer if isinstance(draft, Draft) else draft.transformer
+
+    @property
+    def _return_width(self) -> int:
+        return _RETURN_WIDTH if self.config.guard else 0
+
+    def _chain_drafter(self, greedy: bool) -> Drafter:
         chain = ChainConfig(
             width=self.config.draft_width,
             vocab_size=self.target.config.vocab_size,
@@ -302,12 +316,20 @@ class SpeculativeDecoder:
             watched=self.config.costs is not None
             or self.config.draft_length_rule in ("confidence", "expected_gain"),
         )
-        return_width = _RETURN_WIDTH if self.config.guard else 0
-        is_draft = isinstance(self.draft, Draft)
-        model = self.draft.drafting_transformer if is_draft else self.draft.transformer
+        model, returning = self._drafting_model, self._return_width
         if self.exits == (model.config.num_layers,):
-            return IndependentDrafter(model, chain, return_width)
-        return SortedDrafter(model, self.exits, chain, self.config.catch_up_width, return_width)
+            return IndependentDrafter(model, chain, returning)
+        return SortedDrafter(model, self.exits, chain, self.config.catch_up_width, returning)
+
+    def _tree_drafter(self, greedy: bool, shape: TreeShape) -> TreeDrafter:
+        growth = Growth(shape, sampled=self.config.draft_sampling == "sample" and not greedy)
+        segments = Segments(
+            model=self._drafting_model,
+            exit_layers=self.exits,
+            vocab_size=self.target.config.vocab_size,
+            together=shape.leaving == "level",
+        )
+        return TreeDrafter(segments, growth, self.config.catch_up_width, self._return_width)
 
     def _place(self, tree):
         """Replicates over the target's mesh. Next to an abstract target (ahead-of-time compilation) all stays abstract."""

@@ -1,7 +1,7 @@
 """Key/value caches with one length per row: append, advance, rewind; and per-row window access.
 
-A cache never moves its entries. Positions at or beyond a row's length hold garbage that the next append overwrites, so
-rewinding is clipping a length.
+Positions at or beyond a row's length hold garbage that the next append overwrites, so rewinding is clipping a length. Entries
+move only when the accepted path of a tree is put together.
 """
 
 from __future__ import annotations
@@ -62,6 +62,14 @@ class KVCache:
         """Declares the positions below `length_B` valid; the caller has written them."""
         return self.replace(length_B=length_B)
 
+    def keep_path(self, start_B: jax.Array, index_BT: jax.Array) -> KVCache:
+        """Moves the entries at `start + index` to `start`, `start + 1`, ...; see `keep_path`. The length stays."""
+        keys, values = (
+            tuple(keep_path(x, start_B, index_BT, axis=2) for x in arrays)
+            for arrays in (self.keys, self.values)
+        )
+        return self.replace(keys=keys, values=values)
+
     def grow(self, capacity: int) -> KVCache:
         """The same cache with room for `capacity` positions."""
         keys, values = (
@@ -110,3 +118,18 @@ def read_window(buffer: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(row, start, width)
 
     return jax.vmap(read)(buffer, start_B)
+
+
+def keep_path(buffer: jax.Array, start_B: jax.Array, index_BT: jax.Array, *, axis: int):
+    """Copies the entries `start + index[t]` of each row of `buffer` to `start + t`, along `axis`, in place.
+
+    Args:
+        buffer: `[B, ...]`.
+        start_B: int32.
+        index_BT: int32, 0 or more.
+        axis: counted with the batch axis.
+    """
+    shape = [1] * buffer.ndim
+    shape[0], shape[axis] = index_BT.shape
+    kept = jnp.take_along_axis(buffer, (start_B[:, None] + index_BT).reshape(shape), axis=axis)
+    return write_window(buffer, kept, start_B, axis=axis)

@@ -144,9 +144,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_dim, c.embed_dim, ("embed", "heads"))
 
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
-        """Attends over the window itself, or over `cache = (k, v)` once the window is written into it at its positions.
+        """Attends over the window itself, or over `cache = (k, v, start_B)` once the window is written into it from there on.
 
-        Writing first keeps the cache in place inside a loop. Returns the mixed values and the cache.
+        Writing first keeps the cache in place inside a loop. Returns the mixed values, and keys and values.
         """
         c = self.config
         B, T, _ = x_BTD.shape
@@ -158,8 +158,9 @@ class Attention(nn.Module):
         k = jnp.swapaxes(rope(k_BTKH, positions_BT, frequency), 1, 2)
         v = jnp.swapaxes(v_BTKH, 1, 2)
         if cache is not None:
-            k = write_window(cache[0], k, positions_BT[:, 0], axis=2)
-            v = write_window(cache[1], v, positions_BT[:, 0], axis=2)
+            k_cache, v_cache, start_B = cache
+            k = write_window(k_cache, k, start_B, axis=2)
+            v = write_window(v_cache, v, start_B, axis=2)
         mixed = attention(q_BTNH, k.astype(x_BTD.dtype), v.astype(x_BTD.dtype), mask_BTS)
         return self.o_proj(mixed), (k, v)
 
@@ -192,6 +193,6 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def __call__(self, h_BTD, positions_BT, mask_BTS, cache=None):
-        mixed_BTD, cache = self.attn(self.attn_norm(h_BTD), positions_BT, mask_BTS, cache)
+        mixed_BTD, written = self.attn(self.attn_norm(h_BTD), positions_BT, mask_BTS, cache)
         h_BTD = h_BTD + mixed_BTD
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), cache
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), written

@@ -80,22 +80,28 @@ class Transformer(nn.Module):
         """`[B, T]` int32 -> `[B, T, D]` in the compute dtype. Ids beyond the vocabulary read its last row."""
         return self.embed_table(tokens_BT).astype(self.dtype)
 
-    def run_blocks(self, h_BTD, cache: KVCache, start: int, stop: int):
+    def run_blocks(self, h_BTD, cache: KVCache, start: int, stop: int, place=None):
         """Runs layers [start, stop) on the T positions that follow each row's cached length.
 
         Args:
             h_BTD: the state before layer `start`.
-            cache: of exactly these layers; its capacity must hold `length_B + T`.
+            cache: of exactly these layers; its capacity S must hold `length_B + T`.
+            place: of a tree: rotary positions int32 `[B, T]`, and bool `[B, T, S]`, where each may look; None is a text, in
+                which each looks at all before it and itself.
 
         Returns:
             The state `[B, T, D]` after layer `stop - 1`, and the cache with the window written but its length unchanged.
         """
-        positions_BT = cache.positions(h_BTD.shape[1])
-        capacity = cache.keys[0].shape[2]
-        mask_BTS = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] <= positions_BT[:, :, None]
+        if place is None:
+            positions_BT = cache.positions(h_BTD.shape[1])
+            capacity = cache.keys[0].shape[2]
+            each_S = jnp.arange(capacity, dtype=jnp.int32)
+            mask_BTS = each_S[None, None, :] <= positions_BT[:, :, None]
+        else:
+            positions_BT, mask_BTS = place
         keys, values = [], []
         for layer, k, v in zip(self.layers[start:stop], cache.keys, cache.values, strict=True):
-            h_BTD, (k, v) = layer(h_BTD, positions_BT, mask_BTS, (k, v))
+            h_BTD, (k, v) = layer(h_BTD, positions_BT, mask_BTS, (k, v, cache.length_B))
             keys.append(k)
             values.append(v)
         return h_BTD, cache.replace(keys=tuple(keys), values=tuple(values))

@@ -184,7 +184,7 @@ class Stream(Iterator[Delta]):
             target_forwards=int(state.rounds_B[row]),
             plain_rounds=int(state.guard.plain_rounds_B[row]) if exits else 0,
             draft_forwards=self._draft_forwards,
-            drafted_tokens=int(state.drafted_BG[row].sum()),
+            drafted_tokens=int(state.proposed_B[row]),
             accepted_tokens=int(state.accepted_BG[row].sum()),
             drafted_per_depth=tuple(state.drafted_BG[row].tolist()),
             accepted_per_depth=tuple(state.accepted_BG[row].tolist()),

@@ -37,7 +37,8 @@ def _compiled(num_exits: int, batch: int):
     @functools.partial(jax.jit, static_argnums=1)
     def catch_up(state, s, tokens_BC, end_B):
         width = 2 if s == 0 else drafter.catch_up_width
-        return drafter.catch_up(params, state, s, tokens_BC, end_B, width)
+        state, out_B1D = drafter.segments.catch_up(params, state, s, tokens_BC, end_B, width)
+        return state, out_B1D[:, 0]
 
     host_params = jax.tree.map(np.asarray, params)
     return drafter, config, host_params, init, catch_up, jax.jit(drafter.rewind)

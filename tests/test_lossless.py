@@ -291,6 +291,6 @@ def test_a_q_at_the_wrong_ids_is_caught(monkeypatch):
     def left_in_place(probs_BGK, ids_K, vocab_size):
         return jnp.pad(probs_BGK, ((0, 0), (0, 0), (0, vocab_size - len(ids_K))))
 
-    monkeypatch.setattr(chain, "_over_all_ids", left_in_place)
+    monkeypatch.setattr(chain, "over_all_ids", left_in_place)
     counts = _emitted_counts(Mode("thresholds", trimmed=True))
     assert _p_value(counts, _exact(PLAIN)) < ALPHA / len(MODES)

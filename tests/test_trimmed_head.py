@@ -15,8 +15,9 @@ from tiny import tiny_draft, tiny_model, tiny_tokenizer
 from s2d_jax import generation
 from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
 from s2d_jax.draft_length import DraftingArrays, confidence
+from s2d_jax.draft_logits import fit_draft_logits
 from s2d_jax.draft_vocabulary import TRIMMED_HEAD, DraftVocabulary
-from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, propose_chain
+from s2d_jax.drafters.chain import ChainConfig, propose_chain
 from s2d_jax.export import export_draft
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.model import Transformer, logical_axes
@@ -93,7 +94,7 @@ def test_the_proposal_by_its_definition(sampled):
     request = _request([SamplingParams(temperature=1.0)] * B, ids)
 
     def step(state, tokens_BC, end_B, live_B):
-        logits_BK = fit_draft_logits(config, jnp.tile(raw_K, (B, 1)), request)
+        logits_BK = fit_draft_logits(jnp.tile(raw_K, (B, 1)), V, request)
         return logits_BK, jnp.zeros(B, jnp.int32), state
 
     lengths_B, num_draft_B = jnp.ones(B, jnp.int32), jnp.full(B, 2, jnp.int32)
@@ -109,7 +110,7 @@ def test_the_proposal_by_its_definition(sampled):
     q_BGV = np.asarray(proposal.draft_probs_BGV)
     np.testing.assert_allclose(q_BGV, np.broadcast_to(expected_V, (B, 2, V)), atol=1e-6)
     assert (q_BGV[:, :, [0, 2, 3, 5, 7]] == 0).all()
-    unsure = fit_draft_logits(config, jnp.array(raw_K)[None], request)
+    unsure = fit_draft_logits(jnp.array(raw_K)[None], V, request)
     assert float(confidence(unsure)[0]) == pytest.approx(expected_V.max(), abs=1e-6)
 
 

@@ -1,7 +1,4 @@
-"""Drafting a chain, token by token: the loop that every chain drafter shares, and how one token is chosen.
-
-While drafting, K stands for the entries of the draft's logits: the target's vocabulary, or the list of a trimmed head.
-"""
+"""Drafting a chain, token by token: the loop that every chain drafter shares, and how one token is chosen."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax.draft_length import confidence, decide
+from s2d_jax.draft_logits import num_entries, over_all_ids, token_ids
 from s2d_jax.kv_cache import write_window
 from s2d_jax.proposal import Proposal, Request, is_stop
 from s2d_jax.sampling import fold_in, probabilities, sample
@@ -40,27 +38,6 @@ class ChainConfig:
     watched: bool = False
 
 
-def fit_vocabulary(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """Cuts logits to `vocab_size`, or gives ids the draft lacks no probability: models pad their tables differently."""
-    missing = vocab_size - logits_BV.shape[-1]
-    if missing > 0:
-        return jnp.pad(logits_BV, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    return logits_BV[:, :vocab_size]
-
-
-def num_entries(config: ChainConfig, request: Request) -> int:
-    """K, how many entries the draft's logits have."""
-    return config.vocab_size if request.vocabulary_K is None else len(request.vocabulary_K)
-
-
-def fit_draft_logits(config: ChainConfig, logits: jax.Array, request: Request) -> jax.Array:
-    """The logits `[B, K]` that drafting works on: listed ids that the target lacks get no probability."""
-    ids_K = request.vocabulary_K
-    if ids_K is None:
-        return fit_vocabulary(logits, config.vocab_size)
-    return jnp.where((ids_K < config.vocab_size)[None, :], logits, -jnp.inf)
-
-
 def propose_chain(
     config: ChainConfig,
     step: Step,
@@ -79,7 +56,7 @@ def propose_chain(
     B, G = tokens_BC.shape[0], config.width
     keep_probs = config.sampled and not config.greedy
     # In the loop the q of each token has the draft's own K entries.
-    K = num_entries(config, request)
+    K = num_entries(config.vocab_size, request)
     probs_BGK = jnp.zeros((B, G, K), jnp.float32) if keep_probs else None
     proposal = Proposal(jnp.zeros((B, G), jnp.int32), jnp.zeros(B, jnp.int32), probs_BGK)
 
@@ -94,7 +71,7 @@ def propose_chain(
             )
             live_B, more_B = live_B & draw_B, more_B & goes_on_B
         index_B, probs_BK = _choose(config, logits_BK, request, fold_in(key_B, length_B + i))
-        token_B = index_B if request.vocabulary_K is None else request.vocabulary_K[index_B]
+        token_B = token_ids(index_B, request)
         tokens_BC = write_window(tokens_BC, token_B[:, None], length_B + i, axis=1)
         proposal = _append(proposal, i, token_B, probs_BK, live_B)
         live_B = live_B & more_B & ~is_stop(token_B, request.stop_ids_BN)
@@ -106,20 +83,10 @@ def propose_chain(
     hope_B = jnp.ones(B, jnp.float32)
     start = (jnp.int32(0), num_draft_B > 0, hope_B, tokens_BC, proposal, state)
     *_, proposal, state = jax.lax.while_loop(unfinished, draft_one, start)
-    if keep_probs and request.vocabulary_K is not None:
-        probs_BGK, ids_K = proposal.draft_probs_BGV, request.vocabulary_K
-        proposal = proposal.replace(
-            draft_probs_BGV=_over_all_ids(probs_BGK, ids_K, config.vocab_size)
-        )
+    if keep_probs:  # once per round: it is as large as the target's vocabulary
+        probs_BGV = over_all_ids(proposal.draft_probs_BGV, request.vocabulary_K, config.vocab_size)
+        proposal = proposal.replace(draft_probs_BGV=probs_BGV)
     return proposal, state
-
-
-def _over_all_ids(probs_BGK, ids_K, vocab_size: int) -> jax.Array:
-    """f32 `[B, G, V]`: 0 at ids that are not listed. Once per round: it is as large as the target's vocabulary."""
-    zeros_BGV = jnp.zeros((*probs_BGK.shape[:2], vocab_size), jnp.float32)
-    return zeros_BGV.at[:, :, ids_K].set(
-        probs_BGK, indices_are_sorted=True, unique_indices=True, mode="drop"
-    )
 
 
 def _choose(config: ChainConfig, logits_BK, request: Request, key_B):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from s2d_jax.chunks import run_chunks
 from s2d_jax.control import run_if
-from s2d_jax.drafters.chain import ChainConfig, fit_draft_logits, propose_chain
+from s2d_jax.draft_logits import fit_draft_logits
+from s2d_jax.drafters.chain import ChainConfig, propose_chain
 from s2d_jax.kv_cache import KVCache, read_window
 from s2d_jax.model import Transformer
 
@@ -103,7 +104,7 @@ class IndependentDrafter:
             last_BD, state = self._pass(params, state, tokens_BC, live_B)
             logits_BK = self._apply(params, "logits", last_BD, self.model.config.num_layers)
             drafted_B = state.drafted_B + live_B.astype(jnp.int32)
-            logits_BK = fit_draft_logits(self.chain, logits_BK, request)
+            logits_BK = fit_draft_logits(logits_BK, self.chain.vocab_size, request)
             return logits_BK, jnp.zeros_like(drafted_B), state.replace(drafted_B=drafted_B)
 
         if self.return_width:
@@ -125,4 +126,9 @@ class IndependentDrafter:
         return state.replace(cache=state.cache.rewind(length_B))
 
     def stats(self, state):
-        return {"exit_counts": state.drafted_B[:, None], "segment_passes": state.passes[None]}
+        counts_B1 = state.drafted_B[:, None]
+        return {
+            "exit_counts": counts_B1,
+            "step_counts": counts_B1,
+            "segment_passes": state.passes[None],
+        }

@@ -1,0 +1,88 @@
+"""Which tree a round drafts, as the user asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from s2d_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """Which tree of tokens is drafted and verified in a round. Compiled in.
+
+    A dynamic tree (EAGLE-2, Li et al. 2024) grows where the draft is sure: of each level the `top_k` nodes of the largest
+    cumulative probability get `top_k` children each, and the best `nodes - 1` of all are verified. A static tree is always the
+    same: a list of paths, where the path (0, 2) is the third most probable token after the most probable one.
+
+    Attributes:
+        depth: levels below the root; a round emits `depth + 1` tokens at most.
+        top_k: children of an expanded node, and nodes that are expanded on a level.
+        nodes: positions that the target verifies, the root (the last emitted token) included.
+        paths: of a static tree, ascending; `TreeShape.static` builds one. () grows dynamically.
+        leaving: with several exits, "level": all nodes of a level leave as soon as one of them is confident (the rule of the
+            S2D reference); "node": each for itself.
+
+    Raises:
+        UserError: for values that make no tree.
+    """
+
+    depth: int = 4
+    top_k: int = 10
+    nodes: int = 60
+    paths: tuple[tuple[int, ...], ...] = ()
+    leaving: Literal["level", "node"] = "level"
+
+    def __post_init__(self):
+        require(self.depth >= 1, f"depth={self.depth} of a tree must be at least 1")
+        require(self.top_k >= 1, f"top_k={self.top_k} of a tree must be at least 1")
+        require(
+            self.leaving in ("level", "node"),
+            f"leaving={self.leaving!r} is unknown; use level or node",
+        )
+        largest = 1 + self.top_k + (self.depth - 1) * self.top_k**2
+        require(
+            self.depth < self.nodes <= largest,
+            f"nodes={self.nodes} of a tree must be {self.depth + 1} to {largest}: a chain of depth={self.depth} at least, "
+            f"all children with top_k={self.top_k} at most",
+        )
+        if self.paths:
+            own = (self.depth, self.top_k, self.nodes, self.paths)
+            require(
+                own == _static_fields(self.paths),
+                "the paths of a tree do not fit its depth, top_k and nodes; build it with TreeShape.static(paths)",
+            )
+
+    @classmethod
+    def static(
+        cls, paths: Sequence[Sequence[int]], leaving: Literal["level", "node"] = "level"
+    ) -> TreeShape:
+        """The tree of these paths and all their beginnings.
+
+        Args:
+            paths: ranks of children from the root on, from 0; () is the root itself, and need not be named.
+            leaving: as the attribute.
+
+        Raises:
+            UserError: for no paths, or ranks below 0.
+        """
+        return cls(*_static_fields(paths), leaving)
+
+
+def _static_fields(paths: Sequence[Sequence[int]]) -> tuple[int, int, int, tuple]:
+    """Depth, top_k, nodes and the closed, ordered paths of a static tree."""
+    closed = _closed(paths)
+    require(len(closed) > 0, "a static tree has no paths; give some, such as (0,), (1,), (0, 0)")
+    lowest = min(rank for path in closed for rank in path)
+    require(lowest >= 0, f"a path of the tree has rank {lowest}; ranks count from 0")
+    depth = max(len(path) for path in closed)
+    top_k = 1 + max(rank for path in closed for rank in path)
+    return depth, top_k, 1 + len(closed), closed
+
+
+def _closed(paths: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The paths and all their beginnings, by length, then by rank: parents before children."""
+    found = {tuple(path[:length]) for path in paths for length in range(1, len(path) + 1)}
+    return tuple(sorted(found, key=lambda path: (len(path), path)))
