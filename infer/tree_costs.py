@@ -18,7 +18,7 @@ from s2d_jax.pretrained import Draft
 from s2d_jax.tree import Tree
 
 # What is measured; what lies between is interpolated.
-NODES, TOP_KS = (8, 16, 60), (4, 10)
+NODES, TOP_KS = (8, 16, 60), (2, 10)
 # Levels of the trees that are grown, and of those that are verified; rounds per measurement.
 GROWN, VERIFIED, ROUNDS = 3, 4, 2
 
