@@ -307,11 +307,12 @@ def _with_rules(costs, trace, exits, thresholds, widths, confidences) -> list[Ca
     return found
 
 
-def tree_shapes() -> list[TreeShape]:
-    """Those that are compared."""
+def tree_shapes(exits: tuple[int, ...]) -> list[TreeShape]:
+    """Those that are compared; with several exits, both rules of leaving."""
     return [
-        TreeShape(depth, k, nodes)
+        TreeShape(depth, k, nodes, leaving=leaving)
         for depth, k, nodes in itertools.product(DEPTHS, TOP_KS, NODES)
+        for leaving in (("level", "node") if len(exits) > 1 else ("level",))
         if depth < nodes <= 1 + k + (depth - 1) * k**2
     ]
 
@@ -320,23 +321,23 @@ def _with_trees(costs: Costs, trace: Trace, exits, thresholds) -> list[Candidate
     """Every tree, on one choice of exits. Children are the most probable tokens, also where tokens are sampled."""
     where, family = _named(exits, thresholds)
     known = trace.answers[0].log_probs.shape[2]
-    return [
-        Candidate(
-            f"{where}, tree of {shape.depth} levels, top {shape.top_k}, {shape.nodes} nodes",
-            f"{family}, tree",
-            DecodeConfig(
-                exits=exits,
-                exit_thresholds=thresholds,
-                tree=shape,
-                draft_sampling="argmax",
-                costs=relative_tree_costs(costs, exits, shape),
-                guard=True,
-                narrow_widths=(1,),
-            ),
+
+    def make(tree: TreeShape) -> Candidate:
+        name = f"{where}, tree of {tree.depth} levels, top {tree.top_k}, {tree.nodes} nodes"
+        config = DecodeConfig(
+            exits=exits,
+            exit_thresholds=thresholds,
+            tree=tree,
+            draft_sampling="argmax",
+            costs=relative_tree_costs(costs, exits, tree),
+            guard=True,
+            narrow_widths=(1,),
         )
-        for shape in tree_shapes()
-        if shape.top_k <= known
-    ]
+        if tree.leaving == "node":
+            name += ", one by one"
+        return Candidate(name, f"{family}, tree", config)
+
+    return [make(tree) for tree in tree_shapes(exits) if tree.top_k <= known]
 
 
 def relative_tree_costs(costs: Costs, exits: tuple[int, ...], tree: TreeShape) -> RoundCosts:
