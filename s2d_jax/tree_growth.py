@@ -26,7 +26,7 @@ import numpy as np
 
 from s2d_jax.draft_logits import token_ids
 from s2d_jax.proposal import Request
-from s2d_jax.sampling import probabilities
+from s2d_jax.sampling import probabilities, top_k
 from s2d_jax.tree import Tree
 from s2d_jax.tree_shape import TreeShape
 
@@ -171,14 +171,14 @@ class Growth:
             log_q_BRK = jnp.log(probs_BRK)
         else:
             probs_BRK, log_q_BRK = None, logits_BRK
-        best_BRk, index_BRk = jax.lax.top_k(log_q_BRK, self.shape.top_k)
+        best_BRk, index_BRk = top_k(log_q_BRK, self.shape.top_k)
         if self.sampled:
 
             def noise(key):
                 return jax.random.gumbel(key, log_q_BRK.shape[1:])
 
             # The largest perturbed entries are draws without replacement, in order (Vieira 2014; Kool et al. 2019).
-            _, index_BRk = jax.lax.top_k(log_q_BRK + jax.vmap(noise)(key_B), self.shape.top_k)
+            _, index_BRk = top_k(log_q_BRK + jax.vmap(noise)(key_B), self.shape.top_k)
             own_BRk = jnp.take_along_axis(log_q_BRK, index_BRk, axis=2)
         else:
             best_BRk = best_BRk - jax.nn.logsumexp(log_q_BRK, axis=-1, keepdims=True)

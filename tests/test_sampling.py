@@ -9,7 +9,7 @@ import pytest
 
 from s2d_jax.config import SamplingParams, UserError
 from s2d_jax.proposal import SamplingArrays
-from s2d_jax.sampling import fold_in, probabilities, sample, split, uniform
+from s2d_jax.sampling import fold_in, probabilities, sample, split, top_k, uniform
 
 CASES = [
     SamplingParams(temperature=1.0),
@@ -96,3 +96,14 @@ def test_rows_draw_from_their_own_keys():
 def test_bad_parameters_die_at_construction(change, message):
     with pytest.raises(UserError, match=message):
         SamplingParams(**change)
+
+
+@pytest.mark.parametrize("vocab", [50, 1000, 5000])
+def test_the_largest_entries_with_ties(vocab):
+    rng = np.random.default_rng(vocab)
+    x = rng.integers(0, 40, (3, 4, vocab)).astype(np.float32)  # many entries are equal
+    x[1, 2, rng.random(vocab) < 0.9] = -np.inf
+    values, index = jax.jit(top_k, static_argnums=1)(x, 7)
+    expected = np.argsort(-x, axis=-1, kind="stable")[..., :7]
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=-1))
