@@ -30,7 +30,7 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 RATES = (1.0, 1.15, 1.3, 1.6, 2.0)
 DEPTHS = (2, 3, 4, 5, 6)
 TOP_KS = (2, 4, 8, 10)
-NODES = (8, 16, 32, 60)
+NODES = (8, 12, 16, 32, 60)
 # The most children of a node that a trace can tell of.
 CHILDREN = 10
 _KNOTS = 9

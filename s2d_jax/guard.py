@@ -3,7 +3,7 @@
 The unit is one round of plain decoding, which emits one token. A round that drafts costs `c` and emits `e` tokens, so it saves
 `e - c` (or loses, when negative); the costs are those that calibration measured. Each row has a *credit*:
 
-    credit = allowance                                  at the start: 0.015 * min(max_new_tokens, 256), or one failed chain
+    credit = allowance                  at the start: 0.015 * min(max_new_tokens, 256), or one failed chain, or two failed trees
            + 0.005 for every emitted token
            + what rounds that drafted have saved, losses included (the sum is capped at `allowance + CREDIT_CAP`)
 
@@ -23,8 +23,8 @@ followed by short ones, and a success by long ones. When not even one token is a
 been plain for `wait` rounds may use its whole credit for one token, to see whether drafting pays again. The wait doubles with
 each such probe that fails and starts anew with one that succeeds.
 
-With a tree a step is a level, "a chain of n tokens" is a tree of n levels, and verifying costs what all of its nodes cost,
-however many levels there are. The sum is the same: a tree of which nothing is accepted costs what it costs.
+With a tree a step is a level, a chain of n tokens is a tree of n levels, and verifying costs what all of its nodes cost, however
+many levels there are. So there is little to shorten: half of the credit must cover nearly a whole tree, and F is two of them.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class GuardState:
 def allowance(max_new_tokens: int, config: DecodeConfig) -> float:
     """Plain rounds that a request may lose. Only for a `config` with costs."""
     assert config.costs is not None
-    longest = config.num_draft_tokens if config.tree is None else config.tree.depth
-    failed = worst_case(config.costs.draft_step, config.costs.verify)[longest - 1]
+    losses, tree = worst_case(config.costs.draft_step, config.costs.verify), config.tree
+    failed = losses[config.num_draft_tokens - 1] if tree is None else 2.0 * losses[tree.depth - 1]
     return max(ALLOWANCE_PER_TOKEN * min(max_new_tokens, ALLOWANCE_TOKENS), failed)
 
 

@@ -145,8 +145,8 @@ def replayed_rounds(trace, config) -> int:
 
 
 def guarded(config: DecodeConfig) -> DecodeConfig:
-    steps, depth = (0.1, 0.2, 0.3)[-len(config.exits or (1, 2, 4)) :], config.tree.depth
-    costs = RoundCosts(steps, (1.0, *(1.5,) * depth), 0.02)
+    steps, depth = (0.05, 0.1, 0.15)[-len(config.exits or (1, 2, 4)) :], config.tree.depth
+    costs = RoundCosts(steps, (1.0, *(1.3,) * depth), 0.02)
     return dataclasses.replace(config, costs=costs, guard=True)
 
 
