@@ -23,8 +23,9 @@ followed by short ones, and a success by long ones. When not even one token is a
 been plain for `wait` rounds may use its whole credit for one token, to see whether drafting pays again. The wait doubles with
 each such probe that fails and starts anew with one that succeeds.
 
-With a tree a step is a level, a chain of n tokens is a tree of n levels, and verifying costs what all of its nodes cost, however
-many levels there are. So there is little to shorten: half of the credit must cover nearly a whole tree, and F is two of them.
+With a tree a step is a level, a chain of n tokens is a tree of n levels, and verifying costs what all of its nodes cost,
+however many levels there are. So there is little to shorten: half of the credit must cover nearly a whole tree, and F is two
+of them.
 """
 
 from __future__ import annotations

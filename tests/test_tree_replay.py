@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from test_draft_length import PROMPTS, draft, target  # noqa: F401 (fixtures)
+from tiny import tiny_model
 from tiny_trace import COSTS, answer_of, certain
 
 from infer.trace import record_trace
@@ -18,9 +19,10 @@ from s2d_jax.calibration import (
     relative_tree_costs,
     tree_shapes,
 )
-from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, TreeShape
+from s2d_jax.config import DecodeConfig, DraftConfig, RoundCosts, SamplingParams, TreeShape
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.guard import worst_case
+from s2d_jax.pretrained import Draft
 from s2d_jax.replay import predict
 from s2d_jax.tree_replay import Forest, replay_tree
 
@@ -169,6 +171,20 @@ def test_rounds_are_exact_where_other_paths_do_not_matter(target, draft, config)
     assert result.token_ids == plain
     assert result.stats.target_forwards == replayed_rounds(trace, config)
     assert result.stats.accepted_tokens > 20
+
+
+def test_a_useless_tree_costs_what_the_guard_allows(target):  # noqa: F811
+    other = tiny_model(num_layers=4, spread=14.0, seed=5)
+    useless = Draft(other.config, other.params, None, "random", DraftConfig((1, 2, 4)))
+    costs = RoundCosts((0.2, 0.3, 0.4), (1.0, 1.5, 1.5, 1.5), 0.01)
+    config = with_tree(3, 4, 12, costs=costs, guard=True)
+    sampling = SamplingParams(max_new_tokens=200)
+    stats = SpeculativeDecoder(target, useless, config).generate(PROMPTS, sampling).stats
+    trees = stats.target_forwards - stats.plain_rounds
+    assert trees > 4
+    # At most so much, if each tree had all levels and left at the last exit, and the draft had missed all plain rounds.
+    spent = stats.plain_rounds * 1.01 + trees * (1.5 + 3 * 0.4)
+    assert spent < 1.02 * stats.emitted_tokens + 4 * 2 * (0.5 + 3 * 0.4)
 
 
 def test_rounds_are_exact_where_the_draft_is_the_target(target, draft):  # noqa: F811
