@@ -16,7 +16,7 @@ from infer.formats import short_name
 from infer.kernels import bench_kernels
 from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.measure import Sample, measure, round_shares
-from infer.methods import BASELINE, Method, build_methods, parse_methods
+from infer.methods import BASELINE, Method, build_methods, check_trees, parse_methods
 from infer.options import (
     ComputeOptions,
     DraftingOptions,
@@ -47,7 +47,8 @@ class Args:
     """Another model of the same vocabulary, for the method `draft`."""
     methods: str = "ar,s2d"
     """Some of ar, draft, sd@K (exit K of the draft), s2d, auto; :G behind one drafts G tokens a round, as in
-    s2d:2,s2d:5. ar, the baseline, is always measured."""
+    s2d:2,s2d:5; +tree drafts a tree, +tree:N one of N nodes, as in s2d+tree:16. ar, the baseline, is
+    always measured."""
     out: Path = Path("runs/bench")
     """Directory of report.json, report.md, samples.jsonl and plots."""
     max_questions: int | None = None
@@ -92,7 +93,7 @@ def bench(args: Args) -> None:
     use_compile_cache(args.compute.compile_cache)
     names = parse_methods(args.methods)
     args.sampling.params()
-    _check_drafting(args)
+    _check_drafting(args, names)
     categories = tuple(args.categories.split(",")) if args.categories else ()
     if args.questions is None:
         raise UserError("no --questions were given; give a file of prompts")
@@ -139,10 +140,13 @@ def _profile(args: Args, directory: Path, target, methods, question: Question) -
         write_profile(directory / method.name, method.decoder, prompt, args.sampling.params())
 
 
-def _check_drafting(args: Args) -> None:
+def _check_drafting(args: Args, names: tuple[str, ...]) -> None:
     if args.drafting.policy is not None:
         raise UserError("--policy auto is a method here; add auto to --methods")
+    if args.drafting.tree:
+        raise UserError("--tree is said of single methods here, as in --methods s2d,s2d+tree")
     dataclasses.replace(args.drafting, policy_file=None).config()
+    check_trees(names, args.drafting)
 
 
 def _measure(

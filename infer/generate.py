@@ -15,6 +15,7 @@ from rich.table import Table
 
 from infer.batching import Answer, answer_all
 from infer.cli import check_writable, counting_bar, eta, run_command_line, screen
+from infer.explain import drafting_trees, explain
 from infer.formats import shares, short_name
 from infer.loading import load_drafting, load_target, tokenizer_of
 from infer.options import (
@@ -62,6 +63,11 @@ class Args:
     """Answer one prompt after the other, and print text as it comes."""
     profile: Path | None = None
     """Write a trace of a warm generation here, one directory per target, for TensorBoard or Perfetto."""
+    explain: int = 0
+    """Show what the first so many rounds after the first prompt drafted, with probabilities and exits, and what
+    was accepted: --tree, or a greedy chain of fixed length."""
+    explain_out: Path = Path("runs/explain")
+    """Directory of what --explain shows, as text, JSON and pictures, one directory per target."""
     draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
@@ -70,6 +76,8 @@ class Args:
     def __post_init__(self):
         if self.batch_size < 1:
             raise UserError(f"batch-size {self.batch_size} must be at least 1")
+        if self.explain < 0:
+            raise UserError(f"explain {self.explain} must be 0 or more")
 
 
 def main() -> None:
@@ -84,6 +92,8 @@ def generate(args: Args) -> None:
         return
     if args.out is not None:
         check_writable(args.out)
+    if args.explain:
+        check_writable(args.explain_out / "trees.txt")
     use_compile_cache(args.compute.compile_cache)
     questions, console = _questions(args), screen()
     args.sampling.params()
@@ -94,6 +104,8 @@ def generate(args: Args) -> None:
     for path in args.target:
         target = load_target(path, args.compute.target_format)
         decoder = SpeculativeDecoder(target, draft, config)
+        if args.explain:  # what cannot be shown is known before anything is answered
+            drafting_trees(decoder, args.sampling.temperature)
         start = time.perf_counter()
         if args.stream:
             params = [args.sampling.params(i) for i in range(len(questions))]
@@ -109,8 +121,11 @@ def generate(args: Args) -> None:
             _show_answers(console, questions, conversations)
         flat = [answer.stats for answers in conversations for answer in answers]
         _show_stats(console, path, sum_stats(flat), seconds)
+        prompt = encode(tokenizer_of(target), questions[0].messages([]), raw=args.raw)
+        if args.explain:
+            directory = args.explain_out / short_name(path)
+            explain(console, decoder, prompt, args.sampling.params(), args.explain, directory)
         if args.profile is not None:
-            prompt = encode(tokenizer_of(target), questions[0].messages([]), raw=args.raw)
             directory = args.profile / short_name(path)
             write_profile(directory, decoder, prompt, args.sampling.params())
             console.print(f"trace written to {directory}", soft_wrap=True)

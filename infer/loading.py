@@ -45,9 +45,13 @@ def load_drafting(
         UserError: for flags that need a draft where there is none.
     """
     config = drafting.config()
+    if (given := drafting.tree_flags()) and not drafting.tree:
+        raise UserError(f"{given[0]} shapes a tree, and --tree is not given; give both")
     draft = load_listed_draft(path, options.draft_vocabulary, weight_format)
     if draft is None and (config.exits or config.exit_thresholds):
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
+    if draft is None and config.tree:
+        raise UserError("--tree is a tree of drafted tokens; give --draft DIR")
     if draft is None and config.policy:
         raise UserError("--policy auto chooses how to use a draft; give --draft DIR")
     return draft, config

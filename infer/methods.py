@@ -12,6 +12,8 @@ from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 
 BASELINE = "ar"
+# A tree's number counts nodes, a chain's tokens.
+_NAME = re.compile(r"ar|auto|(?P<base>draft|s2d|sd@\d+)(?P<tree>\+tree)?(:(?P<count>\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +33,10 @@ def parse_methods(text: str) -> tuple[str, ...]:
     """
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
-        if not re.fullmatch(r"ar|auto|(draft|s2d|sd@\d+)(:\d+)?", name):
+        if not _NAME.fullmatch(name):
             raise UserError(
-                f"method {name!r} is unknown; use ar, draft, s2d, auto, or sd@K with an exit K; :G drafts G tokens, as in s2d:3"
+                f"method {name!r} is unknown; use ar, draft, s2d, auto, or sd@K with an exit K; :G drafts G tokens, as in "
+                "s2d:3, +tree a tree, +tree:N one of N nodes"
             )
         if names.count(name) > 1:
             raise UserError(f"method {name!r} is given twice in {text}; name it once")
@@ -55,13 +58,34 @@ def build_methods(
     return [_build(name, target, draft, independent, options) for name in names]
 
 
-def _build(name, target, draft, independent, given: DraftingOptions) -> Method:
+def check_trees(names: tuple[str, ...], options: DraftingOptions) -> None:
+    """Raises UserError for a tree that cannot be, or flags that shape one where no method has one."""
+    drafting = [_of_method(name, options) for name in names]
+    for one in drafting:
+        one.config()
+    if (given := options.tree_flags()) and not any(one.tree for one in drafting):
+        raise UserError(f"{given[0]} shapes trees; add a method with one, such as s2d+tree")
+
+
+def _of_method(name: str, given: DraftingOptions) -> DraftingOptions:
+    """The options of one method."""
     options = dataclasses.replace(given, policy_file=None)  # only `auto` reads it
-    base, _, length = name.partition(":")
-    if length:
-        options = dataclasses.replace(options, num_draft_tokens=int(length))
+    found = _NAME.fullmatch(name)
+    assert found is not None, name
+    count = found["count"] and int(found["count"])
+    if found["tree"]:
+        return options.with_tree(count)
+    return options if count is None else dataclasses.replace(options, num_draft_tokens=count)
+
+
+def _build(name, target, draft, independent, given: DraftingOptions) -> Method:
+    options = _of_method(name, given)
+    whole, _, count = name.partition(":")
+    base = whole.removesuffix("+tree")
     method = _build_base(base, target, draft, independent, options, given.policy_file)
-    label = f"{method.label}, {length} tokens" if length else method.label
+    label = f"{method.label} + tree" if options.tree else method.label
+    if count:
+        label += f", {count} nodes" if options.tree else f", {count} tokens"
     return dataclasses.replace(method, name=name, label=label)
 
 

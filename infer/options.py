@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, UserError
+from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, TreeShape, UserError
+
+# What shapes a tree, and what is said of chains only; a method `+tree` of infer.bench leaves the latter out.
+_OF_TREES = ("tree_depth", "tree_top_k", "tree_nodes", "tree_leaving", "tree_paths")
+_OF_CHAINS = (
+    *("num_draft_tokens", "draft_length_rule", "max_draft_tokens", "min_confidence", "gain_rate"),
+    *("draft_step_costs", "verify_costs", "guard", "narrow_widths"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +76,59 @@ class DraftingOptions:
     policy_file: str | None = None
     """Where infer.calibrate --out wrote the policy; default: the draft's sorted_draft.json."""
     draft_sampling: Literal["sample", "argmax"] = "sample"
-    """At temperatures above 0: draft a sample of the exit's distribution, or its mode."""
+    """At temperatures above 0: draft a sample of the exit's distribution, or its mode. A tree draws
+    children without replacement, or takes the most probable ones."""
+    tree: bool = False
+    """Draft a tree of tokens in each round instead of a chain: several tokens to choose from at every depth,
+    verified in one pass. infer.bench: +tree behind a method."""
+    tree_depth: int = 4
+    """Levels of the tree below the last emitted token: as many as --num-draft-tokens of a chain to compare."""
+    tree_top_k: int = 10
+    """Tokens tried after a node, and nodes of a level that are drafted after."""
+    tree_nodes: int = 60
+    """Positions that the target verifies, the last emitted token included: the most probable ones of the tree."""
+    tree_leaving: Literal["level", "node"] = "level"
+    """With several exits. level: all nodes of a level leave as soon as one of them is confident; node: each
+    for itself."""
+    tree_paths: str | None = None
+    """The same tree in every round: a JSON list of paths of ranks, such as [[0], [1], [0, 0]], where [1] is the
+    second most probable token and [0, 0] the most probable one after the most probable one. Sets depth, top-k
+    and nodes."""
+
+    def shape(self) -> TreeShape:
+        """The tree that the flags describe. Raises UserError for a bad value, or a file that holds no paths."""
+        if self.tree_paths is None:
+            size = (self.tree_depth, self.tree_top_k, self.tree_nodes)
+            return TreeShape(*size, leaving=self.tree_leaving)
+        for name in self._changed(("tree_depth", "tree_top_k", "tree_nodes")):
+            raise UserError(f"{_flag(name)} follows from --tree-paths; leave one of them out")
+        return TreeShape.static(read_paths(self.tree_paths), self.tree_leaving)
+
+    def with_tree(self, nodes: int | None = None) -> DraftingOptions:
+        """The same with a tree, of so many nodes if given, and without what is said of chains.
+
+        Raises:
+            UserError: for a number of nodes beside --tree-paths.
+        """
+        if nodes is not None and self.tree_paths is not None:
+            raise UserError(f"--tree-paths says which nodes a tree has; leave out :{nodes}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in _OF_CHAINS}
+        nodes = self.tree_nodes if nodes is None else nodes
+        return dataclasses.replace(self, **{**defaults, "tree": True, "tree_nodes": nodes})
+
+    def tree_flags(self) -> list[str]:
+        """The flags that shape a tree and were given."""
+        return [_flag(name) for name in self._changed(_OF_TREES)]
+
+    def _changed(self, names: tuple[str, ...]) -> list[str]:
+        fields = [field for field in dataclasses.fields(self) if field.name in names]
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
 
     def config(self, **changes) -> DecodeConfig:
         """The decode configuration; `changes` replaces fields. Raises UserError for a bad value."""
         values = dataclasses.asdict(self)
+        values = {name: value for name, value in values.items() if name not in _OF_TREES}
+        values["tree"] = self.shape() if self.tree else None
         values["exits"] = parse_numbers("exits", self.exits, int)
         values["exit_thresholds"] = parse_numbers("exit-thresholds", self.exit_thresholds, float)
         values["narrow_widths"] = parse_numbers("narrow-widths", self.narrow_widths, int)
@@ -103,6 +159,27 @@ class DraftOptions:
     draft_vocabulary: str | None = None
     """List of tokens that any draft's head is read over, from infer.trim; full: all tokens.
     Default: the list in the draft's sorted_draft.json, if there is one."""
+
+
+def read_paths(file: str) -> list[list[int]]:
+    """The paths of a static tree from a JSON file. Raises UserError if it holds none."""
+    expected = "write a list of lists of ranks from 0, such as [[0], [1], [0, 0]]"
+    try:
+        paths = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--tree-paths {file} does not exist; {expected}") from None
+    except ValueError as error:
+        raise UserError(f"--tree-paths {file} is not JSON ({error}); {expected}") from None
+    if not isinstance(paths, list) or not all(isinstance(path, list) for path in paths):
+        raise UserError(f"--tree-paths {file} is not a list of paths; {expected}")
+    for rank in (rank for path in paths for rank in path):
+        if type(rank) is not int:
+            raise UserError(f"--tree-paths {file} has the rank {rank!r}; {expected}")
+    return paths
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def parse_numbers(flag: str, text: str | None, number: type) -> tuple | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,21 @@ Row = dict[str, Any]
 
 def write_plots(directory: Path, rows: list[Row]) -> None:
     """Writes speedup.png, exits.png and acceptance.png; pictures without data are left out."""
-    _save(_bars(rows), directory / "speedup.png")
+    save_figure(_bars(rows), directory / "speedup.png")
     if any(row["exit_histogram"] for row in rows):
-        _save(_exits(rows), directory / "exits.png")
+        save_figure(_exits(rows), directory / "exits.png")
     if any(row["accepted_per_depth"] for row in rows):
-        _save(_acceptance(rows), directory / "acceptance.png")
+        save_figure(_acceptance(rows), directory / "acceptance.png")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
     FigureCanvasAgg(figure)
-    with written_whole(path) as partial:
+    with written_whole(path) as partial, warnings.catch_warnings():
+        # Tokens and labels may hold any character, fonts do not; a box is drawn instead.
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font", category=UserWarning
+        )
         figure.savefig(partial, format="png", dpi=150)
 
 
@@ -67,7 +73,7 @@ def _exits(rows: list[Row]) -> Figure:
         axes.barh(names, widths, left=left, label=f"exit {exit_layer}")
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
-    axes.set_xlabel("share of drafted tokens")
+    axes.set_xlabel("share of drafted tokens, or of the nodes drafted after")
     axes.legend(fontsize=7)
     return figure
 
@@ -81,8 +87,8 @@ def _acceptance(rows: list[Row]) -> Figure:
             name = f"{row['label']}, {short_name(row['target'])}"
             axes.plot(range(1, len(values) + 1), values, marker="o", label=name)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("drafted token")
-    axes.set_ylabel("accepted, of those drafted")
+    axes.set_xlabel("depth")
+    axes.set_ylabel("rounds that accepted so far, of those that drafted so far")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7)
     return figure

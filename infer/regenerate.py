@@ -119,6 +119,7 @@ def _check(args: Args) -> None:
         "stream": args.stream,
         "raw": args.raw,
         "profile": args.profile,
+        "explain": args.explain,
     }
     for flag, value in refused.items():
         if value:

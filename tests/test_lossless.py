@@ -14,17 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_sampling import filtered
 from numpy_transformer import all_depths, logits
 from scipy import stats
 from tiny import enumerable_draft, enumerable_model, with_parts
 
-from s2d_jax import linear
-from s2d_jax.config import DecodeConfig, ExitParts, RoundCosts, SamplingParams
+from s2d_jax import generation, linear
+from s2d_jax.config import DecodeConfig, ExitParts, RoundCosts, SamplingParams, TreeShape
 from s2d_jax.decoder import Decoder, Target
 from s2d_jax.draft_length import DraftingArrays
 from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, chain
 from s2d_jax.drafters.chain import ChainConfig
+from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.model import Transformer
 from s2d_jax.prepare import prepare_for_decode
 from s2d_jax.pretrained import with_trimmed_head
@@ -36,6 +38,20 @@ VOCAB, EMITTED, WIDTH = 8, 3, 2
 PROMPT = (3, 1, 4, 1, 5)
 LISTED = (0, 2, 3, 6, 7)  # of a trimmed head
 PARTS = ExitParts(heads=(1, 3), adapters=(1, 2), adapter_rank=4)  # of exits 1, 2, 3
+
+# Two levels, so that the third emitted token is a bonus token where both are accepted.
+NARROW = TreeShape(depth=2, top_k=2, nodes=5)
+BY_LEVEL = TreeShape(depth=2, top_k=3, nodes=7)
+BY_NODE = dataclasses.replace(BY_LEVEL, leaving="node")
+STATIC = TreeShape.static(((0, 0), (0, 1), (1, 0), (2,)))
+STATIC_BY_NODE = dataclasses.replace(STATIC, leaving="node")
+TREES = {
+    NARROW: "narrow",
+    BY_LEVEL: "tree",
+    BY_NODE: "tree by node",
+    STATIC: "static",
+    STATIC_BY_NODE: "static by node",
+}
 
 PLAIN = SamplingParams(temperature=1.0)
 FILTERED = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, min_p=0.03)
@@ -52,9 +68,11 @@ class Mode:
     draft_format: str = "f32"
     trimmed: bool = False
     parts: bool = False
+    tree: TreeShape | None = None
 
     def __str__(self):
-        parts = [self.policy, "sampled" if self.sampled else "argmax", self.rule]
+        how = TREES[self.tree] if self.tree else self.rule
+        parts = [self.policy, "sampled" if self.sampled else "argmax", how]
         parts += ["trimmed"] * self.trimmed + ["guarded"] * self.guarded + ["parts"] * self.parts
         parts += ["filtered"] * (self.sampling is FILTERED)
         formats = (self.target_format, self.draft_format)
@@ -68,6 +86,15 @@ class Mode:
         """At these costs rounds of no, one and two tokens all occur."""
         needs_costs = self.guarded or self.rule == "expected_gain"
         costs = RoundCosts((0.25, 0.3, 0.35)[: self.num_exits], (1.0, 1.5, 1.8), 0.02)
+        if self.tree is not None:
+            return DecodeConfig(
+                exits={"independent": (3,), "fixed": (1,), "thresholds": None}[self.policy],
+                tree=self.tree,
+                draft_sampling="sample" if self.sampled else "argmax",
+                costs=costs if needs_costs else None,
+                guard=self.guarded,
+                catch_up_width=2,
+            )
         return DecodeConfig(
             # A first draft of one token makes the third emitted token a bonus token.
             num_draft_tokens=1 if self.rule == "heuristic" else WIDTH,
@@ -107,6 +134,16 @@ MODES = [
         for sampled in (True, False)
     ),
     Mode("thresholds", sampling=FILTERED, trimmed=True, parts=True),
+    Mode("independent", tree=NARROW),
+    Mode("independent", False, tree=STATIC, sampling=FILTERED),
+    Mode("fixed", tree=BY_LEVEL, sampling=FILTERED),
+    Mode("fixed", False, tree=NARROW),
+    Mode("thresholds", tree=BY_LEVEL),
+    Mode("thresholds", tree=BY_NODE, sampling=FILTERED, trimmed=True),
+    Mode("thresholds", False, tree=BY_LEVEL, trimmed=True),
+    Mode("thresholds", False, tree=STATIC_BY_NODE, target_format="int8", draft_format="int8"),
+    Mode("thresholds", tree=BY_NODE, guarded=True, parts=True),
+    Mode("independent", False, tree=BY_LEVEL, guarded=True),
 ]
 
 
@@ -121,10 +158,16 @@ def _all_modes() -> list[Mode]:
         *((PLAIN, FILTERED), ("f32", "int8"), ("f32", "bf16", "int8"), (False, True)),
         (False, True),
     )
+    trees = itertools.product(
+        *(("independent", "fixed", "thresholds"), (True, False), ("fixed",), (False, True)),
+        *((PLAIN, FILTERED), ("f32", "int8"), ("f32", "int8"), (False, True), (False, True)),
+        (BY_LEVEL, BY_NODE, STATIC, STATIC_BY_NODE),
+    )
     plain = itertools.product((PLAIN, FILTERED), ("f32", "int8"))
     return [
         *(Mode("none", sampling=sampling, target_format=kept) for sampling, kept in plain),
         *(Mode(*choice) for choice in speculative),
+        *(Mode(*choice) for choice in trees),
     ]
 
 
@@ -138,6 +181,10 @@ def pytest_generate_tests(metafunc):
 
 
 def _decoder(mode: Mode, target, draft) -> Decoder:
+    if mode.tree is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generation, "_RETURN_WIDTH", 3)
+            return SpeculativeDecoder(target, draft, mode.config())._decoder(greedy=False)
     watched = mode.rule in ("confidence", "expected_gain")
     config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled, watched=watched)
     model = draft.drafting_transformer
@@ -210,22 +257,6 @@ def _drafting(mode: Mode, width: int) -> DraftingArrays:
     return DraftingArrays.create(mode.config(), credits, width, mode.num_exits)
 
 
-def _filtered(row: np.ndarray, sampling: SamplingParams) -> np.ndarray:
-    """Temperature, top-k, top-p, min-p by sorting, as Hugging Face does it."""
-    probs = np.exp(row / sampling.temperature - (row / sampling.temperature).max())
-    probs /= probs.sum()
-    order = np.argsort(-probs)
-    if sampling.top_k:
-        probs[order[sampling.top_k :]] = 0
-        probs /= probs.sum()
-    if sampling.top_p < 1:
-        before = np.cumsum(probs[order]) - probs[order]
-        probs[order[before >= sampling.top_p]] = 0
-        probs /= probs.sum()
-    probs[probs < sampling.min_p * probs.max()] = 0
-    return probs / probs.sum()
-
-
 @functools.cache
 def _exact(sampling: SamplingParams, target_format: str = "f32") -> np.ndarray:
     """The joint distribution `[8, 8, 8]` of the next three tokens, by enumeration in NumPy, with what the format holds."""
@@ -234,7 +265,7 @@ def _exact(sampling: SamplingParams, target_format: str = "f32") -> np.ndarray:
 
     def next_probs(tokens):
         state = all_depths(target.config, params, tokens)[0][-1]
-        return _filtered(logits(target.config, params, state)[-1], sampling)
+        return filtered(logits(target.config, params, state)[-1], sampling)
 
     joint = np.zeros((VOCAB,) * EMITTED)
     first = next_probs(PROMPT)

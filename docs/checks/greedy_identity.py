@@ -1,12 +1,19 @@
-"""Greedy S2D and SD against the width-matched reference, token for token, and where the fastest plain decoding differs.
+"""Greedy output against the width-matched reference, token for token; where they differ, the reference's top-2 margin.
 
 Usage: greedy_identity.py --target GGUF --draft DIR --questions FILE.jsonl --batch 4 --out FILE.json
+  (--methods as in infer.bench, such as ar,s2d,s2d+tree,sd@6+tree:16; trees are shaped by --tree-depth and so on)
+
+Every method is compared with plain decoding whose target pass is as wide as its own, and `ar`, the fastest plain decoding, with
+all of these references. A top-2 margin is how far the best logit lies above the second, in one pass without a cache. The exit
+status is 1 if a method leaves its own reference where the margin is 1e-3 or more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -15,30 +22,32 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from s2d_jax import (
-    DecodeConfig,
-    Draft,
-    Model,
-    SamplingParams,
-    SpeculativeDecoder,
-    load_draft,
-    load_model,
-)
+from infer.cli import run_command_line, screen
+from infer.loading import load_listed_draft, load_target
+from infer.methods import build_methods, parse_methods
+from infer.options import DraftingOptions
+from s2d_jax import DecodeConfig, Model, SamplingParams, SpeculativeDecoder, use_compile_cache
 from s2d_jax.model import Transformer
+
+NEAR_TIE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """Compare greedy output, method by method, with plain decoding of the same width."""
+
     target: str
-    draft: str
     questions: Path
     out: Path
+    draft: str | None = None
+    independent_draft: str | None = None
+    draft_vocabulary: str | None = None
     batch: int = 1
     prompts: int = 60
     longest_prompt: int = 256
     new_tokens: int = 128
-    num_draft_tokens: int = 4
     methods: str = "ar,s2d,sd@6,sd@12"
+    drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions(num_draft_tokens=4)
 
 
 def read_prompts(args: Args, tokenizer) -> list[list[int]]:
@@ -51,67 +60,108 @@ def read_prompts(args: Args, tokenizer) -> list[list[int]]:
     return [short[i] for i in picked]
 
 
-def decoders(target: Model, draft: Draft, args: Args) -> dict[str, SpeculativeDecoder]:
-    fixed = DecodeConfig(num_draft_tokens=args.num_draft_tokens)
-    reference = DecodeConfig(verify_width=args.num_draft_tokens + 1)
-    made = {"reference": SpeculativeDecoder(target, None, reference)}
-    for name in args.methods.split(","):
-        if name == "ar":
-            made[name] = SpeculativeDecoder(target)
-        elif name == "s2d":
-            made[name] = SpeculativeDecoder(target, draft, fixed)
-        else:
-            exits = (int(name.removeprefix("sd@")),)
-            config = dataclasses.replace(fixed, exits=exits)
-            made[name] = SpeculativeDecoder(target, draft, config)
-    return made
-
-
 def top_two_margin(target: Model, tokens: list[int]) -> float:
     """How far the best next-token logit lies above the second, after `tokens`."""
-    logits_V = _last_logits(target, tokens)
-    second, first = np.partition(logits_V, -2)[-2:]
+    padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits_1TV = _all_logits(target.config)(target.params, jnp.asarray(padded))
+    second, first = np.partition(np.asarray(logits_1TV[0, len(tokens) - 1]), -2)[-2:]
     return float(first - second)
 
 
-def _last_logits(target: Model, tokens: list[int]) -> np.ndarray:
-    padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)
-    padded[0, : len(tokens)] = tokens
-    apply = jax.jit(lambda params, x: Transformer(target.config).apply({"params": params}, x))
-    return np.asarray(apply(target.params, jnp.asarray(padded))[0, len(tokens) - 1])
+@functools.cache
+def _all_logits(config):
+    return jax.jit(lambda params, tokens: Transformer(config).apply({"params": params}, tokens))
+
+
+def divergences_of(target: Model, prompts, found, reference) -> list[dict]:
+    """Prompts whose tokens are not the reference's: where they part, and the margin there."""
+    divergences = []
+    for number, (prompt, own, expected) in enumerate(zip(prompts, found, reference, strict=True)):
+        if own != expected:
+            pairs = enumerate(zip(own, expected, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(own), len(expected)))
+            margin = top_two_margin(target, prompt + expected[:at])
+            divergences.append({"prompt": number, "position": at, "margin": margin})
+    return divergences
+
+
+class Check:
+    """Tokens and MAT of decoders on all prompts, in batches."""
+
+    def __init__(self, args: Args, target: Model):
+        self.args, self.target = args, target
+        self.prompts = read_prompts(args, target.tokenizer)
+        self.tokens: dict[str, list[list[int]]] = {}
+        self.mat: dict[str, float] = {}
+        self.divergences: dict[str, list[dict]] = {}
+
+    def decode(self, name: str, decoder: SpeculativeDecoder) -> None:
+        """Answers all prompts, unless `name` did before."""
+        if name in self.tokens:
+            return
+        size, sampling = self.args.batch, SamplingParams(max_new_tokens=self.args.new_tokens)
+        batches = [self.prompts[i : i + size] for i in range(0, len(self.prompts), size)]
+        steps = track(batches, name, console=screen(stderr=True))
+        results = [decoder.generate(rows, sampling) for rows in steps]
+        self.tokens[name] = [ids for result in results for ids in result.token_ids]
+        stats = [result.stats for result in results]
+        forwards = sum(s.target_forwards for s in stats)
+        self.mat[name] = sum(s.emitted_tokens - s.rows for s in stats) / forwards
+
+    def compare(self, name: str, width: int) -> None:
+        """Prints how far `name` agrees with the reference of `width`."""
+        reference = f"reference of width {width}"
+        config = DecodeConfig(verify_width=width)
+        self.decode(reference, SpeculativeDecoder(self.target, None, config))
+        tokens = self.tokens[name], self.tokens[reference]
+        found = divergences_of(self.target, self.prompts, *tokens)
+        self.divergences[f"{name}, {reference}"] = found
+        print(
+            f"batch {self.args.batch} {name:12s} MAT {self.mat[name]:.2f}  equal to the {reference} "
+            f"{len(self.prompts) - len(found)}/{len(self.prompts)}",
+            flush=True,
+        )
+        for one in found:
+            where = f"prompt {one['prompt']} position {one['position']}"
+            print(f"  {where}: top-2 margin {one['margin']:.2e}", flush=True)
 
 
 def main(args: Args) -> None:
-    target, draft = load_model(args.target), load_draft(args.draft)
-    prompts = read_prompts(args, target.tokenizer)
-    sampling = SamplingParams(max_new_tokens=args.new_tokens)
-    batches = [prompts[i : i + args.batch] for i in range(0, len(prompts), args.batch)]
-    tokens: dict[str, list[list[int]]] = {}
-    rates = {}
-    for name, decoder in decoders(target, draft, args).items():
-        results = [decoder.generate(rows, sampling) for rows in track(batches, name)]
-        tokens[name] = [ids for result in results for ids in result.token_ids]
-        stats = [result.stats for result in results]
-        forwards = sum(s.target_forwards for s in stats)
-        rates[name] = sum(s.emitted_tokens - s.rows for s in stats) / forwards
-        same = sum(a == b for a, b in zip(tokens[name], tokens["reference"], strict=True))
-        print(
-            f"batch {args.batch} {name:10s} MAT {rates[name]:.2f}  equal to the reference {same}/{len(prompts)}",
-            flush=True,
-        )
-    divergences = []
-    for prompt, plain, reference in zip(
-        prompts, tokens.get("ar", []), tokens["reference"], strict=False
-    ):
-        if plain != reference:
-            at = next(i for i, (a, b) in enumerate(zip(plain, reference, strict=False)) if a != b)
-            margin = top_two_margin(target, prompt + reference[:at])
-            divergences.append({"prompt_tokens": len(prompt), "position": at, "margin": margin})
-    if "ar" in tokens:
-        print(f"width 1 leaves the reference on {len(divergences)} prompts: {divergences}")
-    report = {"prompts": prompts, "tokens": tokens, "mat": rates, "ar_divergences": divergences}
+    use_compile_cache()
+    target = load_target(args.target, "f32")
+    draft, independent = (
+        load_listed_draft(path, args.draft_vocabulary if path else None, "f32")
+        for path in (args.draft, args.independent_draft)
+    )
+    names = parse_methods(args.methods)
+    asked = [name.strip() for name in args.methods.split(",")]
+    methods = build_methods(names, target, draft, independent, args.drafting)
+    methods = [method for method in methods if method.name in asked]
+    check, widths = Check(args, target), {}
+    for method in methods:
+        check.decode(method.name, method.decoder)
+        widths[method.name] = method.decoder.verify_width
+    for name, width in widths.items():
+        for other in dict.fromkeys(widths.values()) if name == "ar" else (width,):
+            check.compare(name, other)
+    report = {
+        "prompts": check.prompts,
+        "tokens": check.tokens,
+        "mat": check.mat,
+        "divergences": check.divergences,
+    }
     args.out.write_text(json.dumps(report))
+    margins = [
+        one["margin"]
+        for pair, found in check.divergences.items()
+        if not pair.startswith("ar,")
+        for one in found
+    ]
+    if any(margin >= NEAR_TIE for margin in margins):
+        sys.exit(f"a method leaves its reference where the margin is {max(margins):.2e}")
+    print(f"{len(margins)} divergences, all of them near ties" if margins else "no divergences")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run_command_line(Args, main)
