@@ -165,8 +165,9 @@ def test_overhead(models, tmp_path, capsys, path, changes, names):
     assert [row["name"] for row in rows] == names
     for row in rows:
         assert row["nodes"] == 10
-        assert row["round"] > row["target"] > 0
-        assert row["overhead"] <= row["overhead_spread"][1] < 1
+        assert min(row["round"], row["target"], row["levels"], row["own"], row["draft"]) > 0
+        assert row["own_share_spread"][0] <= row["own_share"] <= row["own_share_spread"][1]
+        assert row["left_share"] < 1
     shown = capsys.readouterr().out
     assert max(len(line) for line in shown.splitlines()) <= 100
     with pytest.raises(UserError, match="exit 7 is not in use"):
