@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from infer.explain_show import round_figure, round_tree, rounds_json, rounds_text
+from infer.explain_show import exits_of, round_figure, round_tree, rounds_json, rounds_text
 from infer.loading import tokenizer_of
 from infer.plots import save_figure
 from s2d_jax import compilation
@@ -93,8 +93,9 @@ def explain(
         console.print(round_tree(round))
     write_text(directory / "trees.txt", rounds_text(rounds))
     write_text(directory / "trees.json", rounds_json(rounds))
+    exits = exits_of(rounds)
     for round in rounds:
-        save_figure(round_figure(round), directory / f"round_{round.number}.png")
+        save_figure(round_figure(round, exits), directory / f"round_{round.number}.png")
     console.print(f"{len(rounds)} rounds written to {directory}", soft_wrap=True)
 
 

@@ -68,17 +68,27 @@ def rounds_json(rounds: Sequence[Round]) -> str:
     return json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
 
 
-def round_figure(round: Round) -> Figure:
-    """The round as a picture: levels from left to right, colours by exit, the accepted path thick."""
+def exits_of(rounds: Sequence[Round]) -> list[int]:
+    """Where nodes of these rounds left, ascending."""
+    return sorted({node.exit for round in rounds for node in round.nodes if node.exit is not None})
+
+
+def round_figure(round: Round, exits: Sequence[int]) -> Figure:
+    """The round as a picture: levels from left to right, colours by exit, the accepted path thick.
+
+    Args:
+        exits: of all rounds that are shown, so that a colour means the same in each.
+    """
     nodes, height_of = round.nodes, _heights(round)
-    deepest = max(node.depth for node in nodes) + 1
+    depths = [node.depth for node in nodes]
+    own_depth = depths[round.last_accepted] + (round.own_text is not None)
+    deepest = max(*depths, own_depth)
     rows = max(height_of.values()) + 1
-    figure = Figure(figsize=(2 + 1.9 * deepest, 1.2 + 0.19 * rows), layout="constrained")
+    figure = Figure(figsize=(2.2 + 1.7 * deepest, 1.2 + 0.19 * rows), layout="constrained")
     axes = figure.subplots()
     for index, node in enumerate(nodes[1:], start=1):
         ends = (nodes[node.parent].depth, node.depth), (height_of[node.parent], height_of[index])
         _edge(axes, ends, accepted=node.accepted)
-    exits = sorted({node.exit for node in nodes if node.exit is not None})
     colours = {exit: _COLOURS[i % len(_COLOURS)] for i, exit in enumerate(exits)}
     for index, node in enumerate(nodes):
         colour = "black" if node.exit is None else colours[node.exit]
@@ -92,13 +102,13 @@ def round_figure(round: Round) -> Figure:
             node.accepted,
         )
     if round.own_text is not None:
-        depth, height = nodes[round.last_accepted].depth, height_of[len(nodes)]
-        ends = (depth, depth + 1), (height_of[round.last_accepted], height)
+        height = height_of[len(nodes)]
+        ends = (own_depth - 1, own_depth), (height_of[round.last_accepted], height)
         _edge(axes, ends, accepted=True)
-        _point(axes, depth + 1, height, "tab:red", quoted(round.own_text, 12), True, marker="s")
+        _point(axes, own_depth, height, "tab:red", quoted(round.own_text, 12), True, marker="s")
     axes.legend(handles=_legend(colours), fontsize=7, loc="upper left")
     axes.set_title(round.title, fontsize=9)
-    axes.set_xlim(-0.2, deepest + 0.9)
+    axes.set_xlim(-0.2, deepest + 0.7)
     axes.invert_yaxis()
     axes.set_axis_off()
     return figure

@@ -44,10 +44,10 @@ def ancestors(parent_BM: jax.Array, depth: int) -> jax.Array:
     """
     node_M = jnp.arange(parent_BM.shape[1], dtype=jnp.int32)
     at_BM = jnp.broadcast_to(node_M, parent_BM.shape)
-    found_BMM = at_BM[:, :, None] == node_M
+    found_BMM = at_BM[:, :, None] == node_M[None, None, :]
     for _ in range(depth):
         at_BM = jnp.take_along_axis(parent_BM, at_BM, axis=1)
-        found_BMM |= at_BM[:, :, None] == node_M
+        found_BMM |= at_BM[:, :, None] == node_M[None, None, :]
     return found_BMM
 
 

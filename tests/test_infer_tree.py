@@ -197,7 +197,6 @@ def decoder_of(models, **changes) -> SpeculativeDecoder:
     [
         ({"tree": SMALL_SHAPE}, 0.0),
         ({"tree": SMALL_SHAPE}, 0.9),
-        ({"tree": SMALL_SHAPE, "draft_sampling": "argmax"}, 0.9),
         ({"tree": TreeShape.static([(0, 0), (1,), (2, 1)])}, 0.0),
         ({"num_draft_tokens": 3}, 0.0),
     ],
@@ -280,9 +279,11 @@ def test_a_round_as_text():
 
 
 def test_a_round_as_a_picture(tmp_path):
-    save_figure(round_figure(made_round()), tmp_path / "round.png")  # no warning about the cat
+    save_figure(
+        round_figure(made_round(), (6, 9, 12)), tmp_path / "round.png"
+    )  # no warning about the cat
     assert (tmp_path / "round.png").stat().st_size > 0
-    (axes,) = round_figure(made_round()).axes
+    (axes,) = round_figure(made_round(), (6, 9, 12)).axes
     assert {"' the'", "' fox'", "'$x_1' 0.12"} <= {text.get_text() for text in axes.texts}
     thick = [line for line in axes.lines if line.get_linewidth() == 3.0]
     assert len(thick) == 3  # two accepted nodes, and the target's own token

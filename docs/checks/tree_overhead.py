@@ -4,20 +4,26 @@ Usage: tree_overhead.py --target MODEL --draft DIR [--tree-nodes 60 ...] [--exit
   (--independent-draft MODEL for a draft that is no sorted one)
 
 A round is timed as it is decoded: one compiled loop of `rounds` rounds after a real prompt, prefill left out, thresholds
-set so that every level of every tree leaves at one exit; then it is known which passes a round makes. These are timed in
-loops of their own, on caches of the same size that hold the same text, with positions and masks given:
+set so that every level of every tree leaves at one exit; then it is known which passes a round makes. What is not a pass is
+found in two ways.
+
+`own`: the same loop, compiled with models that do nothing. Their layers only look at positions and mask, so that these are
+still computed; their logits are rows of a table, chosen by the token, the same for target and draft, so that every round
+accepts a path to the last level and moves its keys and values, which have their real sizes. What is left is growing
+(softmax, top-k, ranking, gathers), confidence, positions and masks, acceptance, moving keys and values, stop conditions and
+the loops themselves; copying rows of the table is in it too, so it is rather too much. `propose`, `verify`, `accept` split
+it, as programs of their own that are waited for one by one.
+
+`left`: the round less its passes, which are timed in loops of their own, on caches of the same size that hold the same
+text, with positions and masks given:
 
   target  one pass over the tree's nodes, and its logits;
   root    per segment up to the exit, the pass that takes in what waits of the text, and the logits of one position;
   levels  per segment up to the exit, and per level but the first, the pass over the level's nodes, and their logits.
 
-So attention under a mask, norms, K/V writes and heads count as the models'. All else of the round is overhead: softmax,
-top-k and ranking of candidates, gathers, building positions and masks, confidence, acceptance, moving keys and values, stop
-conditions and the loops themselves. In every repeat the round and all passes are timed one after the other; shares are
-medians over the repeats.
-
-The last three columns split the overhead, with propose, verify and accept as programs of their own that are waited for one
-by one; `accept` then also holds the time in which the host asks whether to go on.
+So attention under a mask, norms, K/V writes and heads count as the models'. `left` is a small difference of large numbers,
+and moves with the machine; it is there to show that `own` has missed nothing, such as a copied cache. In every repeat
+everything is timed one after the other; shares are medians over the repeats.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ from s2d_jax.config import UserError
 from s2d_jax.files import write_text
 from s2d_jax.phases import timed_rounds
 
-PASSES = 4
+PASSES, TABLE_ROWS = 4, 64
 Program = Callable[[], float]
 
 
@@ -66,6 +72,51 @@ class Args:
     """Write the figures here as JSON."""
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions(tree=True)
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
+
+
+class Silent:
+    """Stands for a `Transformer`, and computes nothing: its logits are rows of a table, chosen by the token."""
+
+    def __init__(self, model):
+        self.config, self.dtype = model.config, model.dtype
+
+    def apply(self, variables, *args, method: str):
+        return getattr(self, method)(variables["params"], *args)
+
+    def embed(self, params, tokens_BT):
+        h_BTD = jnp.zeros((*tokens_BT.shape, self.config.embed_dim), self.dtype)
+        return h_BTD.at[:, :, 0].set((tokens_BT % len(params["table"])).astype(self.dtype))
+
+    def run_blocks(self, params, h_BTD, cache, start, stop, place=None):
+        if place is None:
+            return h_BTD, cache
+        positions_BT, mask_BTS = place
+        seen_BT = positions_BT + jnp.sum(mask_BTS, axis=-1, dtype=jnp.int32)
+        return h_BTD.at[:, :, 1].set(seen_BT.astype(self.dtype)), cache
+
+    def logits(self, params, h, exit_layer=None):
+        nothing = 1e-30 * h[..., 1:2].astype(jnp.float32)  # but XLA cannot know
+        return params["table"][h[..., 0].astype(jnp.int32)] + nothing
+
+
+def without_models(static):
+    """The decoder with silent models, and their parameters."""
+    segments = static.drafter.segments
+    silent = dataclasses.replace(segments, model=Silent(segments.model))
+    return dataclasses.replace(
+        static,
+        target=dataclasses.replace(static.target, model=Silent(static.target.model)),
+        drafter=dataclasses.replace(static.drafter, segments=silent),
+    )
+
+
+def tables(vocab_size: int, draft_size: int, ids_K) -> dict:
+    """Logits that agree: of the target, and of the draft over its own entries."""
+    target = 4 * jax.random.normal(jax.random.key(0), (TABLE_ROWS, vocab_size))
+    missing = max(draft_size - vocab_size, 0)
+    padded = jnp.pad(target, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    draft = padded[:, :draft_size] if ids_K is None else target[:, ids_K]
+    return {"target": {"table": target}, "draft": {"table": draft}}
 
 
 class Rounds:
@@ -92,24 +143,36 @@ class Rounds:
         self.rounds, self.exit_index = rounds, exit_index
         self.growth, self.segments = self.static.drafter.growth, self.static.drafter.segments
         self.state = self.fresh_state()
+        self.silent = without_models(self.static)
+        self.tables = self._tables()
+
+    def _tables(self) -> dict:
+        vocab_size, model = self.segments.vocab_size, self.segments.model
+        own = model.trimmed_head_size or model.config.vocab_size
+        return tables(vocab_size, own, self.request.vocabulary_K)
 
     def fresh_state(self):
         """After prefill."""
         return jax.block_until_ready(self.programs.prefill(*self.args))
 
-    def seconds_per_round(self) -> float:
+    def seconds_per_round(self, *, silent: bool = False) -> float:
         """In the one loop that decoding runs."""
-        state = self.fresh_state()
+        static, params = (self.silent, self.tables) if silent else (self.static, self.params)
+        inputs = params, self.request, self.fresh_state()
+        program, _ = compilation.run_program(static, inputs)
         started = time.perf_counter()
-        state = jax.block_until_ready(self.programs.run(self.params, self.request, state))
+        state = jax.block_until_ready(program(*inputs))
         spent = time.perf_counter() - started
         self._check(state)
+        if silent:
+            deepest = int(state.accepted_BG[0, -1])
+            assert deepest == self.rounds, f"{deepest} rounds accepted a whole path"
         return spent / self.rounds
 
     def seconds_by_part(self) -> dict[str, float]:
-        """The same with the parts as programs of their own."""
-        state = self.fresh_state()
-        _, seconds, _ = timed_rounds(self.static, self.params, self.request, state, self.rounds)
+        """Without models, with the parts as programs of their own."""
+        inputs = self.tables, self.request, self.fresh_state()
+        _, seconds, _ = timed_rounds(self.silent, *inputs, self.rounds)
         return {part: spent / self.rounds for part, spent in seconds.items()}
 
     def _check(self, state) -> None:
@@ -213,30 +276,25 @@ def looped(one: Callable, params, place, start) -> Program:
 def measure(rounds: Rounds, repeats: int, name: str) -> dict:
     """Medians of milliseconds, and of shares that are taken repeat by repeat."""
     passes = rounds.passes()
-    rounds.seconds_per_round(), rounds.seconds_by_part()  # warm-up
+    rounds.seconds_per_round(), rounds.seconds_per_round(silent=True), rounds.seconds_by_part()
     columns: dict[str, list[float]] = {}
-
-    def note(what: str, value: float) -> None:
-        columns.setdefault(what, []).append(value)
-
     for _ in track(range(repeats), name, console=screen(stderr=True)):
-        whole = rounds.seconds_per_round()
-        own = {
+        whole, own = rounds.seconds_per_round(), rounds.seconds_per_round(silent=True)
+        of_models = {
             what: sum(count * program() for program, count in listed)
             for what, listed in passes.items()
         }
-        parts = rounds.seconds_by_part()
-        note("round", 1e3 * whole)
-        for what, spent in own.items():
-            note(what, 1e3 * spent)
-        note("overhead", 1 - sum(own.values()) / whole)
-        in_parts = sum(parts.values())
-        note("propose", (parts["draft"] - own["root"] - own["levels"]) / in_parts)
-        note("verify", (parts["verify"] - own["target"]) / in_parts)
-        note("accept", parts["rest"] / in_parts)
+        found = {"round": whole, **of_models, "own": own, **rounds.seconds_by_part()}
+        found = {what: 1e3 * spent for what, spent in found.items()}
+        found |= {"own_share": own / whole, "left_share": 1 - sum(of_models.values()) / whole}
+        for what, value in found.items():
+            columns.setdefault(what, []).append(value)
+    spread = {
+        f"{what}_spread": (min(columns[what]), max(columns[what]))
+        for what in ("own_share", "left_share")
+    }
     medians = {what: statistics.median(column) for what, column in columns.items()}
-    spread = min(columns["overhead"]), max(columns["overhead"])
-    return {"name": name, "nodes": rounds.growth.nodes, **medians, "overhead_spread": spread}
+    return {"name": name, "nodes": rounds.growth.nodes, **medians, **spread}
 
 
 def decoders_of(args: Args, target, draft) -> list[tuple[str, SpeculativeDecoder, int]]:
@@ -276,15 +334,17 @@ def main(args: Args) -> None:
 
 def show(args: Args, rows: list[dict]) -> None:
     table = Table(title=f"{short_name(args.target)}: a round of {rows[0]['nodes']} nodes, ms")
-    header = ("all levels leave at", "round", "target", "root", "levels", "overhead", "least, most")
-    for number, name in enumerate((*header, "propose", "verify", "accept")):
-        table.add_column(name, justify="right" if number else "left")
+    columns = {"round": "round", "target": "target", "root": "root", "levels": "levels"}
+    columns |= {"own": "own", "draft": "propose", "verify": "verify", "rest": "accept"}
+    for name in ("leave at", *columns.values(), "own", "left"):
+        table.add_column(name, justify="right")
     for row in rows:
-        milliseconds = [f"{row[what]:.2f}" for what in ("round", "target", "root", "levels")]
-        least, most = row["overhead_spread"]
-        shares = [f"{row[what]:.1%}" for what in ("propose", "verify", "accept")]
-        spread = f"{least:.1%}, {most:.1%}"
-        table.add_row(row["name"], *milliseconds, f"{row['overhead']:.1%}", spread, *shares)
+        milliseconds = [f"{row[what]:.2f}" for what in columns]
+        shares = [
+            f"{row[what]:.1%}\n{row[f'{what}_spread'][0]:.1%} to\n{row[f'{what}_spread'][1]:.1%}"
+            for what in ("own_share", "left_share")
+        ]
+        table.add_row(row["name"], *milliseconds, *shares)
     screen().print(table)
 
 
