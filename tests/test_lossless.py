@@ -19,7 +19,7 @@ from numpy_transformer import all_depths, logits
 from scipy import stats
 from tiny import enumerable_draft, enumerable_model, with_parts
 
-from s2d_jax import generation, linear
+from s2d_jax import generation, linear, tree_acceptance
 from s2d_jax.config import DecodeConfig, ExitParts, RoundCosts, SamplingParams, TreeShape
 from s2d_jax.decoder import Decoder, Target
 from s2d_jax.draft_length import DraftingArrays
@@ -31,6 +31,7 @@ from s2d_jax.model import Transformer
 from s2d_jax.prepare import prepare_for_decode
 from s2d_jax.pretrained import with_trimmed_head
 from s2d_jax.proposal import Request, SamplingArrays
+from s2d_jax.tree_growth import Growth
 
 SAMPLES, BATCH = 200_000, 50_000
 ALPHA = 1e-4
@@ -324,4 +325,32 @@ def test_a_q_at_the_wrong_ids_is_caught(monkeypatch):
 
     monkeypatch.setattr(chain, "over_all_ids", left_in_place)
     counts = _emitted_counts(Mode("thresholds", trimmed=True))
+    assert _p_value(counts, _exact(PLAIN)) < ALPHA / len(MODES)
+
+
+@pytest.mark.slow
+def test_reranking_drawn_children_is_caught(monkeypatch):
+    """Ranking drawn children by their own probability, as deterministic ones are, must fail this very test."""
+    children = Growth.children
+
+    def by_own_probability(*args):
+        drawn = children(*args)
+        possible = drawn.priority_BRk > -jnp.inf
+        return drawn.replace(priority_BRk=jnp.where(possible, drawn.score_BRk, -jnp.inf))
+
+    monkeypatch.setattr(Growth, "children", by_own_probability)
+    counts = _emitted_counts(Mode("thresholds", tree=BY_LEVEL))
+    assert _p_value(counts, _exact(PLAIN)) < ALPHA / len(MODES)
+
+
+@pytest.mark.slow
+def test_a_q_that_keeps_its_sum_short_is_caught(monkeypatch):
+    """q must be normalised again after each refusal: without that this very test fails."""
+    norm = tree_acceptance._norm
+
+    def of_p_only(weights_BV, otherwise_BV):
+        return weights_BV if weights_BV is otherwise_BV else norm(weights_BV, otherwise_BV)
+
+    monkeypatch.setattr(tree_acceptance, "_norm", of_p_only)
+    counts = _emitted_counts(Mode("independent", tree=BY_LEVEL))
     assert _p_value(counts, _exact(PLAIN)) < ALPHA / len(MODES)
