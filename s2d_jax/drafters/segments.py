@@ -228,7 +228,9 @@ class Segments:
 
             on_their_way = run_if(jnp.any(on_their_way.undecided_BT), try_exit, on_their_way)
         state, exit_BT = on_their_way.state, on_their_way.exit_BT
-        left_BTE = jax.nn.one_hot(exit_BT, E, dtype=jnp.int32) * live_BT[:, :, None].astype(jnp.int32)
+        left_BTE = jax.nn.one_hot(exit_BT, E, dtype=jnp.int32) * live_BT[:, :, None].astype(
+            jnp.int32
+        )
         deepest_B = jnp.max(jnp.where(live_BT, exit_BT, -1), axis=1)
         state = state.replace(
             exit_counts_BE=state.exit_counts_BE + jnp.sum(left_BTE, axis=1),
