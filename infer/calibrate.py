@@ -8,20 +8,23 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import tyro
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from infer.cli import counting_bar, run_command_line, screen
 from infer.confirm import Confirmed, alike, speed, time_in_alternation
-from infer.costs import costs_of, medians, program_builders
+from infer.costs import costs_of, program_builders
 from infer.environment import environment
 from infer.loading import load_listed_draft, load_target, tokenizer_of
 from infer.options import ComputeOptions, DraftOptions, require_targets
 from infer.parallel import in_parallel
 from infer.questions import encode, read_questions
+from infer.timed import medians
 from infer.trace import answer_prompts, record_trace
 from s2d_jax.calibration import (
+    TOP_KS,
     Candidate,
     Costs,
     Prediction,
@@ -64,6 +67,8 @@ class Args:
     """Tokens of each answer."""
     minutes: float = 10.0
     """No more prompts are timed after so many minutes per target; compiling and recording take what they take."""
+    trees: bool = True
+    """Compare trees of tokens too."""
     raw: bool = False
     """Leave the chat template out."""
     draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
@@ -123,7 +128,9 @@ class Calibration:
         for number, temperature in enumerate(self.temperatures):
             trace = self._record(temperature)
             costs = costs_of(
-                *(seconds, self.draft, WIDTHS, temperature), DecodeConfig().catch_up_width
+                *(seconds, self.draft, WIDTHS, temperature),
+                chunk=DecodeConfig().catch_up_width,
+                trees=self.args.trees,
             )
             predictions = _predict(trace, costs, candidates(costs, trace, WIDTHS), temperature)
             until = self.started + 60 * self.args.minutes * (number + 1) / len(self.temperatures)
@@ -143,7 +150,9 @@ class Calibration:
         return advance
 
     def _measure_costs(self) -> dict:
-        builders = program_builders(self.target, self.draft, WIDTHS, self.temperatures)
+        builders = program_builders(
+            self.target, self.draft, WIDTHS, self.temperatures, trees=self.args.trees
+        )
         built = in_parallel(builders, self._phase("compiling parts", len(builders)))
         programs = {name: program for part in built for name, program in part.items()}
         return medians(programs, REPEATS, self._phase("measuring parts", REPEATS * len(programs)))
@@ -176,8 +185,8 @@ class Calibration:
             temperature=temperature, max_new_tokens=self.args.new_tokens, seed=1
         )
         timed = alike(trace, self.prompts)[:TIMED]
-        # Candidates with the same exits run the same programs.
-        distinct = {decoder.exits: decoder for decoder in everyone}.values()
+        # Candidates with the same exits, and trees of the same shape, run the same programs.
+        distinct = {(decoder.exits, decoder.config.tree): decoder for decoder in everyone}.values()
         length = len(self.prompts[timed[0]])
         warmups = [partial(decoder.warmup, [length], sampling=sampling) for decoder in distinct]
         in_parallel(warmups, self._phase(f"{name}: compiling", len(warmups)))
@@ -244,12 +253,17 @@ def _summary(trace: Trace) -> dict:
         total = sum(float(getattr(answer, name)[row].sum()) for answer in trace.answers)
         return round(total / sum(answer.accepted.shape[1] for answer in trace.answers), 4)
 
+    def among(row):
+        rank_T = np.concatenate([answer.rank[row] for answer in trace.answers])
+        return {k: round(float((rank_T < k).mean()), 4) for k in TOP_KS}
+
     rows = range(len(trace.exits))
     return {
         "answers": len(trace.answers),
         "positions": sum(answer.accepted.shape[1] for answer in trace.answers),
         "acceptance": {trace.exits[row]: means("accepted", row) for row in rows},
         "confidence": {trace.exits[row]: means("confidence", row) for row in rows},
+        "among_the_best": {trace.exits[row]: among(row) for row in rows},
     }
 
 

@@ -4,59 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from infer.timed import Program, filled, head_program, prepared, timed
+from infer.tree_costs import tree_builders, tree_costs_of
 from s2d_jax.acceptance import accept_greedy, accept_sampled
 from s2d_jax.calibration import Costs
 from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams
-from s2d_jax.decoder import DecodeState
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft
 from s2d_jax.proposal import Proposal, SamplingArrays
 from s2d_jax.sampling import probabilities
 
-# Rounds per measurement, drafted tokens per round, and positions of context that the caches hold.
-ROUNDS, TOKENS, CONTEXT = 4, 4, 128
-RETURN = 32
-
-Program = Callable[[], float]
-
-
-def _empty_state(decoder, width: int, args: tuple) -> DecodeState:
-    """A state in mid-text whose caches hold zeros: what a round costs does not depend on what was written."""
-    shapes = jax.eval_shape(lambda *args: decoder.prefill(*args, width), *args)
-    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    length_B = jnp.full_like(state.length_B, CONTEXT)
-    return state.replace(
-        length_B=length_B,
-        target_cache=state.target_cache.advance_to(length_B - 1),
-        draft_length_B=args[1].drafting.first_B,
-        guard=state.guard.replace(credit_B=args[1].drafting.allowance_B),
-    )
-
-
-def _prepared(decoder: SpeculativeDecoder, *, rounds: int):
-    """Static decoder, arguments and state of one row that goes on for `rounds` tokens."""
-    sampling = SamplingParams(max_new_tokens=rounds, ignore_eos=True)
-    static, width, args = decoder.prepare([[1] * CONTEXT], [sampling])
-    params, request, tokens_BC, length_B = args
-    # No token ends the row, whatever the zeros in the caches make of it.
-    request = request.replace(stop_ids_BN=jnp.full_like(request.stop_ids_BN, -1))
-    args = (params, request, tokens_BC, length_B)
-    return static, args, _empty_state(static, width, args)
+# Rounds per measurement, drafted tokens per round, and positions that a row is behind after plain rounds.
+ROUNDS, TOKENS, RETURN = 4, 4, 32
 
 
 def verify_program(target, width: int) -> Program:
     """Seconds of a round of plain decoding whose target pass has `width` positions."""
     decoder = SpeculativeDecoder(target, None, DecodeConfig(verify_width=width))
-    static, args, state = _prepared(decoder, rounds=ROUNDS)
+    static, args, state = prepared(decoder, rounds=ROUNDS)
     run = jax.jit(static.run).lower(*args[:2], state).compile()
-    return _timed(lambda: run(*args[:2], state).rounds_B, ROUNDS)
+    return timed(lambda: run(*args[:2], state).rounds_B, ROUNDS)
 
 
 def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, Program]:
@@ -66,7 +38,7 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
     nothing = RoundCosts((0.0,) * len(exits), (1.0,) * (TOKENS + 1))
     config = DecodeConfig(exits=exits, num_draft_tokens=TOKENS, costs=nothing)
     decoder = SpeculativeDecoder(target, draft, config)
-    static, args, state = _prepared(decoder, rounds=ROUNDS * (TOKENS + 1))
+    static, args, state = prepared(decoder, rounds=ROUNDS * (TOKENS + 1))
     drafter = dataclasses.replace(static.drafter, return_width=RETURN)
     params, request, tokens_BC, _ = args
 
@@ -84,13 +56,13 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
 
         return jax.lax.fori_loop(0, ROUNDS, one, draft_state)
 
-    ready = _filled(state.draft_state, state.length_B - 1)
+    ready = filled(state.draft_state, state.length_B - 1)
     no_stop = request.replace(stop_ids_BN=jnp.full_like(request.stop_ids_BN, -1))
 
     def program(thresholds, behind, count):
         asked = no_stop.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
         inputs = (params["draft"], asked, tokens_BC, ready, jnp.int32(behind))
-        return _timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
+        return timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
 
     steps = ROUNDS * TOKENS
     found: dict[tuple, Program] = {}
@@ -99,32 +71,6 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
         found["step", exit, exits] = program(thresholds, 0, steps)
     found["behind", exits[-1], exits] = program(thresholds, RETURN + 1, ROUNDS)
     return found
-
-
-def _filled(draft_state, length_B):
-    """The drafter's state with `length_B` positions computed in all of its caches."""
-
-    def fill(leaf):
-        return leaf.advance_to(length_B) if hasattr(leaf, "advance_to") else leaf
-
-    return jax.tree.map(fill, draft_state, is_leaf=lambda leaf: hasattr(leaf, "advance_to"))
-
-
-def head_program(draft: Draft) -> Program:
-    """Seconds of reading the draft's logits at one position of its first exit, and their argmax."""
-    model, exit_layer = draft.drafting_transformer, draft.draft_config.exit_layers[0]
-
-    @jax.jit
-    def heads(params, h_BD):
-        def one(_, h_BD):
-            logits_BV = model.apply({"params": params}, h_BD, exit_layer, method="logits")
-            token_B = jnp.argmax(logits_BV, axis=-1)
-            return h_BD.at[:, 0].set(token_B.astype(draft.dtype))
-
-        return jax.lax.fori_loop(0, ROUNDS * TOKENS, one, h_BD)
-
-    h_BD = jnp.ones((1, draft.config.embed_dim), draft.dtype)
-    return _timed(lambda: heads(draft.params, h_BD), ROUNDS * TOKENS)
 
 
 def judge_program(vocab_size: int, width: int, temperature: float) -> Program:
@@ -148,32 +94,11 @@ def judge_program(vocab_size: int, width: int, temperature: float) -> Program:
         return jax.lax.fori_loop(0, ROUNDS, one, logits_BTV)
 
     logits_BTV = jnp.zeros((1, width, vocab_size), jnp.float32)
-    return _timed(lambda: judge(logits_BTV, row, proposal), ROUNDS)
-
-
-def _timed(run: Callable, count: int) -> Program:
-    jax.block_until_ready(run())  # compiles and warms up
-
-    def program() -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        return (time.perf_counter() - started) / count
-
-    return program
-
-
-def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
-    """Runs all programs in turn, `repeats` times; the median seconds of each."""
-    seconds: dict = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            seconds[name].append(program())
-            on_run()
-    return {name: statistics.median(column) for name, column in seconds.items()}
+    return timed(lambda: judge(logits_BTV, row, proposal), ROUNDS)
 
 
 def program_builders(
-    target, draft: Draft, widths: Sequence[int], temperatures: Sequence[float]
+    target, draft: Draft, widths: Sequence[int], temperatures: Sequence[float], *, trees: bool
 ) -> list[Callable[[], dict[tuple, Program]]]:
     """What compiles the programs that `costs_of` needs, each by its name; independent of each other."""
     exits = draft.draft_config.exit_layers
@@ -191,10 +116,18 @@ def program_builders(
         for width in widths:
             build = functools.partial(judge_program, target.config.vocab_size, width, temperature)
             add(build, "judge", width, temperature)
-    return builders
+    return builders + (tree_builders(target, draft) if trees else [])
 
 
-def costs_of(seconds: dict, draft: Draft, widths: Sequence[int], temperature: float, chunk: int):
+def costs_of(
+    seconds: dict,
+    draft: Draft,
+    widths: Sequence[int],
+    temperature: float,
+    chunk: int,
+    *,
+    trees: bool,
+) -> Costs:
     """Puts the medians together. A sampled round is a greedy one with another way of accepting and of choosing drafts."""
     exits = draft.draft_config.exit_layers
 
@@ -216,4 +149,5 @@ def costs_of(seconds: dict, draft: Draft, widths: Sequence[int], temperature: fl
         through=through,
         catch_up=catch_up,
         chunk=chunk,
+        tree=tree_costs_of(seconds, draft, drawing) if trees else None,
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.buckets import bucket
-from s2d_jax.calibration import Answer, Trace
+from s2d_jax.calibration import CHILDREN, Answer, Trace
 from s2d_jax.config import SamplingParams
 from s2d_jax.draft_length import confidence
 from s2d_jax.draft_logits import fit_vocabulary
@@ -74,14 +74,17 @@ def record_trace(
             *(new_tokens, jnp.float32(temperature)),
         )
         if count > 0:
-            sure_EN, accepted_EN = (np.asarray(part, np.float64)[:, :count] for part in scored)
-            answers.append(Answer(number, sure_EN, accepted_EN))
+            sure_EN, accepted_EN, log_probs_ENK, rank_EN = (
+                np.asarray(p)[:, :count] for p in scored
+            )
+            exact = sure_EN.astype(np.float64), accepted_EN.astype(np.float64)
+            answers.append(Answer(number, *exact, log_probs_ENK, rank_EN))
         on_answer()
     return Trace(draft.draft_config.exit_layers, tuple(answers), new_tokens)
 
 
 def _score(target, draft, exits, target_params, *rest):
-    """Confidence and acceptance, f32 `[E, N]`, of N tokens from position `first` on."""
+    """What `Answer` keeps of each exit, `[E, N, ...]`, of N tokens from position `first` on."""
     draft_params, ids_K, tokens_1T, first, count, temperature = rest
     T = tokens_1T.shape[1]
     at_N = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), T - 1)
@@ -106,15 +109,25 @@ def _score(target, draft, exits, target_params, *rest):
 
     (h_1TD,) = hiddens(target, target_params, (target.config.num_layers,))
     target_prob_N = prob_N(logits_NV(target, target_params, h_1TD))
-    sure, accepted = [], []
+    recorded = []
     for exit_layer, h_1TD in zip(exits, hiddens(draft, draft_params, exits), strict=True):
-        own_NV = logits_NV(draft, draft_params, h_1TD, exit_layer)
-        sure.append(confidence(own_NV))
-        draft_prob_N = prob_N(_over_all_ids(own_NV, ids_K, target.config.vocab_size))
+        own_NK = logits_NV(draft, draft_params, h_1TD, exit_layer)
+        draft_NV = _over_all_ids(own_NK, ids_K, target.config.vocab_size)
+        draft_prob_N = prob_N(draft_NV)
         ratio_N = jnp.minimum(1.0, draft_prob_N / jnp.maximum(target_prob_N, 1e-30))
         # Greedy: the draft's distribution is one-hot, and what was emitted is what the target takes.
-        accepted.append(jnp.where(temperature == 0.0, draft_prob_N, ratio_N))
-    return jnp.stack(sure), jnp.stack(accepted)
+        accepted_N = jnp.where(temperature == 0.0, draft_prob_N, ratio_N)
+        recorded.append((confidence(own_NK), accepted_N, *_children(draft_NV, emitted_N)))
+    return tuple(jnp.stack(column) for column in zip(*recorded, strict=True))
+
+
+def _children(logits_NV, emitted_N):
+    """f32 `[N, K]` log-probabilities of the K most probable tokens, and int32 `[N]`, which of them was emitted; K if none."""
+    K = min(CHILDREN, logits_NV.shape[1])
+    best_NK, ids_NK = jax.lax.top_k(logits_NV, K)
+    found_NK = ids_NK == emitted_N[:, None]
+    rank_N = jnp.where(found_NK.any(axis=1), jnp.argmax(found_NK, axis=1).astype(jnp.int32), K)
+    return best_NK - jax.nn.logsumexp(logits_NV, axis=1, keepdims=True), rank_N
 
 
 def _over_all_ids(logits_NK, ids_K, vocab_size: int):

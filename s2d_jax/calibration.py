@@ -7,6 +7,9 @@ probability that the emitted token was an accepted draft, had this exit drafted 
 - sampled from q: `min(1, q(y) / p(y))`. A draft is accepted *and* is y with probability `min(p(y), q(y))`, and y is emitted
   with probability p(y). Its mean over y is `sum(min(p, q))`, the probability that a draft is accepted at all.
 
+For trees (`s2d_jax.tree_replay`) it holds what their growth decides by: the exit's most probable tokens, and which of them the
+emitted one was.
+
 No model, no device, no clock.
 """
 
@@ -19,14 +22,74 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from s2d_jax.config import DecodeConfig, RoundCosts
+from s2d_jax.config import DecodeConfig, RoundCosts, TreeShape
 
 LENGTHS = (1, 2, 3, 5, 7)
 CONFIDENCES = (0.2, 0.35, 0.5, 0.65, 0.8)
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 RATES = (1.0, 1.15, 1.3, 1.6, 2.0)
+DEPTHS = (2, 3, 4, 5, 6)
+TOP_KS = (2, 4, 8, 10)
+NODES = (8, 12, 16, 32, 60)
+# The most children of a node that a trace can tell of.
+CHILDREN = 10
 _KNOTS = 9
 _PRIOR = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeCosts:
+    """Seconds of the parts of a round with a tree, everything that a tree brings with it included.
+
+    Attributes:
+        verify: of what is not drafting, by the number of nodes.
+        visit: of each node that acceptance looks at, beyond what a greedy one takes.
+        level: of the draft at a level, leaving at each exit when all shallower ones are tried first: `[nodes][exit]` by the
+            nodes that it expands; 1 is the first level, which expands the root.
+        head: of reading the draft's logits at so many nodes.
+    """
+
+    verify: Mapping[int, float]
+    visit: float
+    level: Mapping[int, Mapping[int, float]]
+    head: Mapping[int, float]
+
+    def verify_seconds(self, nodes: int) -> float:
+        """Of a number of nodes that may lie between those measured."""
+        return _between(self.verify, nodes)
+
+    def head_seconds(self, nodes: int) -> float:
+        return _between(self.head, nodes)
+
+    def segment_seconds(self, exits: tuple[int, ...], nodes: int) -> list[float]:
+        """Of one pass of the layers before each of these exits, from the exit before it, without reading logits."""
+        measured = sorted(self.level[1])
+        passes, before = [], 0.0
+        for exit in exits:
+            # The root is measured on its own; the widths of other levels lie between those measured.
+            table = {n: row[exit] for n, row in self.level.items() if (n == 1) == (nodes == 1)}
+            read = (measured.index(exit) + 1) * self.head_seconds(nodes)
+            through = _between(table, nodes) - read
+            passes.append(max(through - before, 0.0))
+            before = max(through, before)
+        return passes
+
+    def mean_level_seconds(self, exits: tuple[int, ...], tree: TreeShape) -> tuple[float, ...]:
+        """Of a level of a whole tree, by the exit that all of its levels leave at."""
+        found = []
+        for count in range(1, len(exits) + 1):
+            root, level = (
+                sum(self.segment_seconds(exits, nodes)[:count]) + count * self.head_seconds(nodes)
+                for nodes in (1, tree.top_k)
+            )
+            found.append((root + (tree.depth - 1) * level) / tree.depth)
+        return tuple(found)
+
+
+def _between(table: Mapping[int, float], at: int) -> float:
+    """Linear interpolation in a table; beyond its ends, their values."""
+    known = sorted(table)
+    return float(np.interp(at, known, [table[n] for n in known]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +103,7 @@ class Costs:
         through: the same where all shallower exits are tried first, by exit.
         catch_up: of a position that the draft has not seen, by exit, when many are taken in together.
         chunk: waiting positions that one pass of a deeper segment takes in.
+        tree: of rounds with a tree; None if those are not compared.
     """
 
     verify: Mapping[int, float]
@@ -48,11 +112,11 @@ class Costs:
     through: Mapping[int, float]
     catch_up: Mapping[int, float]
     chunk: int
+    tree: TreeCosts | None = None
 
     def verify_seconds(self, width: int) -> float:
         """Of a width that may lie between those measured."""
-        widths = sorted(self.verify)
-        return float(np.interp(width, widths, [self.verify[w] for w in widths]))
+        return _between(self.verify, width)
 
     def token_seconds(self, exits: tuple[int, ...]) -> tuple[float, ...]:
         """Of drafting a token, by the exit it leaves at."""
@@ -68,11 +132,15 @@ class Answer:
         prompt: number of the prompt that it answers.
         confidence: f64 `[E, T]`, of each exit before each token.
         accepted: f64 `[E, T]`, the probability that the token was an accepted draft of this exit.
+        log_probs: f32 `[E, T, K]`, of each exit's K most probable tokens, before temperature and filters.
+        rank: int `[E, T]`, which of those K the token was; K if none.
     """
 
     prompt: int
     confidence: np.ndarray
     accepted: np.ndarray
+    log_probs: np.ndarray
+    rank: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +168,7 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way of decoding that the search compares; `config` None is plain decoding.
-
-    A drafter of another shape (a tree) joins with a name, a config, and a branch of `replay` of its own.
-    """
+    """A way of decoding that the search compares; `config` None is plain decoding."""
 
     name: str
     family: str
@@ -118,7 +183,7 @@ class Prediction:
         candidate: which.
         speedup: over plain decoding, prefill left out.
         mean_acceptance_length: tokens per target pass.
-        mean_draft_length: drafted tokens per round.
+        mean_draft_length: drafted and verified tokens per round.
     """
 
     candidate: Candidate
@@ -171,31 +236,46 @@ def _next_acceptance(trace: Trace, row: int) -> float:
 
 
 def candidates(costs: Costs, trace: Trace, widths: Sequence[int]) -> list[Candidate]:
-    """All that is compared: plain decoding; every exit alone and thresholds over all exits, each with every length rule.
+    """All that is compared: plain decoding; every exit alone and thresholds over all exits, each with every length rule of
+    chains, and with trees.
 
-    Candidates with the same exits run the same compiled program: lengths, rules, thresholds and costs are arrays in it.
+    Chains with the same exits run the same compiled program: lengths, rules, thresholds and costs are arrays in it. Trees do if
+    they have the same shape as well.
 
     Args:
         widths: that a target pass may have, ascending from 1.
     """
     found = [Candidate("no speculation", "plain", None)]
-    for exit in trace.exits:
-        found += _with_rules(costs, trace, (exit,), None, widths, CONFIDENCES)
+    for exits, thresholds in _exit_choices(trace):
+        confidences = CONFIDENCES if thresholds is None else CONFIDENCES[1:4]
+        found += _with_rules(costs, trace, exits, thresholds, widths, confidences)
+        if costs.tree is not None:
+            found += _with_trees(costs, trace, exits, thresholds)
+    return found
+
+
+def _exit_choices(trace: Trace) -> list[tuple[tuple[int, ...], tuple[float, ...] | None]]:
+    """Exits, and their thresholds where there are several."""
+    found: list = [((exit,), None) for exit in trace.exits]
     if len(trace.exits) > 1:
         for values in itertools.product(THRESHOLDS, repeat=min(len(trace.exits) - 1, 2)):
             # With more than three exits the middle ones share a threshold.
             middle = (values[-1],) * (len(trace.exits) - 1 - len(values))
-            thresholds = (*values, *middle, 0.0)
-            found += _with_rules(costs, trace, trace.exits, thresholds, widths, CONFIDENCES[1:4])
+            found.append((trace.exits, (*values, *middle, 0.0)))
     return found
+
+
+def _named(exits, thresholds) -> tuple[str, str]:
+    """What a choice of exits is called, and its family."""
+    where = f"exit {exits[0]}"
+    if thresholds is not None:
+        where = "exits " + " ".join(f"{e}>{t:g}" for e, t in zip(exits, thresholds, strict=True))
+    return where, where.split(">")[0]
 
 
 def _with_rules(costs, trace, exits, thresholds, widths, confidences) -> list[Candidate]:
     """Every draft-length rule, with its parameters, on one choice of exits."""
-    where = f"exit {exits[0]}"
-    if thresholds is not None:
-        where = "exits " + " ".join(f"{e}>{t:g}" for e, t in zip(exits, thresholds, strict=True))
-    family = where.split(">")[0]
+    where, family = _named(exits, thresholds)
     relative = relative_costs(costs, trace, exits, widths)
     most = widths[-1] - 1
     lengths = tuple(length for length in LENGTHS if length <= most)
@@ -225,6 +305,52 @@ def _with_rules(costs, trace, exits, thresholds, widths, confidences) -> list[Ca
             for r in RATES
         ]
     return found
+
+
+def tree_shapes(exits: tuple[int, ...]) -> list[TreeShape]:
+    """Those that are compared; with several exits, both rules of leaving."""
+    return [
+        TreeShape(depth, k, nodes, leaving=leaving)
+        for depth, k, nodes in itertools.product(DEPTHS, TOP_KS, NODES)
+        for leaving in (("level", "node") if len(exits) > 1 else ("level",))
+        if depth < nodes <= 1 + k + (depth - 1) * k**2
+    ]
+
+
+def _with_trees(costs: Costs, trace: Trace, exits, thresholds) -> list[Candidate]:
+    """Every tree, on one choice of exits. Children are the most probable tokens, also where tokens are sampled."""
+    where, family = _named(exits, thresholds)
+    known = trace.answers[0].log_probs.shape[2]
+
+    def make(tree: TreeShape) -> Candidate:
+        name = f"{where}, tree of {tree.depth} levels, top {tree.top_k}, {tree.nodes} nodes"
+        config = DecodeConfig(
+            exits=exits,
+            exit_thresholds=thresholds,
+            tree=tree,
+            draft_sampling="argmax",
+            costs=relative_tree_costs(costs, exits, tree),
+            guard=True,
+            narrow_widths=(1,),
+        )
+        if tree.leaving == "node":
+            name += ", one by one"
+        return Candidate(name, f"{family}, tree", config)
+
+    return [make(tree) for tree in tree_shapes(exits) if tree.top_k <= known]
+
+
+def relative_tree_costs(costs: Costs, exits: tuple[int, ...], tree: TreeShape) -> RoundCosts:
+    """Costs in units of a plain round; only for `costs` with those of trees."""
+    assert costs.tree is not None
+    plain, measured = costs.verify_seconds(1), costs.tree
+    verify = measured.verify_seconds(tree.nodes) + (tree.depth + 1) * measured.visit
+    steps = measured.mean_level_seconds(exits, tree)
+    return RoundCosts(
+        draft_step=tuple(round(seconds / plain, 4) for seconds in steps),
+        verify=(1.0, *(round(verify / plain, 4),) * tree.depth),
+        catch_up=round(costs.catch_up[exits[-1]] / plain, 4),
+    )
 
 
 def best_of_families(predictions: Sequence[Prediction], count: int) -> list[Prediction]:

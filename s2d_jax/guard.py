@@ -3,7 +3,7 @@
 The unit is one round of plain decoding, which emits one token. A round that drafts costs `c` and emits `e` tokens, so it saves
 `e - c` (or loses, when negative); the costs are those that calibration measured. Each row has a *credit*:
 
-    credit = allowance                                  at the start: 0.015 * min(max_new_tokens, 256), or one failed chain
+    credit = allowance                  at the start: 0.015 * min(max_new_tokens, 256), or one failed chain, or two failed trees
            + 0.005 for every emitted token
            + what rounds that drafted have saved, losses included (the sum is capped at `allowance + CREDIT_CAP`)
 
@@ -22,10 +22,15 @@ A chain that pays may use half of the credit, so that a bad start shortens chain
 followed by short ones, and a success by long ones. When not even one token is affordable, rounds are plain. A row that has
 been plain for `wait` rounds may use its whole credit for one token, to see whether drafting pays again. The wait doubles with
 each such probe that fails and starts anew with one that succeeds.
+
+With a tree a step is a level, a chain of n tokens is a tree of n levels, and verifying costs what all of its nodes cost,
+however many levels there are. So there is little to shorten: half of the credit must cover nearly a whole tree, and F is two
+of them.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 
@@ -80,9 +85,9 @@ class GuardState:
 def allowance(max_new_tokens: int, config: DecodeConfig) -> float:
     """Plain rounds that a request may lose. Only for a `config` with costs."""
     assert config.costs is not None
-    tokens = config.tree.depth if config.tree else config.num_draft_tokens
-    longest = worst_case(config.costs.draft_step, config.costs.verify)[tokens - 1]
-    return max(ALLOWANCE_PER_TOKEN * min(max_new_tokens, ALLOWANCE_TOKENS), longest)
+    losses, tree = worst_case(config.costs.draft_step, config.costs.verify), config.tree
+    failed = losses[config.num_draft_tokens - 1] if tree is None else 2.0 * losses[tree.depth - 1]
+    return max(ALLOWANCE_PER_TOKEN * min(max_new_tokens, ALLOWANCE_TOKENS), failed)
 
 
 def worst_case(draft_step: Sequence[float], verify: Sequence[float]) -> list[float]:
@@ -134,3 +139,36 @@ def settle(guard: GuardState, drafting: DraftingArrays, num_draft_B, num_emitted
         wait_B=jnp.where(live_B, wait_B, guard.wait_B),
         plain_rounds_B=guard.plain_rounds_B + plain_B.astype(jnp.int32),
     )
+
+
+class Account:
+    """The guard of one row (`s2d_jax.guard`) in plain numbers."""
+
+    def __init__(self, config: DecodeConfig, max_new_tokens: int):
+        assert config.costs is not None
+        self.costs = config.costs
+        self.start = allowance(max_new_tokens, config)
+        self.credit, self.plain_run, self.wait = self.start, 0, FIRST_WAIT
+        self.worst = worst_case(self.costs.draft_step, self.costs.verify)
+
+    def affordable_length(self) -> int:
+        """`guard.affordable_length` of this row."""
+        behind = self.plain_run * self.costs.catch_up
+        length = bisect.bisect_right(self.worst, 0.5 * self.credit - behind)
+        probe = self.plain_run >= self.wait and self.worst[0] <= self.credit - behind
+        return max(length, int(probe))
+
+    def settle(self, steps: Sequence[int], num_draft: int, num_emitted: int) -> None:
+        """`guard.charge` and `guard.settle` of a round with these draft steps."""
+        self.credit += EARNED_PER_TOKEN * num_emitted
+        if steps:
+            spent = sum(self.costs.draft_step[exit] for exit in steps)
+            spent += self.plain_run * self.costs.catch_up
+            saved = num_emitted - self.costs.verify[num_draft] - spent
+            self.credit += saved
+            if saved > 0:
+                self.wait = FIRST_WAIT
+            elif self.plain_run >= self.wait:
+                self.wait = min(2 * self.wait, LONGEST_WAIT)
+        self.credit = min(self.credit, self.start + CREDIT_CAP)
+        self.plain_run = 0 if steps else self.plain_run + 1

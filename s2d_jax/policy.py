@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from s2d_jax.config import DecodeConfig, RoundCosts, UserError
+from s2d_jax.config import DecodeConfig, RoundCosts, TreeShape, UserError
 from s2d_jax.files import write_text
 from s2d_jax.fingerprint import Fingerprint
 from s2d_jax.locate import SORTED_DRAFT
@@ -192,8 +192,9 @@ def _from_json(entry: Mapping[str, Any]) -> Policy:
     config = None
     if entry["config"] is not None:
         values = {name: _tuples(value) for name, value in entry["config"].items()}
-        if values.get("costs") is not None:
-            values["costs"] = RoundCosts(**{k: _tuples(v) for k, v in values["costs"].items()})
+        for name, kind in (("costs", RoundCosts), ("tree", TreeShape)):
+            if values.get(name) is not None:
+                values[name] = kind(**{k: _tuples(v) for k, v in values[name].items()})
         config = DecodeConfig(**values)
     return Policy(PolicyKey(**entry["key"]), config, entry["evidence"])
 

@@ -1,7 +1,8 @@
 """What each candidate would have made of a recorded trace. No model, no device, no clock.
 
-Walking along an answer and throwing a coin per position replays a chain exactly, as far as it is accepted. Behind a rejected
-token the draft would have been elsewhere; there the confidences of the answer's own positions stand in.
+Chains are replayed here, trees in `s2d_jax.tree_replay`. Walking along an answer and throwing a coin per position replays a
+chain exactly, as far as it is accepted. Behind a rejected token the draft would have been elsewhere; there the confidences of
+the answer's own positions stand in.
 """
 
 from __future__ import annotations
@@ -13,14 +14,8 @@ import numpy as np
 
 from s2d_jax.calibration import Answer, Candidate, Costs, Prediction, Trace
 from s2d_jax.config import DecodeConfig, RoundCosts
-from s2d_jax.guard import (
-    CREDIT_CAP,
-    EARNED_PER_TOKEN,
-    FIRST_WAIT,
-    LONGEST_WAIT,
-    allowance,
-    worst_case,
-)
+from s2d_jax.guard import Account
+from s2d_jax.tree_replay import Forest, replay_tree
 
 
 def predict(
@@ -30,18 +25,25 @@ def predict(
 
     Args:
         repeats: walks along each answer; one is enough where acceptance is certain (greedy).
-        seed: of the coins.
+        seed: of the coins, and of what stands in for what the trace does not know.
     """
     rng = np.random.default_rng(seed)
     coins = [
         [rng.random(answer.accepted.shape[1]) for answer in trace.answers] for _ in range(repeats)
     ]
-    predictions = [replay(trace, costs, candidate, coins) for candidate in found]
+    forest = Forest(trace, seed)
+
+    def one(candidate: Candidate) -> Prediction:
+        if candidate.config is not None and candidate.config.tree is not None:
+            return replay_tree(forest, costs, candidate)
+        return replay(trace, costs, candidate, coins)
+
+    predictions = [one(candidate) for candidate in found]
     return sorted(predictions, key=lambda prediction: -prediction.speedup)
 
 
 def replay(trace: Trace, costs: Costs, candidate: Candidate, coins) -> Prediction:
-    """Walks every answer with one candidate.
+    """Walks every answer with one candidate that drafts chains, or nothing.
 
     Args:
         coins: for each walk and answer, a number in [0, 1) per position.
@@ -150,39 +152,6 @@ class _Walker:
             if self.rule == "confidence" and sure[exit] < self.config.min_confidence:
                 break
         return chain, steps, seconds
-
-
-class Account:
-    """The guard of one row (`s2d_jax.guard`) in plain numbers."""
-
-    def __init__(self, config: DecodeConfig, max_new_tokens: int):
-        assert config.costs is not None
-        self.costs = config.costs
-        self.start = allowance(max_new_tokens, config)
-        self.credit, self.plain_run, self.wait = self.start, 0, FIRST_WAIT
-        self.worst = worst_case(self.costs.draft_step, self.costs.verify)
-
-    def affordable_length(self) -> int:
-        """`guard.affordable_length` of this row."""
-        behind = self.plain_run * self.costs.catch_up
-        length = bisect.bisect_right(self.worst, 0.5 * self.credit - behind)
-        probe = self.plain_run >= self.wait and self.worst[0] <= self.credit - behind
-        return max(length, int(probe))
-
-    def settle(self, steps: Sequence[int], num_draft: int, num_emitted: int) -> None:
-        """`guard.charge` and `guard.settle` of a round with these draft steps."""
-        self.credit += EARNED_PER_TOKEN * num_emitted
-        if steps:
-            spent = sum(self.costs.draft_step[exit] for exit in steps)
-            spent += self.plain_run * self.costs.catch_up
-            saved = num_emitted - self.costs.verify[num_draft] - spent
-            self.credit += saved
-            if saved > 0:
-                self.wait = FIRST_WAIT
-            elif self.plain_run >= self.wait:
-                self.wait = min(2 * self.wait, LONGEST_WAIT)
-        self.credit = min(self.credit, self.start + CREDIT_CAP)
-        self.plain_run = 0 if steps else self.plain_run + 1
 
 
 def gain_limits(

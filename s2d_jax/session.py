@@ -200,7 +200,10 @@ class Session:
         prompts = plan.prompts
         if self._state is None or self._look is None:
             return [0] * len(prompts)
-        if plan.exits != self._plan.exits:  # another policy, at another temperature
+        drafters = {type(each.decoder.drafter) for each in (plan, self._plan)}
+        if (
+            plan.exits != self._plan.exits or len(drafters) > 1
+        ):  # another policy, at another temperature
             return [0] * len(prompts)
         tokens_BC, length_B = self._look.state.tokens_BC, self._look.state.length_B
         if len(length_B) != len(prompts):

@@ -103,6 +103,18 @@ class _Walk:
     draft_probs_BV: jax.Array
     done_B: jax.Array
 
+    @property
+    def is_new_B(self) -> jax.Array:
+        """bool: nothing was refused at this node yet."""
+        return self.tried_B == self.node_B
+
+    def arrived(self, p_BV, q_BV) -> _Walk:
+        """With these p and q in the rows whose node is new."""
+        return self.replace(
+            target_probs_BV=_where(self.is_new_B, p_BV, self.target_probs_BV),
+            draft_probs_BV=_where(self.is_new_B, q_BV, self.draft_probs_BV),
+        )
+
 
 def accept_without_replacement(
     tree: Tree,
@@ -130,18 +142,12 @@ def accept_without_replacement(
     test_key_B, next_key_B = split(key_B, 2)
 
     def arrive(walk: _Walk) -> _Walk:
-        """p and q at nodes that were just accepted; rows that were not keep theirs."""
-        fresh_B1 = (walk.tried_B == walk.node_B)[:, None]
         p_BV = probabilities(_row(logits_BMV, walk.node_B)[:, None], sampling)[:, 0]
         slot_B = jnp.maximum(_row(tree.slot_BM, walk.node_B), 0)
-        q_BV = over_all_ids(_row(draft_probs_BSK, slot_B), vocabulary_K, V)
-        return walk.replace(
-            target_probs_BV=jnp.where(fresh_B1, p_BV, walk.target_probs_BV),
-            draft_probs_BV=jnp.where(fresh_B1, q_BV, walk.draft_probs_BV),
-        )
+        return walk.arrived(p_BV, over_all_ids(_row(draft_probs_BSK, slot_B), vocabulary_K, V))
 
     def try_child(walk: _Walk) -> _Walk:
-        walk = run_if(jnp.any(walk.tried_B == walk.node_B), arrive, walk)
+        walk = run_if(jnp.any(walk.is_new_B), arrive, walk)
         p_BV, q_BV = walk.target_probs_BV, walk.draft_probs_BV
         later_BM = jnp.arange(M, dtype=jnp.int32)[None, :] > walk.tried_B[:, None]
         child_BM = _children(tree, walk.node_B) & later_BM

@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 from infer_tiny import failing_run, run, save_tiny_models
 from test_draft_length import PROMPTS, draft, target  # noqa: F401 (fixtures)
+from tiny_trace import COSTS, certain, coins
 
-from infer import bench, generate
+from infer import bench, generate, tree_costs
 from infer import calibrate as command
 from infer.trace import record_trace
-from s2d_jax.calibration import (
-    Answer,
-    Candidate,
-    Costs,
-    Trace,
-    best_of_families,
-    candidates,
-)
-from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, UserError
+from s2d_jax.calibration import Candidate, best_of_families, candidates
+from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, TreeShape, UserError
 from s2d_jax.draft_length import DraftingArrays, decide
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.policy import (
@@ -36,29 +30,20 @@ from s2d_jax.policy import (
 )
 from s2d_jax.replay import gain_limits, predict, replay
 
-COSTS = Costs(
-    verify={1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3, 6: 1.5, 9: 2.0},
-    head=0.05,
-    alone={1: 0.1, 2: 0.2, 4: 0.3},
-    through={1: 0.1, 2: 0.25, 4: 0.4},
-    catch_up={1: 0.01, 2: 0.02, 4: 0.03},
-    chunk=4,
-)
 WIDTHS = (1, 2, 4, 9)
+BEFORE_TREES = """{
+    "exits": [1, 2], "exit_thresholds": [0.5, 0.0], "num_draft_tokens": 2, "draft_length_rule": "fixed",
+    "max_draft_tokens": null, "min_confidence": 0.4, "gain_rate": 1.0, "guard": true, "narrow_widths": [1],
+    "costs": {
+        "draft_step": [0.1, 0.2], "verify": [1.0, 1.5, 1.5], "catch_up": 0.01,
+        "acceptance": [[0.0, 1.0], [0.0, 1.0]], "next_acceptance": 0.7
+    },
+    "draft_sampling": "sample", "catch_up_width": 4, "prefill_chunk": 512, "initial_room": 512
+}"""
 
 
 def config(**fields) -> DecodeConfig:
     return DecodeConfig(narrow_widths=(1,), **fields)
-
-
-def certain(*accepted, confidence=0.9) -> Trace:
-    """One answer of a draft with the exit 4, whose tokens are accepted or not."""
-    row = np.array([accepted], float)
-    return Trace((4,), (Answer(0, np.full_like(row, confidence), row),), row.size + 1)
-
-
-def coins(trace):
-    return [[np.full(answer.accepted.shape[1], 0.5) for answer in trace.answers]]
 
 
 def test_a_chain_replayed_by_hand():
@@ -194,6 +179,42 @@ def test_policies_are_kept_and_found_again(tmp_path):
         read_policies(file)
 
 
+def test_trees_are_kept_and_policies_from_before_them_are_read(tmp_path):
+    file = tmp_path / "policies.json"
+    shape = TreeShape(3, 4, 16, leaving="node")
+    costs = RoundCosts((0.1,), (1.0, 1.5, 1.5, 1.5))
+    with_tree = DecodeConfig(exits=(2,), tree=shape, costs=costs, guard=True, narrow_widths=(1,))
+    fixed = DecodeConfig(tree=TreeShape.static([(0, 0), (1,)]), draft_sampling="argmax")
+    write_policies(file, [Policy(key(), with_tree, {}), Policy(key(device="gpu"), fixed, {})])
+    assert [policy.config for policy in read_policies(file)] == [with_tree, fixed]
+    content = json.loads(file.read_text())
+    content["policies"][0]["config"]["tree"]["nodes"] = 1
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"a policy cannot be read \(nodes=1 of a tree"):
+        read_policies(file)
+    entry = {"key": dataclasses.asdict(key()), "config": json.loads(BEFORE_TREES), "evidence": {}}
+    file.write_text(json.dumps({"policies": [entry]}))
+    (policy,) = read_policies(file)
+    assert policy.config.tree is None
+    assert policy.config.num_draft_tokens == 2
+
+
+def test_auto_decodes_with_the_tree_of_its_policy(target, draft, tmp_path):  # noqa: F811
+    file = tmp_path / "policies.json"
+    costs = RoundCosts((0.05, 0.1, 0.1), (1.0, 1.2, 1.2, 1.2), 0.01)
+    chosen = DecodeConfig(
+        exits=(1, 2, 4), tree=TreeShape(3, 4, 12), costs=costs, guard=True, narrow_widths=(1,)
+    )
+    write_policies(file, [Policy(PolicyKey.of(target, draft, 0.0), chosen, {})])
+    auto = SpeculativeDecoder(target, draft, DecodeConfig(policy="auto", policy_file=str(file)))
+    sampling = SamplingParams(max_new_tokens=40)
+    result = auto.generate(PROMPTS, sampling)
+    assert result.token_ids == SpeculativeDecoder(target).generate(PROMPTS, sampling).token_ids
+    assert auto.verify_width == 12
+    assert len(result.stats.accepted_per_depth) == 3
+    assert result.stats.accepted_tokens > 20
+
+
 def test_fingerprints_tell_weights_apart(target):  # noqa: F811
     first = fingerprint(target)
     assert first == fingerprint(dataclasses.replace(target, source="elsewhere"))
@@ -212,6 +233,7 @@ def models(tmp_path_factory):
 def test_calibrate_then_auto(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "WIDTHS", (1, 3))
     monkeypatch.setattr(command, "CONFIRMED", 1)
+    monkeypatch.setattr(tree_costs, "NODES", (8, 16))
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two")))
     flags = ("--target", models.large, "--draft", models.draft)
@@ -228,7 +250,9 @@ def test_calibrate_then_auto(models, tmp_path, monkeypatch, capsys):
     stored = json.loads((tmp_path.parent / models.draft / "sorted_draft.json").read_text())
     (entry,) = stored["policies"]
     assert entry["evidence"]["seconds"]["verify"].keys() == {"1", "3"}
+    assert entry["evidence"]["seconds"]["tree"]["verify"].keys() == {"8", "16"}
     assert entry["evidence"]["confirmed"]
+    assert entry["evidence"]["trace"]["among_the_best"].keys() == {"1", "2"}
     assert entry["evidence"]["trace"]["positions"] == 22
     run(generate.main, monkeypatch, *flags, "--prompt", "x", "--policy", "auto")
     out = tmp_path / "bench"
