@@ -42,7 +42,7 @@ from s2d_jax.replay import predict
 DEFAULT_QUESTIONS = Path(__file__).parent.parent / "configs" / "demo_prompts_train.jsonl"
 WIDTHS = (1, 4, 8)
 REPEATS, WALKS = 9, 4
-CONFIRMED, TIMED, FEWEST_TIMED = 3, 4, 2
+CONFIRMED, TIMED, FEWEST_TIMED = 3, 4, 1
 # A winner must gain more than what timing alone may show.
 SMALLEST_GAIN = 1.01
 
@@ -61,7 +61,7 @@ class Args:
     """Temperatures to calibrate for; several may be given. Default: 0 and 1."""
     out: Path | None = None
     """Write policies here instead of into the draft's sorted_draft.json (see --policy-file)."""
-    prompts: int = 8
+    prompts: int = 6
     """Answers that the trace is recorded on; the best candidates are timed on some of them."""
     new_tokens: int = 48
     """Tokens of each answer."""
@@ -99,6 +99,7 @@ def calibrate(args: Args) -> None:
     file = policy_file_of(draft, args.out)
     read_policies(file)  # a damaged file is known before anything is measured
     for path in args.target:
+        started = time.perf_counter()
         target = load_target(path, args.compute.target_format)
         # Prompts from all over the file.
         chosen = questions[:: max(1, len(questions) // args.prompts)][: args.prompts]
@@ -106,7 +107,8 @@ def calibrate(args: Args) -> None:
             encode(tokenizer_of(target), question.messages([]), raw=args.raw) for question in chosen
         ]
         with counting_bar(TextColumn("elapsed"), TimeElapsedColumn()) as progress:
-            for policy in Calibration(args, target, draft, prompts, progress).policies():
+            calibration = Calibration(args, target, draft, prompts, progress, started)
+            for policy in calibration.policies():
                 write_policies(file, [policy])
         screen().print(f"policies written to {file}", soft_wrap=True)
         del target
@@ -115,11 +117,13 @@ def calibrate(args: Args) -> None:
 class Calibration:
     """The phases of calibrating one target."""
 
-    def __init__(self, args: Args, target: Model, draft: Draft, prompts, progress: Progress):
+    def __init__(
+        self, args: Args, target: Model, draft: Draft, prompts, progress: Progress, started: float
+    ):
         self.args, self.target, self.draft = args, target, draft
         self.prompts, self.progress = prompts, progress
         self.temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
-        self.started = time.perf_counter()
+        self.started = started
         self.seconds: dict[str, float] = {}
 
     def policies(self) -> Iterator[Policy]:

@@ -112,7 +112,7 @@ def without_models(static):
 
 def tables(vocab_size: int, draft_size: int, ids_K) -> dict:
     """Logits that agree: of the target, and of the draft over its own entries."""
-    target = 4 * jax.random.normal(jax.random.key(0), (TABLE_ROWS, vocab_size))
+    target = 16 * jax.random.normal(jax.random.key(0), (TABLE_ROWS, vocab_size))
     missing = max(draft_size - vocab_size, 0)
     padded = jnp.pad(target, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     draft = padded[:, :draft_size] if ids_K is None else target[:, ids_K]
@@ -164,7 +164,7 @@ class Rounds:
         state = jax.block_until_ready(program(*inputs))
         spent = time.perf_counter() - started
         self._check(state)
-        if silent:
+        if silent and static.greedy:
             deepest = int(state.accepted_BG[0, -1])
             assert deepest == self.rounds, f"{deepest} rounds accepted a whole path"
         return spent / self.rounds
@@ -333,15 +333,16 @@ def main(args: Args) -> None:
 
 
 def show(args: Args, rows: list[dict]) -> None:
-    table = Table(title=f"{short_name(args.target)}: a round of {rows[0]['nodes']} nodes, ms")
+    title = f"{short_name(args.target)}: a round of {rows[0]['nodes']} nodes, ms; shares of it (least, most)"
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     columns = {"round": "round", "target": "target", "root": "root", "levels": "levels"}
     columns |= {"own": "own", "draft": "propose", "verify": "verify", "rest": "accept"}
-    for name in ("leave at", *columns.values(), "own", "left"):
+    for name in ("leave at", *columns.values(), "own share", "left share"):
         table.add_column(name, justify="right")
     for row in rows:
         milliseconds = [f"{row[what]:.2f}" for what in columns]
         shares = [
-            f"{row[what]:.1%}\n{row[f'{what}_spread'][0]:.1%} to\n{row[f'{what}_spread'][1]:.1%}"
+            f"{row[what]:.1%}\n({', '.join(f'{each:.1%}' for each in row[f'{what}_spread'])})"
             for what in ("own_share", "left_share")
         ]
         table.add_row(row["name"], *milliseconds, *shares)
