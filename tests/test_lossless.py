@@ -46,12 +46,14 @@ BY_LEVEL = TreeShape(depth=2, top_k=3, nodes=7)
 BY_NODE = dataclasses.replace(BY_LEVEL, leaving="node")
 STATIC = TreeShape.static(((0, 0), (0, 1), (1, 0), (2,)))
 STATIC_BY_NODE = dataclasses.replace(STATIC, leaving="node")
+GAPPED = TreeShape.static(((1,), (2, 0), (2, 2)))  # without the most probable child
 TREES = {
     NARROW: "narrow",
     BY_LEVEL: "tree",
     BY_NODE: "tree by node",
     STATIC: "static",
     STATIC_BY_NODE: "static by node",
+    GAPPED: "gapped static",
 }
 
 PLAIN = SamplingParams(temperature=1.0)
@@ -144,6 +146,8 @@ MODES = [
     Mode("thresholds", False, tree=BY_LEVEL, trimmed=True),
     Mode("thresholds", False, tree=STATIC_BY_NODE, target_format="int8", draft_format="int8"),
     Mode("thresholds", tree=BY_NODE, guarded=True, parts=True),
+    Mode("independent", tree=STATIC),
+    Mode("independent", tree=GAPPED),
     Mode("independent", False, tree=BY_LEVEL, guarded=True),
 ]
 
@@ -162,7 +166,7 @@ def _all_modes() -> list[Mode]:
     trees = itertools.product(
         *(("independent", "fixed", "thresholds"), (True, False), ("fixed",), (False, True)),
         *((PLAIN, FILTERED), ("f32", "int8"), ("f32", "int8"), (False, True), (False, True)),
-        (BY_LEVEL, BY_NODE, STATIC, STATIC_BY_NODE),
+        (BY_LEVEL, BY_NODE, STATIC, STATIC_BY_NODE, GAPPED),
     )
     plain = itertools.product((PLAIN, FILTERED), ("f32", "int8"))
     return [
