@@ -237,7 +237,7 @@ HEADER = (
 def cells(row: Row) -> list[str]:
     shares = [f"{row.shares[phase]:.0%}" for phase in row.shares] or ["-"] * 3
     return [
-        row.label,
+        row.name,
         str(row.depth),
         f"{row.tokens_per_second:.2f}",
         f"{row.speedup:.2f}",
