@@ -40,6 +40,17 @@ def questions(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("name", ["tree_sweep", "greedy_identity", "tree_overhead"])
+def test_command_lines_are_read(monkeypatch, name):
+    check, seen = script(name), []
+    flags = ["--target", "t", "--draft", "d", "--tree-depth", "3", "--tree-leaving", "node"]
+    if name != "tree_overhead":
+        flags += ["--questions", "q.jsonl", "--out", "o"]
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    check.run_command_line(check.Args, seen.append)
+    assert (seen[0].drafting.tree_depth, seen[0].drafting.tree_leaving) == (3, "node")
+
+
 @pytest.mark.slow
 def test_sweep(models, questions, tmp_path, capsys):
     sweep = script("tree_sweep")
@@ -50,12 +61,11 @@ def test_sweep(models, questions, tmp_path, capsys):
         out=tmp_path / "sweep",
         nodes="3,6",
         chains="3",
-        depth=3,
-        top_k=3,
         max_questions=1,
         repeats=2,
         raw=True,
         sampling=SamplingOptions(max_new_tokens=8),
+        drafting=DraftingOptions(tree_depth=3, tree_top_k=3),
     )
     sweep.main(args)
     shown = capsys.readouterr().out

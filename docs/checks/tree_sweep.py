@@ -1,6 +1,6 @@
 """Speedup and mean acceptance length over the nodes of a tree, beside plain decoding and chains, interleaved in one process.
 
-Usage: tree_sweep.py --target MODEL --draft DIR --questions FILE.jsonl --out DIR
+Usage: tree_sweep.py --target MODEL --draft DIR --questions FILE.jsonl --out DIR [--tree-depth 4 --tree-top-k 10]
   (--independent-draft MODEL --method draft for another model as draft)
 
 Each question is answered by every method before the next; speeds are medians over the repeats, then means over the questions. A
@@ -52,9 +52,6 @@ class Args:
     nodes: str = "4,8,16,24,32,48,60"
     chains: str = "2,3,4,5,7"
     """Lengths of chains to compare with."""
-    depth: int = 4
-    top_k: int = 10
-    leaving: str = "level"
     max_questions: int | None = None
     repeats: int = 1
     raw: bool = False
@@ -63,6 +60,8 @@ class Args:
     check_identity: bool = False
     """Compare greedy tokens with width-matched references, one for every width."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(max_new_tokens=96)
+    drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
+    """--tree-depth, --tree-top-k and --tree-leaving shape the trees."""
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
 
 
@@ -112,11 +111,11 @@ def main(args: Args) -> None:
             check_identity=args.check_identity and args.sampling.temperature == 0,
             on_sample=on_sample,
         )
-    timed = questions[: args.phase_questions]
-    shares = {
-        method.name: round_shares(target, method, timed, args.sampling, raw=args.raw)
-        for method in methods
-    }
+        timed, shares = questions[: args.phase_questions], {}
+        task = progress.add_task("parts of rounds", total=len(methods), last="")
+        for method in methods:
+            shares[method.name] = round_shares(target, method, timed, args.sampling, raw=args.raw)
+            progress.update(task, advance=1, last=method.name)
     rows = make_rows(methods, samples, shares)
     verdict = explain_best(rows)
     show(args, rows, verdict)
@@ -136,12 +135,10 @@ def sweep_methods(args: Args, target, draft, independent) -> list[Method]:
     """Plain decoding, the chains, and the trees."""
     models = (target, draft, independent)
     names = (f"{args.method}:{tokens}" for tokens in numbers("chains", args.chains))
-    methods = build_methods((BASELINE, *names), *models, DraftingOptions())
+    methods = build_methods((BASELINE, *names), *models, args.drafting)
     for nodes in numbers("nodes", args.nodes):
-        depth = min(args.depth, nodes - 1)
-        options = DraftingOptions(
-            tree_depth=depth, tree_top_k=args.top_k, tree_leaving=args.leaving
-        )
+        depth = min(args.drafting.tree_depth, nodes - 1)
+        options = dataclasses.replace(args.drafting, tree_depth=depth)
         methods += build_methods((f"{args.method}+tree:{nodes}",), *models, options)
     return methods
 
@@ -240,7 +237,7 @@ HEADER = (
 def cells(row: Row) -> list[str]:
     shares = [f"{row.shares[phase]:.0%}" for phase in row.shares] or ["-"] * 3
     return [
-        row.label,
+        row.name,
         str(row.depth),
         f"{row.tokens_per_second:.2f}",
         f"{row.speedup:.2f}",
@@ -253,9 +250,7 @@ def cells(row: Row) -> list[str]:
 
 
 def title_of(args: Args) -> str:
-    return (
-        f"{short_name(args.target)}, top-k {args.top_k}, temperature {args.sampling.temperature:g}"
-    )
+    return f"{short_name(args.target)}, top-k {args.drafting.tree_top_k}, temperature {args.sampling.temperature:g}"
 
 
 def show(args: Args, rows: Sequence[Row], verdict: Sequence[str]) -> None:
@@ -290,7 +285,7 @@ def figure(args: Args, rows: Sequence[Row]) -> Figure:
             axes.annotate(f"{value:.2f}", (row.nodes, value), (0, 5), textcoords="offset points")
         if chains:
             # In the left picture the fastest chain, in the right one the chain as deep as the tree, if it was measured.
-            equal = [row for row in chains if row.depth == args.depth]
+            equal = [row for row in chains if row.depth == args.drafting.tree_depth]
             fastest = max(chains, key=lambda row: row.speedup)
             chain = equal[0] if field == "mat" and equal else fastest
             label = f"chain of {chain.depth} tokens"
