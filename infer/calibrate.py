@@ -65,7 +65,7 @@ class Args:
     """Answers that the trace is recorded on; the best candidates are timed on some of them."""
     new_tokens: int = 48
     """Tokens of each answer."""
-    minutes: float = 10.0
+    minutes: float = 9.5
     """No more prompts are timed after so many minutes per target; compiling and recording take what they take."""
     trees: bool = True
     """Compare trees of tokens too."""
