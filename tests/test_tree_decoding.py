@@ -28,6 +28,7 @@ from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, TreeShape
 from s2d_jax.decoder import Decoder
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Model
+from s2d_jax.session import Session
 from s2d_jax.tree_decoder import TreeDecoder
 
 MIXED = ("s2d", "s2d by node", "s2d static", "independent")
@@ -241,6 +242,20 @@ def test_a_later_turn_equals_a_fresh_start(long_pair, exits):
     third = [[*later[0], *second.token_ids[0], 5], later[1]]
     again = conversation.generate(third, sampling)
     assert again.token_ids == decoder.generate(third, sampling).token_ids
+
+
+def test_a_later_turn_under_a_policy_of_another_kind_starts_anew(long_pair):
+    """A whole draft keeps other caches for chains than for trees; calibration may choose one for each temperature."""
+    chain, tree = (
+        SpeculativeDecoder(*long_pair, DecodeConfig((2,), **values))
+        for values in ({"num_draft_tokens": 3}, {"tree": TREE})
+    )
+    sampling, session = SamplingParams(max_new_tokens=12, ignore_eos=True), Session()
+    first = chain._stream(session, PROMPTS[:1], sampling, keep=True).result
+    later = [[*PROMPTS[0], *first.token_ids[0], 9, 8]]
+    second = tree._stream(session, later, sampling, keep=True).result
+    assert second.token_ids == tree.generate(later, sampling).token_ids
+    assert second.row_stats[0].prefilled_tokens == len(later[0])
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampled"])
