@@ -12,7 +12,8 @@ would bias the output. So how many children each node gets is fixed before any i
 probabilities of the nodes themselves, by ranking what the r-th most probable child would bring; and all that are drawn are
 verified.
 
-A static tree takes candidates by their ranks alone, which is right for both kinds of children.
+A static tree takes candidates by their ranks alone. Of drawn children it takes as many as it has paths, the first ones drawn:
+a later one was drawn from what the earlier ones left, so none may be passed over.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class Growth:
 
     shape: TreeShape
     sampled: bool
+
+    def __post_init__(self):
+        if self.sampled and self.shape.paths:
+            object.__setattr__(self, "shape", self.shape.without_gaps())
 
     @property
     def depth(self) -> int:

@@ -70,6 +70,15 @@ class TreeShape:
         """
         return cls(*_static_fields(paths), leaving)
 
+    def without_gaps(self) -> TreeShape:
+        """The static tree in which the children of every node have ranks 0, 1, 2, ... in the order that they had."""
+        renamed: dict[tuple[int, ...], tuple[int, ...]] = {(): ()}
+        for path in self.paths:  # parents come before children, siblings in their order
+            above = renamed[path[:-1]]
+            rank = sum(other[:-1] == path[:-1] for other in renamed if other)
+            renamed[path] = (*above, rank)
+        return TreeShape.static([path for path in renamed.values() if path], self.leaving)
+
 
 def _static_fields(paths: Sequence[Sequence[int]]) -> tuple[int, int, int, tuple]:
     """Depth, top_k, nodes and the closed, ordered paths of a static tree."""

@@ -56,3 +56,9 @@ def test_trees_need_the_fixed_rule(rule):
 def test_the_widths_of_a_configuration():
     config = DecodeConfig(tree=TreeShape(depth=2, top_k=3, nodes=9))
     assert (config.draft_width, config.verify_widths) == (2, (9,))
+
+
+def test_drawn_children_leave_no_rank_out():
+    """A child of rank 2 is drawn from what those of rank 0 and 1 left, so they must be there."""
+    tree = TreeShape.static([(1,), (3,), (3, 0), (3, 2), (1, 4)])
+    assert tree.without_gaps().paths == ((0,), (1,), (0, 0), (1, 0), (1, 1))
