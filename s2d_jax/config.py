@@ -278,6 +278,10 @@ class DecodeConfig:
             f"min_confidence={self.min_confidence} must lie in [0, 1]: it is a probability",
         )
         require(self.gain_rate >= 0, f"gain_rate={self.gain_rate} must be 0 or more")
+        require(
+            self.tree is None or self.draft_length_rule == "fixed",
+            f"draft_length_rule={self.draft_length_rule!r} is for chains; with a tree leave it at fixed",
+        )
         self._check_costs()
         self._check_policy()
         require(
@@ -290,10 +294,6 @@ class DecodeConfig:
         ):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} must be at least 1")
-        require(
-            self.tree is None or self.draft_length_rule == "fixed",
-            f"draft_length_rule={self.draft_length_rule!r} is for chains; with a tree leave it at fixed",
-        )
         require(
             self.tree is not None or self.num_draft_tokens <= self.draft_width,
             f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.draft_width}; raise the cap",
