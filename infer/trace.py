@@ -13,11 +13,11 @@ from s2d_jax.buckets import bucket
 from s2d_jax.calibration import CHILDREN, Answer, Trace
 from s2d_jax.config import SamplingParams
 from s2d_jax.draft_length import confidence
-from s2d_jax.draft_logits import fit_vocabulary
+from s2d_jax.draft_logits import fit_vocabulary, over_all_ids
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import SamplingArrays
-from s2d_jax.sampling import probabilities
+from s2d_jax.sampling import probabilities, top_k
 
 BATCH = 8
 
@@ -103,6 +103,10 @@ def _score(target, draft, exits, target_params, *rest):
         min_p_B=jnp.zeros(1, jnp.float32),
     )
 
+    def all_logits(own_NK):
+        V = target.config.vocab_size
+        return fit_vocabulary(over_all_ids(own_NK, ids_K, V, unlisted=-jnp.inf), V)
+
     def prob_N(logits_NV):
         probs_NV = probabilities(logits_NV[None], row)[0]
         return jnp.take_along_axis(probs_NV, emitted_N[:, None], axis=1)[:, 0]
@@ -112,7 +116,7 @@ def _score(target, draft, exits, target_params, *rest):
     recorded = []
     for exit_layer, h_1TD in zip(exits, hiddens(draft, draft_params, exits), strict=True):
         own_NK = logits_NV(draft, draft_params, h_1TD, exit_layer)
-        draft_NV = _over_all_ids(own_NK, ids_K, target.config.vocab_size)
+        draft_NV = all_logits(own_NK)
         draft_prob_N = prob_N(draft_NV)
         ratio_N = jnp.minimum(1.0, draft_prob_N / jnp.maximum(target_prob_N, 1e-30))
         # Greedy: the draft's distribution is one-hot, and what was emitted is what the target takes.
@@ -124,15 +128,7 @@ def _score(target, draft, exits, target_params, *rest):
 def _children(logits_NV, emitted_N):
     """f32 `[N, K]` log-probabilities of the K most probable tokens, and int32 `[N]`, which of them was emitted; K if none."""
     K = min(CHILDREN, logits_NV.shape[1])
-    best_NK, ids_NK = jax.lax.top_k(logits_NV, K)
+    best_NK, ids_NK = top_k(logits_NV, K)
     found_NK = ids_NK == emitted_N[:, None]
     rank_N = jnp.where(found_NK.any(axis=1), jnp.argmax(found_NK, axis=1).astype(jnp.int32), K)
     return best_NK - jax.nn.logsumexp(logits_NV, axis=1, keepdims=True), rank_N
-
-
-def _over_all_ids(logits_NK, ids_K, vocab_size: int):
-    """f32 `[N, V]`: what a trimmed head does not list has no probability."""
-    if ids_K is None:
-        return fit_vocabulary(logits_NK, vocab_size)
-    nothing_NV = jnp.full((logits_NK.shape[0], vocab_size), -jnp.inf, jnp.float32)
-    return nothing_NV.at[:, ids_K].set(logits_NK, mode="drop")

@@ -18,7 +18,7 @@ from s2d_jax.pretrained import Draft
 from s2d_jax.tree import Tree
 
 # What is measured; what lies between is interpolated.
-NODES, TOP_KS = (8, 16, 60), (2, 10)
+MEASURED_NODES, MEASURED_TOP_KS = (8, 16, 60), (2, 10)
 # Levels of the trees that are grown, and of those that are verified; rounds per measurement.
 GROWN, VERIFIED, ROUNDS = 3, 4, 2
 
@@ -61,9 +61,9 @@ def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
 
 def verify_tree_program(target, draft: Draft, nodes: int) -> Program:
     """Seconds of a round with a tree of `nodes`, growing it left out, when a path through all levels is accepted."""
-    shape = TreeShape(VERIFIED, max(TOP_KS), nodes)
+    shape = TreeShape(VERIFIED, max(MEASURED_TOP_KS), nodes)
     decoder = SpeculativeDecoder(target, draft, DecodeConfig(tree=shape))
-    count = max(1, ROUNDS * NODES[0] // nodes)
+    count = max(1, ROUNDS * MEASURED_NODES[0] // nodes)
     static, args, state = prepared(decoder, rounds=count * (VERIFIED + 1))
     state = state.replace(draft_state=filled(state.draft_state, state.length_B - 1))
     proposal = _proposal(nodes, shape)
@@ -109,9 +109,9 @@ def tree_builders(target, draft: Draft) -> list[Callable[[], dict[tuple, Program
     def add(build, *names):
         builders.append(lambda: {names: build()})
 
-    for nodes in NODES:
+    for nodes in MEASURED_NODES:
         add(functools.partial(verify_tree_program, target, draft, nodes), "verify tree", nodes)
-    for top_k in TOP_KS:
+    for top_k in MEASURED_TOP_KS:
         builders.append(functools.partial(level_programs, target, draft, top_k))
         add(functools.partial(head_program, draft, top_k), "head", top_k)
     return builders
@@ -135,13 +135,19 @@ def tree_costs_of(seconds: dict, draft: Draft, drawing: float) -> TreeCosts:
             exit: max(grown(top_k, GROWN, exit) - grown(top_k, 1, exit), 0.0) / (GROWN - 1)
             for exit in exits
         }
-        for top_k in TOP_KS
+        for top_k in MEASURED_TOP_KS
     }
-    root = {exit: sum(grown(top_k, 1, exit) for top_k in TOP_KS) / len(TOP_KS) for exit in exits}
+    root = {
+        exit: sum(grown(top_k, 1, exit) for top_k in MEASURED_TOP_KS) / len(MEASURED_TOP_KS)
+        for exit in exits
+    }
     return TreeCosts(
         # A tree of more nodes bounds what one of fewer costs, whatever a noisy moment measured.
-        verify={n: min(seconds["verify tree", m] for m in NODES if m >= n) for n in NODES},
+        verify={
+            n: min(seconds["verify tree", m] for m in MEASURED_NODES if m >= n)
+            for n in MEASURED_NODES
+        },
         visit=drawing,
         level={1: root, **level},
-        head={1: seconds["head",], **{top_k: seconds["head", top_k] for top_k in TOP_KS}},
+        head={1: seconds["head",], **{top_k: seconds["head", top_k] for top_k in MEASURED_TOP_KS}},
     )

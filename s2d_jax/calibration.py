@@ -313,7 +313,7 @@ def tree_shapes(exits: tuple[int, ...]) -> list[TreeShape]:
         TreeShape(depth, k, nodes, leaving=leaving)
         for depth, k, nodes in itertools.product(DEPTHS, TOP_KS, NODES)
         for leaving in (("level", "node") if len(exits) > 1 else ("level",))
-        if depth < nodes <= 1 + k + (depth - 1) * k**2
+        if depth < nodes <= TreeShape.most_nodes(depth, k)
     ]
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from s2d_jax.errors import (
-    UserError as UserError,
-)  # everything that may fail by a bad value imports it from here
+from s2d_jax.errors import UserError as UserError
 from s2d_jax.errors import require
 from s2d_jax.round_costs import RoundCosts
 from s2d_jax.tree_shape import TreeShape

@@ -38,11 +38,13 @@ def token_ids(index: jax.Array, request: Request) -> jax.Array:
     return index if request.vocabulary_K is None else request.vocabulary_K[index]
 
 
-def over_all_ids(probs: jax.Array, ids_K: jax.Array | None, vocab_size: int) -> jax.Array:
-    """f32 `[..., K]` -> `[..., V]`: 0 at ids that are not listed; the same array if all are (`ids_K` None)."""
+def over_all_ids(
+    values: jax.Array, ids_K: jax.Array | None, vocab_size: int, unlisted: float = 0.0
+) -> jax.Array:
+    """f32 `[..., K]` -> `[..., V]`: `unlisted` at ids that are not listed; the same array if all are (`ids_K` None)."""
     if ids_K is None:
-        return probs
-    zeros = jnp.zeros((*probs.shape[:-1], vocab_size), jnp.float32)
-    return zeros.at[..., ids_K].set(
-        probs, indices_are_sorted=True, unique_indices=True, mode="drop"
+        return values
+    filled = jnp.full((*values.shape[:-1], vocab_size), unlisted, jnp.float32)
+    return filled.at[..., ids_K].set(
+        values, indices_are_sorted=True, unique_indices=True, mode="drop"
     )

@@ -11,23 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax.config import DecodeConfig, SamplingParams, TreeShape, UserError, check_thresholds
+from s2d_jax.config import DecodeConfig, SamplingParams, TreeShape, UserError
 from s2d_jax.conversation import Conversation
 from s2d_jax.decoder import Decoder, Target
 from s2d_jax.draft_length import DraftingArrays
-from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, TreeDrafter
 from s2d_jax.drafters.chain import ChainConfig
 from s2d_jax.drafters.segments import Segments
 from s2d_jax.guard import allowance
 from s2d_jax.model import Transformer
+from s2d_jax.pairing import check_pair, resolve_exits, vocabulary_of
 from s2d_jax.policy import load_policy
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.proposal import Drafter, Request, SamplingArrays
 from s2d_jax.session import UNLIMITED, Plan, Session
 from s2d_jax.sharding import mesh_of, replicated
 from s2d_jax.streaming import GenerationResult, Stream, Timing, growing_rounds
-from s2d_jax.tokenizer import check_same_tokenizer
 from s2d_jax.tree_decoder import TreeDecoder
 from s2d_jax.tree_growth import Growth
 
@@ -45,7 +44,8 @@ class SpeculativeDecoder:
         config: exits, draft length and the like.
 
     Raises:
-        UserError: for different tokenizers, exits that the draft does not have, or `policy="auto"` without a draft.
+        UserError: for different tokenizers, exits that the draft does not have, a tree of more children than the draft has
+            tokens, or `policy="auto"` without a draft.
     """
 
     def __init__(
@@ -59,10 +59,9 @@ class SpeculativeDecoder:
         if config.policy == "auto" and draft is None:
             raise UserError("policy='auto' chooses how to use a draft; give one, or leave it out")
         self.mesh = mesh_of(target.params)
-        self.exits, self.thresholds = _resolve_exits(draft, config)
+        self.exits, self.thresholds = resolve_exits(draft, config)
         if draft is not None:
-            _check_vocabularies(target, draft)
-            _check_costs(self.exits, config)
+            check_pair(target, draft, self.exits, config)
         self._params = {
             "target": target.params,
             "draft": {} if draft is None else self._place(draft.params),
@@ -243,7 +242,7 @@ class SpeculativeDecoder:
                 f"stop strings are texts, but {self.target.source} has no tokenizer; use stop_token_ids"
             )
         context = self.target.config.max_context
-        listed = _vocabulary_of(self.draft)
+        listed = vocabulary_of(self.draft)
         limits = [
             min(len(ids) + row.max_new_tokens, context)
             for ids, row in zip(prompt_ids, rows, strict=True)
@@ -319,7 +318,8 @@ class SpeculativeDecoder:
         model, returning = self._drafting_model, self._return_width
         if self.exits == (model.config.num_layers,):
             return IndependentDrafter(model, chain, returning)
-        return SortedDrafter(model, self.exits, chain, self.config.catch_up_width, returning)
+        segments = Segments(model, self.exits, self.target.config.vocab_size)
+        return SortedDrafter(segments, chain, self.config.catch_up_width, returning)
 
     def _tree_drafter(self, greedy: bool, shape: TreeShape) -> TreeDrafter:
         growth = Growth(shape, sampled=self.config.draft_sampling == "sample" and not greedy)
@@ -346,52 +346,3 @@ class SpeculativeDecoder:
 def _hottest(rows: Sequence[SamplingParams]) -> float:
     """The temperature that decides for a batch: it is greedy only if all rows are."""
     return max((row.temperature for row in rows), default=0.0)
-
-
-def _vocabulary_of(draft: Model | None) -> DraftVocabulary | None:
-    """The tokens that a draft's head is read over; None for all."""
-    return draft.vocabulary if isinstance(draft, Draft) else None
-
-
-def _resolve_exits(draft: Model | None, config: DecodeConfig):
-    """The exits in use and their thresholds."""
-    if draft is None:
-        return (), ()
-    if not isinstance(draft, Draft):
-        own_exits, own_thresholds = (draft.config.num_layers,), (0.0,)
-    else:
-        own_exits = draft.draft_config.exit_layers
-        own_thresholds = draft.draft_config.exit_thresholds
-    exits = config.exits or own_exits
-    missing = sorted(set(exits) - set(own_exits))
-    if missing:
-        raise UserError(f"exits={exits}: the draft has no exit at {missing}; it has {own_exits}")
-    if config.exit_thresholds is not None:
-        thresholds = config.exit_thresholds
-        check_thresholds(exits, thresholds)
-    else:
-        thresholds = (*(own_thresholds[own_exits.index(e)] for e in exits[:-1]), 0.0)
-    return exits, thresholds
-
-
-def _check_costs(exits: tuple[int, ...], config: DecodeConfig) -> None:
-    if config.costs is not None and len(config.costs.draft_step) != len(exits):
-        raise UserError(
-            f"costs.draft_step has {len(config.costs.draft_step)} values for {len(exits)} exits {exits}; give one per exit"
-        )
-
-
-def _check_vocabularies(target: Model, draft: Model) -> None:
-    listed = _vocabulary_of(draft)
-    if listed is not None and listed.ids_K[0] >= target.config.vocab_size:
-        raise UserError(
-            f"the draft vocabulary starts at id {listed.ids_K[0]}, the target has {target.config.vocab_size} tokens; "
-            "make the list from this target's answers"
-        )
-    if target.tokenizer is not None and draft.tokenizer is not None:
-        check_same_tokenizer(target.tokenizer, draft.tokenizer)
-    elif target.config.vocab_size != draft.config.vocab_size:
-        raise UserError(
-            f"the draft's vocab_size={draft.config.vocab_size} differs from the target's {target.config.vocab_size} "
-            "and there is no tokenizer to compare; use a draft of the target's vocabulary"
-        )

@@ -12,7 +12,7 @@ from s2d_jax.product_forms import blocked, plain, scaled, two_digits, weight_fir
 from s2d_jax.weight_formats import Int8Weight
 
 # Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
-_FEW_ROWS = 64
+_FEW_ROWS = 32
 # Above this many, two int8 digits an activation are more arithmetic than converting the weights.
 _FEW_DIGIT_ROWS = 8
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from s2d_jax.weight_formats import Int8Weight
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
-# The weight-first product of 5 to 7 rows costs more than that of 8, that of 9 to 15 more than that of 16, and so on.
-_CHEAPER_ROWS = ((5, 8), (9, 16), (49, 64))
+# The weight-first product of 5 to 7 rows costs more than that of 8, and that of 9 to 15 more than that of 16.
+_ROUND_ROWS_UP_TO = (8, 16)
 # Weights in a converted block: small enough for the shared cache, large enough that starting two kernels for it costs little.
 _BLOCK = 1 << 20
 # int16 activations as two int8 digits of base 256: 127 * 256 is the largest number whose first digit fits.
@@ -39,7 +39,7 @@ def weight_first(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
 
 
 def _padded_rows(rows: int) -> int:
-    return next((full for first, full in _CHEAPER_ROWS if first <= rows <= full), rows)
+    return next((r for r in _ROUND_ROWS_UP_TO if r // 2 < rows <= r), rows)
 
 
 def scaled(x_MI: jax.Array, w: Int8Weight) -> jax.Array:

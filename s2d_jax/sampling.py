@@ -120,5 +120,56 @@ def uniform(key_B: Key[Array, "B"], count: int) -> Float[Array, "B {count}"]:
 
 def sample(probs_BV: Float[Array, "B V"], key_B: Key[Array, "B"]) -> Int[Array, "B"]:
     """Draws one token per row from `probs_BV` with that row's key; int32 `[B]`. Never a token of probability 0."""
-    draw = jax.vmap(jax.random.categorical)
-    return draw(key_B, jnp.log(probs_BV)).astype(jnp.int32)
+    return draw(probs_BV, key_B, 1)[:, 0]
+
+
+def draw(
+    probs: Float[Array, "B *R V"], key_B: Key[Array, "B"], count: int
+) -> Int[Array, "B *R {count}"]:
+    """Draws `count` entries of each vector without replacement: each in proportion to what the earlier ones left.
+
+    First a block, by the blocks' sums, then an entry of it, both by inverting the distribution function: the vocabulary is
+    read once and two random numbers make a draw. (The largest of perturbed logarithms are the same draws, but take a random
+    number and two logarithms for every entry.)
+
+    Args:
+        probs: f32, not negative; need not sum to 1.
+        key_B: one key per row, for all its vectors.
+        count: static.
+
+    Returns:
+        int32, in the order drawn. Never an entry of probability 0 while one of positive probability is left.
+    """
+    *shape, V = probs.shape
+    size = min(_BLOCK, V)
+    padded = jnp.pad(probs, [(0, 0)] * len(shape) + [(0, -V % size)])
+    blocks = padded.reshape(*shape, -1, size)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (*shape[1:], count, 2)))(key_B)
+    sums, drawn = jnp.sum(blocks, axis=-1), []
+    block_number, place = _numbers(sums), _numbers(blocks[..., 0, :])
+    for i in range(count):
+        block = _invert(sums, u[..., i, 0])
+        entries = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+        for earlier in drawn:
+            taken = (block * size)[..., None] + place == earlier[..., None]
+            entries = jnp.where(taken, 0.0, entries)
+        at = _invert(entries, u[..., i, 1])
+        left = jnp.sum(jnp.where(place == at[..., None], 0.0, entries), axis=-1)
+        sums = jnp.where(block_number == block[..., None], left[..., None], sums)
+        drawn.append(block * size + at)
+    return jnp.stack(drawn, axis=-1).astype(jnp.int32)
+
+
+def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
+    """int32 `[...]`: the entry of `weights` `[..., N]` at which their running sum passes `u`, in [0, 1), of the whole."""
+    sums = jnp.cumsum(weights, axis=-1)
+    # Rounding may let a running sum grow where the weight is 0.
+    passed = (sums > u[..., None] * sums[..., -1:]) & (weights > 0.0)
+    number = _numbers(weights)
+    last = jnp.max(jnp.where(weights > 0.0, number, 0), axis=-1)
+    return jnp.minimum(last, jnp.min(jnp.where(passed, number, weights.shape[-1]), axis=-1))
+
+
+def _numbers(x: jax.Array) -> jax.Array:
+    """int32 of the shape of `x`: the place of each entry in its vector."""
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)

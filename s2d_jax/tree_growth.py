@@ -27,7 +27,7 @@ import numpy as np
 
 from s2d_jax.draft_logits import token_ids
 from s2d_jax.proposal import Request
-from s2d_jax.sampling import probabilities, top_k
+from s2d_jax.sampling import draw, probabilities, top_k
 from s2d_jax.tree import Tree
 from s2d_jax.tree_shape import TreeShape
 
@@ -173,20 +173,13 @@ class Growth:
         """
         if self.sampled:
             probs_BRK = probabilities(logits_BRK, request.sampling)
-            log_q_BRK = jnp.log(probs_BRK)
+            best_BRk = jnp.log(top_k(probs_BRK, self.shape.top_k)[0])
+            index_BRk = draw(probs_BRK, key_B, self.shape.top_k)
+            own_BRk = jnp.log(jnp.take_along_axis(probs_BRK, index_BRk, axis=2))
         else:
-            probs_BRK, log_q_BRK = None, logits_BRK
-        best_BRk, index_BRk = top_k(log_q_BRK, self.shape.top_k)
-        if self.sampled:
-
-            def noise(key):
-                return jax.random.gumbel(key, log_q_BRK.shape[1:])
-
-            # The largest perturbed entries are draws without replacement, in order (Vieira 2014; Kool et al. 2019).
-            _, index_BRk = top_k(log_q_BRK + jax.vmap(noise)(key_B), self.shape.top_k)
-            own_BRk = jnp.take_along_axis(log_q_BRK, index_BRk, axis=2)
-        else:
-            best_BRk = best_BRk - jax.nn.logsumexp(log_q_BRK, axis=-1, keepdims=True)
+            probs_BRK = None
+            best_BRk, index_BRk = top_k(logits_BRK, self.shape.top_k)
+            best_BRk -= jax.nn.logsumexp(logits_BRK, axis=-1, keepdims=True)
             own_BRk = best_BRk
         priority_BRk = jnp.where(live_BR[:, :, None], score_BR[:, :, None] + best_BRk, -jnp.inf)
         return Children(

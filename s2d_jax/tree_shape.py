@@ -42,7 +42,7 @@ class TreeShape:
             self.leaving in ("level", "node"),
             f"leaving={self.leaving!r} is unknown; use level or node",
         )
-        largest = 1 + self.top_k + (self.depth - 1) * self.top_k**2
+        largest = self.most_nodes(self.depth, self.top_k)
         require(
             self.depth < self.nodes <= largest,
             f"nodes={self.nodes} of a tree must be {self.depth + 1} to {largest}: a chain of depth={self.depth} at least, "
@@ -54,6 +54,11 @@ class TreeShape:
                 own == _static_fields(self.paths),
                 "the paths of a tree do not fit its depth, top_k and nodes; build it with TreeShape.static(paths)",
             )
+
+    @staticmethod
+    def most_nodes(depth: int, top_k: int) -> int:
+        """How many nodes a dynamic tree can have: the root, its children, and those of `top_k` nodes of every further level."""
+        return 1 + top_k + (depth - 1) * top_k**2
 
     @classmethod
     def static(

@@ -233,7 +233,7 @@ def models(tmp_path_factory):
 def test_calibrate_then_auto(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "WIDTHS", (1, 3))
     monkeypatch.setattr(command, "CONFIRMED", 1)
-    monkeypatch.setattr(tree_costs, "NODES", (8, 16))
+    monkeypatch.setattr(tree_costs, "MEASURED_NODES", (8, 16))
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two")))
     flags = ("--target", models.large, "--draft", models.draft)

@@ -13,6 +13,7 @@ from numpy_transformer import all_depths
 from tiny import tiny_config, tiny_params
 
 from s2d_jax.drafters.chain import ChainConfig
+from s2d_jax.drafters.segments import Segments
 from s2d_jax.drafters.sorted import SortedDrafter
 from s2d_jax.model import Transformer
 
@@ -29,9 +30,9 @@ def _compiled(num_exits: int, batch: int):
     exits = EXITS[num_exits]
     config = tiny_config(VOCAB, exits[-1], embed_dim=16, ffw_dim=16, num_heads=2, num_kv_heads=1)
     params = tiny_params(config, seed=num_exits, spread=5.0)
-    drafter = SortedDrafter(
-        Transformer(config), exits, ChainConfig(DRAFT_WIDTH, VOCAB, True, True), catch_up_width=3
-    )
+    segments = Segments(Transformer(config), exits, VOCAB)
+    chain = ChainConfig(DRAFT_WIDTH, VOCAB, True, True)
+    drafter = SortedDrafter(segments, chain, catch_up_width=3)
     init = jax.jit(lambda tokens, length: drafter.init(params, tokens, length, PROMPT_WIDTH))
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -63,7 +64,7 @@ class SlowReference:
 
 def _check_round(state, read, drafter, config, params, reference):
     """What was read at exits, lengths, keys, values and segment entries equal those of the recomputed sequences."""
-    bounds = (0, *drafter.exit_layers)
+    bounds = (0, *drafter.segments.exit_layers)
     for row, tokens in enumerate(reference.tokens):
         states, keys, values = all_depths(config, params, tokens)
         for exit_index, position, out_D in read[row]:
@@ -91,7 +92,7 @@ def _draft_round(data, rng, compiled, state, reference, tokens):
     Returns the state, and per row what was read: (exit, position, the exit's output).
     """
     drafter, _, _, _, catch_up, _ = compiled
-    num_segments, batch = len(drafter.exit_layers), len(reference.tokens)
+    num_segments, batch = len(drafter.segments.exit_layers), len(reference.tokens)
     counts = data.draw(st.lists(st.integers(0, DRAFT_WIDTH), min_size=batch, max_size=batch))
     read = [[] for _ in range(batch)]
     for step in range(max(counts)):

@@ -26,6 +26,7 @@ from s2d_jax.draft_length import DraftingArrays
 from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.drafters import IndependentDrafter, NoDrafter, SortedDrafter, chain
 from s2d_jax.drafters.chain import ChainConfig
+from s2d_jax.drafters.segments import Segments
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.model import Transformer
 from s2d_jax.prepare import prepare_for_decode
@@ -193,12 +194,12 @@ def _decoder(mode: Mode, target, draft) -> Decoder:
     watched = mode.rule in ("confidence", "expected_gain")
     config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled, watched=watched)
     model = draft.drafting_transformer
-    back = 3 if mode.guarded else 0
+    exits, back = draft.draft_config.exit_layers, 3 if mode.guarded else 0
     drafter = {
         "none": NoDrafter(0),
         "independent": IndependentDrafter(model, config, back),
-        "fixed": SortedDrafter(model, (1,), config, 2, back),
-        "thresholds": SortedDrafter(model, draft.draft_config.exit_layers, config, 2, back),
+        "fixed": SortedDrafter(Segments(model, (1,), VOCAB), config, 2, back),
+        "thresholds": SortedDrafter(Segments(model, exits, VOCAB), config, 2, back),
     }[mode.policy]
     widths = (1,) if mode.policy == "none" else mode.config().verify_widths
     return Decoder(Target(Transformer(target.config, target.dtype)), drafter, False, widths)

@@ -27,6 +27,7 @@ from train.distributed import start_processes
 from train.preemption import PREEMPTED_STATUS
 from train.progress import ProgressReport
 
+_FROM_GLOO = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
 # At a low rate rounding grows slowly.
 STEPS = (
     *("--optim.learning-rate", "1e-3", "--train.max-steps", 120),
@@ -71,9 +72,10 @@ def test_two_processes_stop_together_and_one_goes_on(source, alone, tmp_path):
     assert 20 <= step < 120
     assert f"SIGTERM: saved at step {step}; go on with --train.resume True" in told
     assert load_run(run_dir).source.endswith(f"step {step}")
-    # The second wrote nothing; what its collectives say comes from C++.
+    # The second wrote nothing; what its collectives say comes from C++, whose threads write into each other's lines.
     assert "compiling for 4 device(s)" in out
-    assert not [line for line in nothing.splitlines() if not line.startswith("[Gloo]")]
+    words = nothing.split()
+    assert not [w for w in words if w not in _FROM_GLOO.split() and not w.isdigit()]
     assert launch(source, run_dir, *STEPS, "--train.resume", "True") == 0
     check_equal(run_dir, alone)
 

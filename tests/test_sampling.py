@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
+from tree_reference import drawn_children
 
 from s2d_jax.config import SamplingParams, UserError
 from s2d_jax.proposal import SamplingArrays
-from s2d_jax.sampling import fold_in, probabilities, sample, split, top_k, uniform
+from s2d_jax.sampling import draw, fold_in, probabilities, sample, split, top_k, uniform
 
 CASES = [
     SamplingParams(temperature=1.0),
@@ -107,3 +111,39 @@ def test_the_largest_entries_with_ties(vocab):
     expected = np.argsort(-x, axis=-1, kind="stable")[..., :7]
     np.testing.assert_array_equal(index, expected)
     np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=-1))
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(6, 1), (6, 3), (300, 1), (300, 3)])
+def test_draws_follow_their_law(vocab, count):
+    """Without replacement and in order, against enumeration, at a false-alarm rate of 1e-4; 300 entries are several blocks."""
+    draws, places = 40_000, np.linspace(0, vocab - 1, 5).astype(int)
+    probs_V = np.zeros(vocab)
+    probs_V[places] = 0.4, 0.3, 0.15, 0.1, 0.05
+    keys = jax.random.split(jax.random.key(vocab + count), draws)
+    probs_BRV = jnp.broadcast_to(jnp.asarray(probs_V, jnp.float32), (draws, 1, vocab))
+    drawn = np.asarray(jax.jit(draw, static_argnums=2)(probs_BRV, keys, count))[:, 0]
+    law = {tuple(tokens): chance for tokens, chance in drawn_children(probs_V, count)}
+    counts = collections.Counter(map(tuple, drawn.tolist()))
+    assert counts.keys() <= law.keys()
+    expected = [draws * chance for chance in law.values()]
+    seen = [counts[tokens] for tokens in law]
+    assert stats.chisquare(seen, np.asarray(expected) * draws / sum(expected)).pvalue > 1e-4
+
+
+def test_all_that_is_left_is_drawn_before_anything_impossible():
+    probs = jnp.zeros((200, 2, 300)).at[:, :, jnp.array([7, 130, 299])].set(1e-30)
+    keys = jax.random.split(jax.random.key(0), 200)
+    drawn = np.asarray(draw(probs, keys, 5))
+    np.testing.assert_array_equal(
+        np.sort(drawn[..., :3]), np.broadcast_to([7, 130, 299], (200, 2, 3))
+    )
+    assert (drawn >= 0).all()
+    assert (drawn < 300).all()
+
+
+def test_what_a_vector_draws_is_independent_of_its_neighbours():
+    """Two vectors of one row share a key, not their numbers: pairs of equal draws are as rare as chance has them."""
+    probs = jnp.full((20_000, 2, 4), 0.25)
+    drawn = draw(probs, jax.random.split(jax.random.key(1), 20_000), 1)[..., 0]
+    equal = int((drawn[:, 0] == drawn[:, 1]).sum())
+    assert stats.binomtest(equal, 20_000, 0.25).pvalue > 1e-4

@@ -12,8 +12,8 @@ import pytest
 from numpy_transformer import all_depths, logits
 from tiny import tiny_draft, tiny_model, tiny_tokenizer
 
-from s2d_jax import generation
-from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
+from s2d_jax import pairing
+from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, TreeShape, UserError
 from s2d_jax.draft_length import DraftingArrays, confidence
 from s2d_jax.draft_logits import fit_draft_logits
 from s2d_jax.draft_vocabulary import TRIMMED_HEAD, DraftVocabulary
@@ -182,7 +182,7 @@ def test_a_trimmed_draft_as_target_keeps_its_whole_head(draft):
 @pytest.mark.parametrize("vocab_size", [56, 80])
 def test_vocabularies_that_are_padded_differently(vocab_size, monkeypatch):
     """Tiny models have no tokenizers that could show that only padding differs."""
-    monkeypatch.setattr(generation, "_check_vocabularies", lambda target, draft: None)
+    monkeypatch.setattr(pairing, "_check_vocabularies", lambda target, draft: None)
     target = _target()
     other = tiny_draft(vocab_size, (1, 2), spread=6.0)
     listed = DraftVocabulary(np.arange(1, vocab_size, 2))
@@ -237,3 +237,15 @@ def test_lists_that_do_not_fit(target, draft):
     wide = with_trimmed_head(tiny_draft(80, (1, 2)), DraftVocabulary(np.array([64, 70])))
     with pytest.raises(UserError, match="starts at id 64, the target has 64 tokens"):
         SpeculativeDecoder(target, wide)
+
+
+def test_a_tree_of_more_children_than_the_draft_knows(target, draft):
+    trimmed = with_trimmed_head(draft, DraftVocabulary(np.array([3, 5, 9])))
+    config = DecodeConfig(tree=TreeShape(depth=2, top_k=4, nodes=8))
+    with pytest.raises(UserError, match="top_k=4 of the tree is more than the 3 tokens that the"):
+        SpeculativeDecoder(target, trimmed, config)
+    full = DecodeConfig(tree=TreeShape(depth=2, top_k=3, nodes=8))
+    decoder = SpeculativeDecoder(target, trimmed, full)
+    reference = SpeculativeDecoder(target, None, DecodeConfig(verify_width=decoder.verify_width))
+    got = decoder.generate(PROMPTS, GREEDY).token_ids
+    assert got == reference.generate(PROMPTS, GREEDY).token_ids

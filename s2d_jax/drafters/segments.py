@@ -293,3 +293,24 @@ class Segments:
             "step_counts": state.step_counts_BE,
             "segment_passes": state.segment_passes_E,
         }
+
+
+class SegmentedDrafter:
+    """What drafters on `segments` have in common: the methods of `s2d_jax.proposal.Drafter` that only pass on."""
+
+    segments: Segments
+
+    def init(self, params, tokens_BC, length_B, prompt_width):
+        return self.segments.init(params, tokens_BC, length_B, prompt_width)
+
+    def extend(self, params, state, tokens_BC, length_B, width):
+        return self.segments.extend(params, state, tokens_BC, length_B, width)
+
+    def grow(self, state, capacity):
+        return self.segments.grow(state, capacity)
+
+    def rewind(self, state, length_B):
+        return self.segments.rewind(state, length_B)
+
+    def stats(self, state) -> dict[str, jax.Array]:
+        return self.segments.stats(state)

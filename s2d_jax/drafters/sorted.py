@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from s2d_jax.drafters.chain import ChainConfig, propose_chain
-from s2d_jax.drafters.segments import Segments
-from s2d_jax.model import Transformer
+from s2d_jax.drafters.segments import SegmentedDrafter, Segments
 
 
 @dataclasses.dataclass(frozen=True)
-class SortedDrafter:
-    """Drafts with the exits `exit_layers` of one model; a single exit is the fixed-exit policy.
+class SortedDrafter(SegmentedDrafter):
+    """Drafts with several exits of one model; a single exit is the fixed-exit policy.
 
     Attributes:
-        model: the draft.
-        exit_layers: ascending layer counts at which tokens may leave.
+        segments: the draft, cut at the exits at which tokens may leave.
         chain: what every chain drafter needs.
         catch_up_width: positions that one pass of a deeper segment takes in.
         return_width: the same for the first segment, when a row drafts again after plain rounds; 0 if rows never pause.
     """
 
-    model: Transformer
-    exit_layers: tuple[int, ...]
+    segments: Segments
     chain: ChainConfig
     catch_up_width: int
     return_width: int = 0
-
-    @property
-    def segments(self) -> Segments:
-        """The parts of the draft between its exits."""
-        return Segments(self.model, self.exit_layers, self.chain.vocab_size)
 
     @property
     def width(self) -> int:
@@ -42,15 +33,6 @@ class SortedDrafter:
     @property
     def margin(self) -> int:
         return self.chain.width + max(self.catch_up_width, self.return_width)
-
-    def init(self, params, tokens_BC, length_B, prompt_width):
-        return self.segments.init(params, tokens_BC, length_B, prompt_width)
-
-    def extend(self, params, state, tokens_BC, length_B, width):
-        return self.segments.extend(params, state, tokens_BC, length_B, width)
-
-    def grow(self, state, capacity):
-        return self.segments.grow(state, capacity)
 
     def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
         segments = self.segments
@@ -68,9 +50,3 @@ class SortedDrafter:
         return propose_chain(
             *(self.chain, step, state, tokens_BC, length_B, num_draft_B, key_B, request)
         )
-
-    def rewind(self, state, length_B):
-        return self.segments.rewind(state, length_B)
-
-    def stats(self, state) -> dict[str, jax.Array]:
-        return self.segments.stats(state)

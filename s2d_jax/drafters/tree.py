@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from s2d_jax.control import run_if
 from s2d_jax.draft_logits import num_entries
-from s2d_jax.drafters.segments import Segments, Slots, SortedState
+from s2d_jax.drafters.segments import SegmentedDrafter, Segments, Slots, SortedState
 from s2d_jax.kv_cache import write_window
 from s2d_jax.proposal import Request
 from s2d_jax.sampling import fold_in
@@ -59,7 +59,7 @@ class _Growing:
 
 
 @dataclasses.dataclass(frozen=True)
-class TreeDrafter:
+class TreeDrafter(SegmentedDrafter):
     """Drafts a tree in every round.
 
     Attributes:
@@ -82,15 +82,6 @@ class TreeDrafter:
     def margin(self) -> int:
         level_width = max(self.growth.width, self.catch_up_width)
         return self.growth.num_slots + max(level_width, _WAITING, self.return_width)
-
-    def init(self, params, tokens_BC, length_B, prompt_width):
-        return self.segments.init(params, tokens_BC, length_B, prompt_width)
-
-    def extend(self, params, state, tokens_BC, length_B, width):
-        return self.segments.extend(params, state, tokens_BC, length_B, width)
-
-    def grow(self, state, capacity):
-        return self.segments.grow(state, capacity)
 
     def propose(
         self, params, state, tokens_BC, length_B, num_draft_B, key_B, request: Request
@@ -204,12 +195,6 @@ class TreeDrafter:
     def keep_path(self, state, length_B, slot_BT):
         """Of the tree behind `length_B` tokens keeps the path through these slots; see `Segments.keep_path`."""
         return self.segments.keep_path(state, length_B, slot_BT)
-
-    def rewind(self, state, length_B):
-        return self.segments.rewind(state, length_B)
-
-    def stats(self, state) -> dict[str, jax.Array]:
-        return self.segments.stats(state)
 
 
 def _put(probs_BSK, new_BRK, slot):
