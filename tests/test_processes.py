@@ -101,6 +101,37 @@ def test_one_process_stops_and_two_go_on(source, alone, tmp_path, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), trained, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--model.lora-rank", 4), id="running teacher, lora"),
+        pytest.param(
+            ("--objective.teacher-top-k", 8, "--draft.exit-adapters", 1, "--draft.adapter-rank", 4),
+            id="stored teacher, exit adapter",
+        ),
+    ],
+)
+def test_two_processes_learn_from_a_teacher_as_one_does(source, tmp_path, flags):
+    """Each reads its share of the rows, of what was stored for them, and of the teacher; four devices hold the parameters."""
+    teacher = ("--objective.teachers", source / "model", "--objective.teacher-dtype", "float32")
+    mixed = ("--objective.distill-weight", 0.9, "--objective.ce-weight", 0.1)
+    flags = (*teacher, *mixed, *flags, "--optim.learning-rate", "1e-3")
+    assert launch(source, tmp_path / "alone", *flags) == 0
+    together = (source, tmp_path / "run", *TWO, "--mesh.fsdp", 2, *flags)
+    results = finish(spawn_together([together] * 2, devices=2))
+    assert [status for status, *_ in results] == [0, 0], results
+    for held_out in (False, True):
+        got, expected = (metrics(tmp_path / name, held_out=held_out) for name in ("run", "alone"))
+        assert [row["step"] for row in got] == [row["step"] for row in expected]
+        for one, other in zip(got, expected, strict=True):
+            for name in {"loss", "loss_per_exit", "divergence_per_exit"} & set(other):
+                # A divergence near 0 is a difference of logarithms, which rounding moves by some 1e-7.
+                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    trained, expected = (load_run(tmp_path / name).params for name in ("run", "alone"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), trained, expected)
+
+
 def test_a_failure_of_one_process_ends_all_with_one_line_each(source, tmp_path):
     run_dir = tmp_path / "run"
     good = (source, run_dir, "--mesh.data", 2)
