@@ -12,12 +12,12 @@ COUNTED = np.zeros(LENGTH, bool)
 COUNTED[60:220] = COUNTED[280:500] = True
 
 
-def floating_point_operations(block_weights: int, head_weights: int, width: int) -> float:
+def floating_point_operations(
+    block_weights: int, head_weights: int, width: int, exits: int
+) -> float:
     """Of a step's matrix products, forward and backward: 6 a weight and token, the head's for each exit and counted token."""
     layers = EXITS[-1]
     attention = (
         layers * 2 * LENGTH * LENGTH * width
     )  # scores and mixing; whole squares, as computed
-    return 6.0 * (
-        block_weights * LENGTH + len(EXITS) * head_weights * int(COUNTED.sum()) + attention
-    )
+    return 6.0 * (block_weights * LENGTH + exits * head_weights * int(COUNTED.sum()) + attention)
