@@ -1,6 +1,6 @@
-"""Runs two programs as whole processes in alternation and prints the ratio of their median tokens/s.
+"""Runs two programs as whole processes in alternation and prints the ratio of their median rates.
 
-Usage: alternate.py ROUNDS "COMMAND A" "COMMAND B"   (each prints tokens/s on its last line)
+Usage: alternate.py ROUNDS "COMMAND A" "COMMAND B"   (each prints its rate on its last line: tokens/s, rounds/s)
 """
 
 import shlex
@@ -14,6 +14,6 @@ for _ in range(rounds):
     for command, column in zip(commands, figures, strict=True):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         column.append(float(done.stdout.split()[-1]))
-        print(f"{column[-1]:8.2f} tokens/s  {shlex.join(command)}", flush=True)
+        print(f"{column[-1]:8.2f} /s  {shlex.join(command)}", flush=True)
 a, b = (statistics.median(column) for column in figures)
-print(f"medians {a:.2f} and {b:.2f} tokens/s: ratio {a / b:.2f}")
+print(f"medians {a:.2f} and {b:.2f} /s: ratio {a / b:.2f}")
