@@ -1,4 +1,4 @@
-"""Chains from a draft's first exit, f32; prints rounds/s. With alternate.py and two clones: whether a change has slowed chains down.
+"""Chains from a draft's first exit, f32; prints rounds/s. With alternate.py and two clones: whether chains have become slower.
 
 Usage: chain_ours.py TARGET DRAFT NEW_TOKENS TEMPERATURE
 """
