@@ -143,10 +143,8 @@ def _profile(args: Args, directory: Path, target, methods, question: Question) -
 def _check_drafting(args: Args, names: tuple[str, ...]) -> None:
     if args.drafting.policy is not None:
         raise UserError("--policy auto is a method here; add auto to --methods")
-    if args.drafting.tree:
-        raise UserError("--tree is said of single methods here, as in --methods s2d,s2d+tree")
-    dataclasses.replace(args.drafting, policy_file=None).config()
     check_trees(names, args.drafting)
+    dataclasses.replace(args.drafting, policy_file=None).config()
 
 
 def _measure(

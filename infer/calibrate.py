@@ -23,6 +23,7 @@ from infer.parallel import in_parallel
 from infer.questions import encode, read_questions
 from infer.timed import medians
 from infer.trace import answer_prompts, record_trace
+from infer.tree_costs import MEASURED_TOP_KS
 from s2d_jax.calibration import (
     TOP_KS,
     Candidate,
@@ -96,6 +97,7 @@ def calibrate(args: Args) -> None:
     questions = read_questions(args.questions)
     vocabulary = args.draft_options.draft_vocabulary
     draft = load_listed_draft(args.draft, vocabulary, args.compute.draft_format)
+    _check_trees(args, draft)
     file = policy_file_of(draft, args.out)
     read_policies(file)  # a damaged file is known before anything is measured
     for path in args.target:
@@ -112,6 +114,15 @@ def calibrate(args: Args) -> None:
                 write_policies(file, [policy])
         screen().print(f"policies written to {file}", soft_wrap=True)
         del target
+
+
+def _check_trees(args: Args, draft: Draft) -> None:
+    known = draft.config.vocab_size if draft.vocabulary is None else draft.vocabulary.size
+    if args.trees and known < max(MEASURED_TOP_KS):
+        raise UserError(
+            f"trees are measured with {max(MEASURED_TOP_KS)} children of a node, the draft knows {known} tokens; "
+            "give --no-trees, or a longer list"
+        )
 
 
 class Calibration:

@@ -57,10 +57,9 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
         return jax.lax.fori_loop(0, ROUNDS, one, draft_state)
 
     ready = filled(state.draft_state, state.length_B - 1)
-    no_stop = request.replace(stop_ids_BN=jnp.full_like(request.stop_ids_BN, -1))
 
     def program(thresholds, behind, count):
-        asked = no_stop.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
+        asked = request.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
         inputs = (params["draft"], asked, tokens_BC, ready, jnp.int32(behind))
         return timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
 

@@ -104,6 +104,9 @@ def read_rounds(
 ) -> list[Round]:
     """The first `count` rounds after `prompt`, fewer where the answer ends; they are those of `generate`, one by one."""
     decoder = drafting_trees(decoder, params.temperature)
+    # Room for all of the answer: nothing grows the caches here.
+    config = dataclasses.replace(decoder.config, initial_room=params.max_new_tokens)
+    decoder = SpeculativeDecoder(decoder.target, decoder.draft, config)
     static, width, args = decoder.prepare([prompt], [params])
     model_params, request, *_ = args
     state = compilation.programs(static, width, args)[0].prefill(*args)
@@ -126,16 +129,17 @@ def drafting_trees(decoder: SpeculativeDecoder, temperature: float) -> Speculati
     Raises:
         UserError: for a decoder that drafts nothing, or other chains.
     """
-    decoder = decoder.settled(temperature)
+    asked, decoder = decoder.config, decoder.settled(temperature)
     config = decoder.config
     if decoder.draft is None:
         raise UserError("--explain shows what a draft proposes, and nothing is drafted here")
     if config.tree is not None:
         return decoder
     if temperature > 0 or config.draft_length_rule != "fixed" or config.guard:
-        raise UserError(
-            "--explain shows trees, and greedy chains of a fixed length; add --tree, or leave out what drafts otherwise"
-        )
+        remedy = "add --tree, or leave out what drafts otherwise"
+        if asked.policy is not None:
+            remedy = "the policy has other chains here, so leave out --policy auto"
+        raise UserError(f"--explain shows trees, and greedy chains of a fixed length; {remedy}")
     chain = TreeShape.static([(0,) * config.num_draft_tokens])
     config = dataclasses.replace(config, tree=chain, narrow_widths=None, costs=None)
     return SpeculativeDecoder(decoder.target, decoder.draft, config)

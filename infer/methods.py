@@ -59,12 +59,19 @@ def build_methods(
 
 
 def check_trees(names: tuple[str, ...], options: DraftingOptions) -> None:
-    """Raises UserError for a tree that cannot be, or flags that shape one where no method has one."""
+    """Raises UserError for a tree that cannot be, flags that shape one where no method has one, or costs where one has."""
+    if options.tree:
+        raise UserError("--tree is said of single methods here, as in --methods s2d,s2d+tree")
     drafting = [_of_method(name, options) for name in names]
     for one in drafting:
         one.config()
     if (given := options.tree_flags()) and not any(one.tree for one in drafting):
         raise UserError(f"{given[0]} shapes trees; add a method with one, such as s2d+tree")
+    trees = [name for name, one in zip(names, drafting, strict=True) if one.tree]
+    if trees and (given := options.cost_flags()):
+        raise UserError(
+            f"{given[0]} is said of chains; leave out {trees[0]}, or it (infer.calibrate measures what trees cost, for auto)"
+        )
 
 
 def _of_method(name: str, given: DraftingOptions) -> DraftingOptions:

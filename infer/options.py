@@ -13,9 +13,10 @@ from s2d_jax.config import DecodeConfig, RoundCosts, SamplingParams, TreeShape, 
 
 # What shapes a tree, and what is said of chains only; a method `+tree` of infer.bench leaves the latter out.
 _OF_TREES = ("tree_depth", "tree_top_k", "tree_nodes", "tree_leaving", "tree_paths")
+_COSTS = ("draft_step_costs", "verify_costs", "guard", "narrow_widths")
 _OF_CHAINS = (
     *("num_draft_tokens", "draft_length_rule", "max_draft_tokens", "min_confidence", "gain_rate"),
-    *("draft_step_costs", "verify_costs", "guard", "narrow_widths"),
+    *_COSTS,
 )
 
 
@@ -86,7 +87,8 @@ class DraftingOptions:
     tree_top_k: int = 10
     """Tokens tried after a node, and nodes of a level that are drafted after."""
     tree_nodes: int = 60
-    """Positions that the target verifies, the last emitted token included: the most probable ones of the tree."""
+    """Positions that the target verifies, the last emitted token included: the most probable ones of the tree.
+    Drawn children are counted before they are drawn: 41 of 60 at depth 4, top-k 10."""
     tree_leaving: Literal["level", "node"] = "level"
     """With several exits. level: all nodes of a level leave as soon as one of them is confident; node: each
     for itself."""
@@ -120,12 +122,18 @@ class DraftingOptions:
         """The flags that shape a tree and were given."""
         return [_flag(name) for name in self._changed(_OF_TREES)]
 
+    def cost_flags(self) -> list[str]:
+        """The flags that tell what the rounds of one way of drafting cost, and were given."""
+        return [_flag(name) for name in self._changed(_COSTS)]
+
     def _changed(self, names: tuple[str, ...]) -> list[str]:
         fields = [field for field in dataclasses.fields(self) if field.name in names]
         return [field.name for field in fields if getattr(self, field.name) != field.default]
 
     def config(self, **changes) -> DecodeConfig:
         """The decode configuration; `changes` replaces fields. Raises UserError for a bad value."""
+        if self.tree and (given := self._changed(("num_draft_tokens", "max_draft_tokens"))):
+            raise UserError(f"{_flag(given[0])} counts a chain's tokens; a tree has --tree-depth")
         values = dataclasses.asdict(self)
         values = {name: value for name, value in values.items() if name not in _OF_TREES}
         values["tree"] = self.shape() if self.tree else None

@@ -220,7 +220,8 @@ class Decoder:
         )
         if "step_counts" in (after := self.drafter.stats(draft_state)):
             steps_BE = after["step_counts"] - self.drafter.stats(state.draft_state)["step_counts"]
-            state = state.replace(guard=charge(state.guard, request.drafting, steps_BE))
+            charged_BE = self._charged(steps_BE)
+            state = state.replace(guard=charge(state.guard, request.drafting, charged_BE))
         return proposal, state.replace(draft_state=draft_state)
 
     def verify(self, params, request: Request, state: DecodeState, proposal):
@@ -271,7 +272,8 @@ class Decoder:
             ),
             rounds_B=state.rounds_B + live_B.astype(jnp.int32),
             drafted_BG=state.drafted_BG + reached_BG(proposal.num_draft_B),
-            accepted_BG=state.accepted_BG + reached_BG(num_accepted_B),
+            # A tree may hold tokens behind a stop token; they are not emitted.
+            accepted_BG=state.accepted_BG + reached_BG(jnp.minimum(num_accepted_B, num_emitted_B)),
             proposed_B=state.proposed_B + jnp.where(live_B, self._num_proposed(proposal), 0),
             guard=settle(
                 *(state.guard, request.drafting, proposal.num_draft_B, num_emitted_B, live_B)
@@ -286,6 +288,10 @@ class Decoder:
     def _needed_width(self, proposal) -> jax.Array:
         """int32 scalar: positions that this round's target pass has to compute."""
         return jnp.max(proposal.num_draft_B) + 1
+
+    def _charged(self, steps_BE: jax.Array) -> jax.Array:
+        """int32 `[B, E]`: the steps by exit that the guard charges a round with, from those that it made."""
+        return steps_BE
 
     def _num_proposed(self, proposal) -> jax.Array:
         """int32 `[B]`: drafted tokens that the target verifies."""

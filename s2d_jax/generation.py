@@ -286,7 +286,9 @@ class SpeculativeDecoder:
         if self.config.tree is None:
             return Decoder(target, self._chain_drafter(greedy), greedy, widths)
         drafter = self._tree_drafter(greedy, self.config.tree)
-        return TreeDecoder(target, drafter, greedy, (*widths[:-1], drafter.growth.nodes))
+        nodes = drafter.growth.nodes
+        narrow = (width for width in widths if width < nodes)
+        return TreeDecoder(target, drafter, greedy, (*narrow, nodes))
 
     def _drafting(self, rows: Sequence[SamplingParams], width: int) -> DraftingArrays:
         config = self.config if self.draft is not None else DecodeConfig()

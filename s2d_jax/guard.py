@@ -24,8 +24,9 @@ been plain for `wait` rounds may use its whole credit for one token, to see whet
 each such probe that fails and starts anew with one that succeeds.
 
 With a tree a step is a level, a chain of n tokens is a tree of n levels, and verifying costs what all of its nodes cost,
-however many levels there are. So there is little to shorten: half of the credit must cover nearly a whole tree, and F is two
-of them.
+however many levels there are. A level that goes to a deeper exit takes earlier ones along, so every level of a round is charged
+as one at the deepest exit of that round. So there is little to shorten: half of the credit must cover nearly a whole tree, and
+F is two of them.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Account:
 
     def __init__(self, config: DecodeConfig, max_new_tokens: int):
         assert config.costs is not None
-        self.costs = config.costs
+        self.costs, self.has_tree = config.costs, config.tree is not None
         self.start = allowance(max_new_tokens, config)
         self.credit, self.plain_run, self.wait = self.start, 0, FIRST_WAIT
         self.worst = worst_case(self.costs.draft_step, self.costs.verify)
@@ -162,6 +163,8 @@ class Account:
         """`guard.charge` and `guard.settle` of a round with these draft steps."""
         self.credit += EARNED_PER_TOKEN * num_emitted
         if steps:
+            if self.has_tree:  # as `TreeDecoder` charges them
+                steps = [max(steps)] * len(steps)
             spent = sum(self.costs.draft_step[exit] for exit in steps)
             spent += self.plain_run * self.costs.catch_up
             saved = num_emitted - self.costs.verify[num_draft] - spent

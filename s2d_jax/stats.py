@@ -18,7 +18,7 @@ class GenerationStats:
         plain_rounds: those of them for which a draft was there, but drafted nothing.
         draft_forwards: runs of each of the draft's segments for the whole batch, `{exit layer: runs}`.
         drafted_tokens: tokens proposed.
-        accepted_tokens: tokens proposed and accepted (also those that were cut off behind a stop token).
+        accepted_tokens: tokens proposed, accepted and emitted (also those that a stop string then cut off).
         drafted_per_depth: rounds that drafted at least 1, 2, ... tokens.
         accepted_per_depth: rounds that accepted at least 1, 2, ... tokens.
         exit_histogram: drafted tokens by the layer they left at.

@@ -36,6 +36,13 @@ class TreeDecoder(Decoder):
         drafts = jnp.any(proposal.num_draft_B > 0)
         return jnp.where(drafts, self.drafter.growth.nodes, 1)
 
+    def _charged(self, steps_BE: jax.Array) -> jax.Array:
+        """Every level counts as one at the deepest exit of the round: a level that goes there takes earlier ones along."""
+        E = steps_BE.shape[1]
+        deepest_B = E - 1 - jnp.argmax(steps_BE[:, ::-1] > 0, axis=1)
+        levels_B1 = jnp.sum(steps_BE, axis=1, keepdims=True)
+        return levels_B1 * jax.nn.one_hot(deepest_B, E, dtype=steps_BE.dtype)
+
     def _num_proposed(self, proposal: TreeProposal) -> jax.Array:
         return jnp.sum(proposal.tree.valid_BM, axis=1, dtype=jnp.int32) - 1
 

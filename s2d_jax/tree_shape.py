@@ -20,7 +20,8 @@ class TreeShape:
     Attributes:
         depth: levels below the root; a round emits `depth + 1` tokens at most.
         top_k: children of an expanded node, and nodes that are expanded on a level.
-        nodes: positions that the target verifies, the root (the last emitted token) included.
+        nodes: positions that the target verifies, the root (the last emitted token) included. A dynamic tree of drawn
+            children has fewer: 1 + depth * min(top_k, (nodes - 1) // depth), since its nodes are counted before they are drawn.
         paths: of a static tree, ascending; `TreeShape.static` builds one. () grows dynamically.
         leaving: with several exits, "level": all nodes of a level leave as soon as one of them is confident (the rule of the
             S2D reference); "node": each for itself.
@@ -42,13 +43,14 @@ class TreeShape:
             self.leaving in ("level", "node"),
             f"leaving={self.leaving!r} is unknown; use level or node",
         )
-        largest = self.most_nodes(self.depth, self.top_k)
-        require(
-            self.depth < self.nodes <= largest,
-            f"nodes={self.nodes} of a tree must be {self.depth + 1} to {largest}: a chain of depth={self.depth} at least, "
-            f"all children with top_k={self.top_k} at most",
-        )
-        if self.paths:
+        if not self.paths:
+            largest = self.most_nodes(self.depth, self.top_k)
+            require(
+                self.depth < self.nodes <= largest,
+                f"nodes={self.nodes} of a tree must be {self.depth + 1} to {largest}: a chain of depth={self.depth} at least, "
+                f"all children with top_k={self.top_k} at most",
+            )
+        else:
             own = (self.depth, self.top_k, self.nodes, self.paths)
             require(
                 own == _static_fields(self.paths),

@@ -84,6 +84,12 @@ def test_flags_become_a_shape(tmp_path):
     assert static == TreeShape.static([(0,), (1,), (0, 0), (2, 1)], leaving="node")
     with pytest.raises(UserError, match="--tree-nodes follows from --tree-paths; leave one"):
         DraftingOptions(tree=True, tree_paths=paths, tree_nodes=9).config()
+    with pytest.raises(UserError, match="--num-draft-tokens counts a chain's tokens; a tree has"):
+        DraftingOptions(tree=True, num_draft_tokens=2).config()
+    with pytest.raises(UserError, match=r"--tree is said of single methods here, as in --methods"):
+        check_trees(("s2d",), DraftingOptions(tree=True))
+    with pytest.raises(UserError, match=r"--guard is said of chains; leave out s2d\+tree, or it"):
+        check_trees(("s2d", "s2d+tree"), DraftingOptions(guard=True))
     with pytest.raises(UserError, match="--tree-paths says which nodes a tree has; leave out :9"):
         check_trees(("s2d+tree:9",), DraftingOptions(tree_paths=paths))
 

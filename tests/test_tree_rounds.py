@@ -290,3 +290,23 @@ def test_statistics_count_what_happened(pair, greedy_rounds):
     assert set(stats.exit_histogram) == set(EXITS)
     assert sum(stats.exit_histogram.values()) == ran
     assert min(stats.exit_histogram.values()) > 0.02 * ran
+
+
+def test_tokens_behind_a_stop_token_are_not_accepted(pair):
+    """Each row stops at what it says third: deeper levels of the tree may have been right, and are not counted."""
+    decoder = SpeculativeDecoder(*pair, POLICIES["independent"])
+    said = decoder.generate(PROMPTS, GREEDY).token_ids
+    rows = [dataclasses.replace(GREEDY, stop_token_ids=(ids[2],)) for ids in said]
+    result = decoder.generate(PROMPTS, rows)
+    for stats in result.row_stats:
+        emitted = stats.emitted_tokens - 1  # prefill's
+        assert stats.accepted_tokens <= emitted
+        assert emitted <= stats.accepted_tokens + stats.target_forwards
+
+
+def test_the_guard_charges_every_level_as_the_deepest(pair):
+    """A level that goes to a deeper exit takes along the levels before it that did not."""
+    decoder = SpeculativeDecoder(*pair, POLICIES["s2d"])._decoder(greedy=True)
+    steps_BE = np.array([[2, 0, 1], [3, 0, 0], [1, 1, 0], [0, 0, 0]], np.int32)
+    charged = [[0, 0, 3], [3, 0, 0], [0, 2, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(decoder._charged(steps_BE), charged)

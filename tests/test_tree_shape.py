@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from s2d_jax.config import DecodeConfig, TreeShape, UserError
@@ -45,6 +47,14 @@ def test_a_static_shape_adds_what_lies_above_its_paths():
     assert set(shape.paths) == {(0,), (1,), (1, 0), (1, 0, 2)}
     assert (shape.depth, shape.top_k, shape.nodes) == (3, 3, 5)
     assert shape == TreeShape.static(shape.paths)
+
+
+def test_a_static_tree_may_expand_more_nodes_of_a_level_than_a_node_has_children():
+    full = TreeShape.static(list(itertools.product((0, 1), repeat=4)))
+    assert (full.depth, full.top_k, full.nodes) == (4, 2, 31)
+    # The same tree, once the ranks between are closed.
+    gapped = TreeShape.static(list(itertools.product((0, 9), repeat=4)))
+    assert (gapped.top_k, gapped.without_gaps()) == (10, full)
 
 
 @pytest.mark.parametrize("rule", ["heuristic", "confidence", "expected_gain"])

@@ -22,11 +22,12 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from infer.cli import run_command_line, screen
+from infer.cli import check_writable, run_command_line, screen
 from infer.loading import load_listed_draft, load_target
-from infer.methods import build_methods, parse_methods
+from infer.methods import build_methods, check_trees, parse_methods
 from infer.options import DraftingOptions
 from s2d_jax import DecodeConfig, Model, SamplingParams, SpeculativeDecoder, use_compile_cache
+from s2d_jax.files import write_text
 from s2d_jax.model import Transformer
 
 NEAR_TIE = 1e-3
@@ -128,13 +129,15 @@ class Check:
 
 
 def main(args: Args) -> None:
+    check_writable(args.out)
+    names = parse_methods(args.methods)
+    check_trees(names, args.drafting)
     use_compile_cache()
     target = load_target(args.target, "f32")
     draft, independent = (
         load_listed_draft(path, args.draft_vocabulary if path else None, "f32")
         for path in (args.draft, args.independent_draft)
     )
-    names = parse_methods(args.methods)
     asked = [name.strip() for name in args.methods.split(",")]
     methods = build_methods(names, target, draft, independent, args.drafting)
     methods = [method for method in methods if method.name in asked]
@@ -151,7 +154,7 @@ def main(args: Args) -> None:
         "mat": check.mat,
         "divergences": check.divergences,
     }
-    args.out.write_text(json.dumps(report))
+    write_text(args.out, json.dumps(report))
     margins = [
         one["margin"]
         for pair, found in check.divergences.items()

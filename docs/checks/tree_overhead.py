@@ -319,6 +319,10 @@ def decoders_of(args: Args, target, draft) -> list[tuple[str, SpeculativeDecoder
 
 
 def main(args: Args) -> None:
+    if args.rounds < 1 or args.repeats < 1:
+        raise UserError(f"rounds={args.rounds} and repeats={args.repeats} must be at least 1")
+    if args.drafting.tree_paths is not None:
+        raise UserError("--tree-paths: what is timed here is growing; leave it out")
     path = args.draft or args.independent_draft
     if path is None:
         raise UserError("there is nothing to draft with; give --draft or --independent-draft")

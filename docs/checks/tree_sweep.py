@@ -26,11 +26,11 @@ from infer.environment import environment
 from infer.formats import short_name
 from infer.loading import load_listed_draft, load_target
 from infer.measure import Sample, measure, round_shares
-from infer.methods import BASELINE, Method, build_methods
+from infer.methods import BASELINE, Method, build_methods, check_trees, parse_methods
 from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, parse_numbers
 from infer.plots import save_figure
 from infer.questions import read_questions
-from s2d_jax import use_compile_cache
+from s2d_jax import SamplingParams, SpeculativeDecoder, use_compile_cache
 from s2d_jax.config import UserError
 from s2d_jax.files import write_text
 from s2d_jax.stats import sum_stats
@@ -87,6 +87,7 @@ def main(args: Args) -> None:
     if args.draft is None and args.independent_draft is None:
         raise UserError("there is nothing to draft with; give --draft or --independent-draft")
     check_writable(args.out / "sweep.json")
+    method_names(args)
     use_compile_cache(args.compute.compile_cache)
     questions = read_questions(args.questions, max_questions=args.max_questions)
     compute = args.compute
@@ -116,7 +117,7 @@ def main(args: Args) -> None:
         for method in methods:
             shares[method.name] = round_shares(target, method, timed, args.sampling, raw=args.raw)
             progress.update(task, advance=1, last=method.name)
-    rows = make_rows(methods, samples, shares)
+    rows = make_rows(methods, samples, shares, args.sampling.temperature)
     verdict = explain_best(rows)
     show(args, rows, verdict)
     settings = {**dataclasses.asdict(args), "prompts": len(questions)}
@@ -133,14 +134,30 @@ def main(args: Args) -> None:
 
 def sweep_methods(args: Args, target, draft, independent) -> list[Method]:
     """Plain decoding, the chains, and the trees."""
-    models = (target, draft, independent)
-    names = (f"{args.method}:{tokens}" for tokens in numbers("chains", args.chains))
-    methods = build_methods((BASELINE, *names), *models, args.drafting)
-    for nodes in numbers("nodes", args.nodes):
-        depth = min(args.drafting.tree_depth, nodes - 1)
-        options = dataclasses.replace(args.drafting, tree_depth=depth)
-        methods += build_methods((f"{args.method}+tree:{nodes}",), *models, options)
+    models, (chains, trees) = (target, draft, independent), method_names(args)
+    methods = build_methods((BASELINE, *chains), *models, args.drafting)
+    for name, options in trees.items():
+        methods += build_methods((name,), *models, options)
     return methods
+
+
+def method_names(args: Args) -> tuple[list[str], dict[str, DraftingOptions]]:
+    """The chains, and the trees with the options of each; a tree of few nodes has fewer levels.
+
+    Raises:
+        UserError: for what cannot be swept.
+    """
+    chains = [f"{args.method}:{tokens}" for tokens in numbers("chains", args.chains)]
+    trees = {}
+    for nodes in numbers("nodes", args.nodes):
+        if nodes < 2:
+            raise UserError(f"--nodes {nodes} is no tree; give 2 or more")
+        depth = min(args.drafting.tree_depth, nodes - 1)
+        name = f"{args.method}+tree:{nodes}"
+        trees[name] = dataclasses.replace(args.drafting, tree_depth=depth)
+        check_trees((name,), trees[name])
+    parse_methods(",".join((*chains, *trees)))
+    return chains, trees
 
 
 def numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -148,7 +165,10 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def make_rows(
-    methods: Sequence[Method], samples: Sequence[Sample], shares: dict[str, dict[str, float]]
+    methods: Sequence[Method],
+    samples: Sequence[Sample],
+    shares: dict[str, dict[str, float]],
+    temperature: float,
 ) -> list[Row]:
     """One row per method, in their order."""
     by_method = {m.name: [s for s in samples if s.method == m.name] for m in methods}
@@ -162,7 +182,7 @@ def make_rows(
             Row(
                 name=method.name,
                 label=method.label,
-                nodes=method.decoder.verify_width,
+                nodes=verified_width(method.decoder, temperature),
                 depth=config.draft_width if drafts else 0,
                 tree=drafts and config.tree is not None,
                 tokens_per_second=mean_speed(own, lambda s: s.tokens_per_second),
@@ -175,6 +195,12 @@ def make_rows(
             )
         )
     return rows
+
+
+def verified_width(decoder: SpeculativeDecoder, temperature: float) -> int:
+    """Positions of a target pass; trees of drawn children have fewer than were asked for."""
+    row = SamplingParams(temperature=temperature)
+    return decoder.prepare([[0]], row)[0].widths[-1]
 
 
 def mean_speed(samples: Sequence[Sample], speed: Callable[[Sample], float]) -> float:
