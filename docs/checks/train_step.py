@@ -64,7 +64,8 @@ class RowStep:
             weights, head_weights, draft_config.embed_dim, len(exits)
         )
         self._batch = jax.device_put(batch, trainer.batch_sharding)
-        self._state = trainer.init_state(params)
+        # A step takes its state's memory; other steps may start from the same model.
+        self._state = trainer.init_state(jax.tree.map(jnp.copy, params))
         self._step = trainer.compile_step(self._state, self._batch)
 
     @property
