@@ -88,8 +88,11 @@ def test_flags_become_a_shape(tmp_path):
         DraftingOptions(tree=True, num_draft_tokens=2).config()
     with pytest.raises(UserError, match=r"--tree is said of single methods here, as in --methods"):
         check_trees(("s2d",), DraftingOptions(tree=True))
-    with pytest.raises(UserError, match=r"--guard is said of chains; leave out s2d\+tree, or it"):
-        check_trees(("s2d", "s2d+tree"), DraftingOptions(guard=True))
+    costs = {"draft_step_costs": ".1", "verify_costs": "1,1.1,1.2,1.3,1.4,1.5"}
+    with pytest.raises(
+        UserError, match=r"--draft-step-costs is said of chains; leave out s2d\+tree"
+    ):
+        check_trees(("s2d", "s2d+tree"), DraftingOptions(guard=True, **costs))
     with pytest.raises(UserError, match="--tree-paths says which nodes a tree has; leave out :9"):
         check_trees(("s2d+tree:9",), DraftingOptions(tree_paths=paths))
 
