@@ -86,6 +86,8 @@ class Row:
 def main(args: Args) -> None:
     if args.draft is None and args.independent_draft is None:
         raise UserError("there is nothing to draft with; give --draft or --independent-draft")
+    if args.repeats < 1:
+        raise UserError(f"repeats={args.repeats} must be at least 1")
     check_writable(args.out / "sweep.json")
     method_names(args)
     use_compile_cache(args.compute.compile_cache)
