@@ -51,6 +51,22 @@ def test_command_lines_are_read(monkeypatch, name):
     assert (seen[0].drafting.tree_depth, seen[0].drafting.tree_leaving) == (3, "node")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "foo"}, "method 'foo:2' is unknown"),
+        ({"nodes": "1"}, "--nodes 1 is no tree; give 2 or more"),
+        ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"drafting": DraftingOptions(tree=True)}, "--tree is said of single methods here"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_swept_is_said_before_anything_is_loaded(tmp_path, flags, message):
+    sweep = script("tree_sweep")
+    with pytest.raises(UserError, match=message):
+        sweep.main(sweep.Args(target="t", draft="d", questions=tmp_path, out=tmp_path, **flags))
+
+
 @pytest.mark.slow
 def test_sweep(models, questions, tmp_path, capsys):
     sweep = script("tree_sweep")

@@ -157,8 +157,9 @@ def method_names(args: Args) -> tuple[list[str], dict[str, DraftingOptions]]:
         depth = min(args.drafting.tree_depth, nodes - 1)
         name = f"{args.method}+tree:{nodes}"
         trees[name] = dataclasses.replace(args.drafting, tree_depth=depth)
-        check_trees((name,), trees[name])
     parse_methods(",".join((*chains, *trees)))
+    for name, options in trees.items():
+        check_trees((name,), options)
     return chains, trees
 
 
