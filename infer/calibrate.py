@@ -36,6 +36,7 @@ from s2d_jax.calibration import (
 from s2d_jax.compilation import use_compile_cache
 from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
+from s2d_jax.pairing import num_known_tokens
 from s2d_jax.policy import Policy, PolicyKey, policy_file_of, read_policies, write_policies
 from s2d_jax.pretrained import Draft, Model
 from s2d_jax.replay import predict
@@ -117,7 +118,7 @@ def calibrate(args: Args) -> None:
 
 
 def _check_trees(args: Args, draft: Draft) -> None:
-    known = draft.config.vocab_size if draft.vocabulary is None else draft.vocabulary.size
+    known = num_known_tokens(draft, draft.config.vocab_size)
     if args.trees and known < max(MEASURED_TOP_KS):
         raise UserError(
             f"trees are measured with {max(MEASURED_TOP_KS)} children of a node, the draft knows {known} tokens; "

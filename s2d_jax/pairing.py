@@ -13,6 +13,12 @@ def vocabulary_of(draft: Model | None) -> DraftVocabulary | None:
     return draft.vocabulary if isinstance(draft, Draft) else None
 
 
+def num_known_tokens(draft: Model, vocab_size: int) -> int:
+    """How many of `vocab_size` tokens the draft can propose: all, or those that its trimmed head lists."""
+    listed = vocabulary_of(draft)
+    return vocab_size if listed is None else listed.size
+
+
 def resolve_exits(
     draft: Model | None, config: DecodeConfig
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -59,8 +65,7 @@ def _check_costs(exits: tuple[int, ...], config: DecodeConfig) -> None:
 
 
 def _check_tree(target: Model, draft: Model, config: DecodeConfig) -> None:
-    listed = vocabulary_of(draft)
-    known = target.config.vocab_size if listed is None else listed.size
+    known = num_known_tokens(draft, target.config.vocab_size)
     if config.tree is not None and config.tree.top_k > known:
         raise UserError(
             f"top_k={config.tree.top_k} of the tree is more than the {known} tokens that the draft knows; lower it"

@@ -43,18 +43,18 @@ class TreeShape:
             self.leaving in ("level", "node"),
             f"leaving={self.leaving!r} is unknown; use level or node",
         )
-        if not self.paths:
+        if self.paths:
+            own = (self.depth, self.top_k, self.nodes, self.paths)
+            require(
+                own == _static_fields(self.paths),
+                "the paths of a tree do not fit its depth, top_k and nodes; build it with TreeShape.static(paths)",
+            )
+        else:
             largest = self.most_nodes(self.depth, self.top_k)
             require(
                 self.depth < self.nodes <= largest,
                 f"nodes={self.nodes} of a tree must be {self.depth + 1} to {largest}: a chain of depth={self.depth} at least, "
                 f"all children with top_k={self.top_k} at most",
-            )
-        else:
-            own = (self.depth, self.top_k, self.nodes, self.paths)
-            require(
-                own == _static_fields(self.paths),
-                "the paths of a tree do not fit its depth, top_k and nodes; build it with TreeShape.static(paths)",
             )
 
     @staticmethod

@@ -25,9 +25,14 @@ def held_out(run_dir: Path) -> list[dict]:
     return [row for row in rows if row.get("held_out")]
 
 
+def exits_of(runs: dict[str, list[dict]]) -> list[int]:
+    """All exits that any of the runs has."""
+    return sorted({int(e) for rows in runs.values() for e in rows[0]["agreement_per_exit"]})
+
+
 def curves(runs: dict[str, list[dict]]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
-    exits = sorted({int(e) for rows in runs.values() for e in rows[0][PANELS[0][0]]})
+    exits = exits_of(runs)
     for axes, (key, title) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for number, (name, rows) in enumerate(runs.items()):
             for exit_layer, style in zip(exits, STYLES, strict=False):
@@ -43,7 +48,7 @@ def curves(runs: dict[str, list[dict]]) -> Figure:
 
 
 def table(runs: dict[str, list[dict]]) -> Table:
-    exits = sorted({int(e) for rows in runs.values() for e in rows[0][PANELS[0][0]]})
+    exits = exits_of(runs)
     shown = Table(
         "run", "step", "loss", title="agreement and MAT at each exit", title_justify="left"
     )
