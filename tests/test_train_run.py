@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from s2d_jax.checkpoint import Checkpoints, load_run
 from s2d_jax.config import DraftConfig
 from s2d_jax.model import Transformer, truncated
 from s2d_jax.pretrained import load_draft, load_model
+from train import run
 from train.config_files import load_config
 from train.progress import ProgressReport
 
@@ -204,13 +207,17 @@ def test_export_writes_what_load_draft_reads(finished, tmp_path, monkeypatch, ca
     assert provenance["config"]["optim"]["learning_rate"] == 1e-2
 
 
-def test_minutes_end_a_run_and_its_schedule(source, tmp_path):
+def test_minutes_end_a_run_and_its_schedule(source, tmp_path, monkeypatch):
+    # Read at the start and three times in each step, the second of them for the time that has passed.
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: 0.02 * next(ticks))
+    monkeypatch.setattr(run, "time", clock)
     run_dir = tmp_path / "run"
     minutes = ("--train.max-steps", 100_000, "--train.max-minutes", 0.02)
-    assert launch(source, run_dir, *minutes, "--train.eval-every", 100_000) == 0
+    rarely = ("--train.eval-every", 100_000, "--train.checkpoint-every", 100_000)
+    assert launch(source, run_dir, *minutes, *rarely) == 0
     rows = metrics(run_dir)
-    assert 3 < len(rows) < 10_000
-    assert rows[-1]["elapsed_seconds"] >= 1.0
+    assert [row["elapsed_seconds"] for row in rows[-2:]] == pytest.approx([1.18, 1.24])  # of 1.2
     assert rows[-1]["learning_rate"] < 0.2 * max(row["learning_rate"] for row in rows)
     assert load_run(run_dir).source.endswith(f"step {rows[-1]['step']}")
 
