@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.mixed_product import mixed_product
 from s2d_jax.product_forms import blocked, plain, scaled, two_digits, weight_first
 from s2d_jax.weight_formats import Int8Weight
 
 # Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
 _FEW_ROWS = 32
+# From the next on, XLA's CPU library multiplies bf16 as it is. One row it widens, and hoists the f32 copy.
+_FEW_BF16_ROWS = 4
 # Above this many, two int8 digits an activation are more arithmetic than converting the weights.
 _FEW_DIGIT_ROWS = 8
 
@@ -32,10 +35,11 @@ def linear(x: jax.Array, w: jax.Array | Int8Weight, out_dtype: Any = None) -> ja
     """
     x_MI = x.reshape(-1, x.shape[-1])
     stored = format_of(w)
-    if (
-        stored != "int8" and w.dtype != x.dtype
-    ):  # masters in training; the gradient is that of a plain dot
-        w, stored = w.astype(x.dtype), "f32"
+    if stored == "f32" and x.dtype == jnp.bfloat16:  # masters, in training
+        out_MO = mixed_product(x_MI, w)
+        return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
+    if stored != "int8":
+        w, stored = w.astype(x.dtype), format_of(x)
     forms = {platform: form_of(platform, stored, x_MI.shape[0]) for platform in ("cpu", "tpu")}
     if forms["cpu"] is forms["tpu"]:
         out_MO = forms["cpu"](x_MI, w)
@@ -64,5 +68,5 @@ def form_of(platform: str, weight_format: str, rows: int) -> Form:
     if weight_format == "int8":
         return two_digits if rows <= _FEW_DIGIT_ROWS else blocked
     if weight_format == "bf16":
-        return blocked
+        return blocked if rows <= _FEW_BF16_ROWS else plain
     return weight_first if rows <= _FEW_ROWS else plain

@@ -34,7 +34,7 @@ from s2d_jax.pretrained import with_trimmed_head
 from s2d_jax.proposal import Request, SamplingArrays
 from s2d_jax.tree_growth import Growth
 
-SAMPLES, BATCH = 200_000, 50_000
+SAMPLES, BATCH = 200_000, 10_000
 ALPHA = 1e-4
 VOCAB, EMITTED, WIDTH = 8, 3, 2
 PROMPT = (3, 1, 4, 1, 5)

@@ -13,14 +13,16 @@ Divergence = Literal["forward_kl", "reverse_kl", "tvd"]
 _TINY = 1e-7
 
 
-def cross_entropy(log_q: jax.Array, targets: jax.Array) -> jax.Array:
-    """`-log q[target]` in nats.
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """`-log softmax(logits)[target]` in nats; f32 `[..., N]`.
 
     Args:
-        log_q: f32 `[..., K]` log-probabilities.
-        targets: int32 `[...]` in [0, K).
+        logits: f32 `[..., N, K]`.
+        targets: int32 `[N]` or with more of the leading axes, in [0, K).
     """
-    return -jnp.take_along_axis(log_q, targets[..., None], axis=-1, mode="clip")[..., 0]
+    targets = jnp.broadcast_to(targets, logits.shape[:-1])[..., None]
+    target_logit = jnp.take_along_axis(logits, targets, axis=-1, mode="clip")[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target_logit
 
 
 def divergence(kind: Divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Greedy decoding in f32 with a calibrated policy; prints tokens/s.
+"""Greedy decoding of an f32 target with a calibrated policy; prints tokens/s.
 
-Usage: pair_ours.py TARGET.gguf DRAFT.gguf QUESTIONS.jsonl PROMPTS NEW_TOKENS POLICY.json [VOCABULARY.json]
+Usage: pair_ours.py TARGET.gguf DRAFT.gguf QUESTIONS.jsonl PROMPTS NEW_TOKENS POLICY.json VOCABULARY.json DRAFT_FORMAT
 """
 
 import sys
@@ -18,10 +18,9 @@ from s2d_jax import (
     with_trimmed_head,
 )
 
-target, draft = load_model(sys.argv[1]), load_draft(sys.argv[2])
+target, draft = load_model(sys.argv[1]), load_draft(sys.argv[2], weight_format=sys.argv[8])
 questions = read_questions(Path(sys.argv[3]))[: int(sys.argv[4])]
-if len(sys.argv) > 7:
-    draft = with_trimmed_head(draft, read_vocabulary(sys.argv[7]))
+draft = with_trimmed_head(draft, read_vocabulary(sys.argv[7]))
 config = DecodeConfig(policy="auto", policy_file=sys.argv[6])
 decoder = SpeculativeDecoder(target, draft, config)
 sampling = SamplingParams(max_new_tokens=int(sys.argv[5]))
