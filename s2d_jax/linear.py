@@ -33,23 +33,25 @@ def linear(x: jax.Array, w: jax.Array | Int8Weight, out_dtype: Any = None) -> ja
     Returns:
         `[..., O]`; sums are accumulated in f32, or exactly.
     """
-    x_MI = x.reshape(-1, x.shape[-1])
-    stored = format_of(w)
-    if stored == "f32" and x.dtype == jnp.bfloat16:  # masters, in training
-        out_MO = mixed_product(x_MI, w)
-        return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
-    if stored != "int8":
-        w, stored = w.astype(x.dtype), format_of(x)
-    forms = {platform: form_of(platform, stored, x_MI.shape[0]) for platform in ("cpu", "tpu")}
-    if forms["cpu"] is forms["tpu"]:
-        out_MO = forms["cpu"](x_MI, w)
-    else:
-        out_MO = jax.lax.platform_dependent(x_MI, w, cpu=forms["cpu"], default=forms["tpu"])
+    out_MO = _product(x.reshape(-1, x.shape[-1]), w)
     return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
+def _product(x_MI: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
+    """f32 `[M, O]`."""
+    stored, computed = format_of(w), format_of(x_MI)
+    if (stored, computed) == ("f32", "bf16"):
+        return mixed_product(x_MI, w)
+    if stored != "int8":
+        w, stored = w.astype(x_MI.dtype), computed
+    forms = {platform: form_of(platform, stored, x_MI.shape[0]) for platform in ("cpu", "tpu")}
+    if forms["cpu"] is forms["tpu"]:
+        return forms["cpu"](x_MI, w)
+    return jax.lax.platform_dependent(x_MI, w, cpu=forms["cpu"], default=forms["tpu"])
+
+
 def format_of(w: jax.Array | Int8Weight) -> str:
-    """The weight format of a matrix that `linear` takes."""
+    """The weight format of a matrix, or of activations, that `linear` takes."""
     if isinstance(w, Int8Weight):
         return "int8"
     return "bf16" if w.dtype == jnp.bfloat16 else "f32"

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from s2d_jax import MeshConfig, make_mesh
 from s2d_jax.linear import linear
 from s2d_jax.mixed_product import mixed_product
 from s2d_jax.product_forms import plain
@@ -53,6 +55,27 @@ def test_linear_over_masters_is_this_product(out_dtype):
     np.testing.assert_allclose(
         gradient, np.asarray(x, float).sum((0, 1))[None].repeat(6, 0), rtol=1e-5
     )
+
+
+def test_rows_and_weights_may_be_split_over_devices():
+    rng = np.random.default_rng(2)
+    x, w, dy = (rng.normal(size=shape) for shape in ((48, 16), (32, 16), (48, 32)))
+    inputs = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(dy, jnp.float32)
+
+    @jax.jit
+    def gradients(x_MI, w_OI, dy_MO):
+        out_MO, pull = jax.vjp(mixed_product, x_MI, w_OI)
+        return out_MO, *pull(dy_MO)
+
+    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
+    specs = PartitionSpec("data"), PartitionSpec("tensor"), PartitionSpec("data", "tensor")
+    split = [
+        jax.device_put(array, NamedSharding(mesh, spec))
+        for array, spec in zip(inputs, specs, strict=True)
+    ]
+    for whole, found in zip(gradients(*inputs), gradients(*split), strict=True):
+        whole, found = (np.asarray(array, float) for array in (whole, found))
+        np.testing.assert_allclose(found, whole, rtol=2**-7, atol=1e-4)
 
 
 def products_and_widened(function, *inputs) -> tuple[int, list[str]]:
