@@ -110,23 +110,28 @@ class Reading:
         targets_BC, listed_BC = self._indices(labels.targets_BT)
         read = zip(labels.teachers, fixed["teachers"], strict=True)
         teachers = [self._distribution(i, *pair) for i, pair in enumerate(read)]
-        logits_EBCK = self._exit_logits(head, h_EBCD)
-        total_EBC = jax.nn.logsumexp(logits_EBCK, axis=-1)
-        ce_EBC = cross_entropy(logits_EBCK, targets_BC)
+        logits_BECK = self._exit_logits(head, h_EBCD)
+        total_BEC = jax.nn.logsumexp(logits_BECK, axis=-1)
+        ce_BEC = cross_entropy(logits_BECK, targets_BC[:, None, :])
         # No token has a smaller one. An argmax takes XLA's CPU backend ten times as long as a maximum.
-        best_EBC = ce_EBC <= total_EBC - jnp.max(logits_EBCK, axis=-1)
-        ce_EBC = jnp.where(listed_BC[None], ce_EBC, 0.0)
-        correct_EBC = (listed_BC[None] & best_EBC).astype(jnp.float32)
-        values = {"loss": objective.ce_weight * ce_EBC, "ce": ce_EBC, "correct": correct_EBC}
+        best_BEC = ce_BEC <= total_BEC - jnp.max(logits_BECK, axis=-1)
+        ce_BEC = jnp.where(listed_BC[:, None, :], ce_BEC, 0.0)
+        correct_BEC = (listed_BC[:, None, :] & best_BEC).astype(jnp.float32)
+        values = {"loss": objective.ce_weight * ce_BEC, "ce": ce_BEC, "correct": correct_BEC}
         if teachers:
-            log_q_EBCK = logits_EBCK - total_EBC[..., None]
-            apart_EBC = sum(
-                jnp.stack([divergence(objective.divergence, *of(log_q)) for log_q in log_q_EBCK])
-                for of in teachers
-            ) / len(teachers)
-            values["divergence"] = apart_EBC
-            values["loss"] = values["loss"] + objective.distill_weight * apart_EBC
-        return values
+            log_q_BECK = logits_BECK - total_BEC[..., None]
+            apart_BEC = sum(self._apart(of, log_q_BECK) for of in teachers) / len(teachers)
+            values["divergence"] = apart_BEC
+            values["loss"] = values["loss"] + objective.distill_weight * apart_BEC
+        return {name: jnp.swapaxes(value_BEC, 0, 1) for name, value_BEC in values.items()}
+
+    def _apart(self, teacher, log_q_BECK: jax.Array) -> jax.Array:
+        """How far each exit is from a teacher, f32 `[B, E, C]`."""
+        exits = [
+            divergence(self.objective.divergence, *teacher(log_q_BECK[:, e]))
+            for e in range(len(self.exit_layers))
+        ]
+        return jnp.stack(exits, axis=1)
 
     def watched(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
         """The `TokenFunction` of evaluation, `[E, B, C]`: `ce`, `confidence`, and `best`, the token drafted (int32)."""
@@ -150,11 +155,14 @@ class Reading:
         )
 
     def _exit_logits(self, head: Params, h_EBCD: jax.Array) -> jax.Array:
-        """f32 `[E, B, C, K]`; what exits share is multiplied at once, for larger products are faster."""
+        """f32 `[B, E, C, K]`; what exits share is multiplied at once, for larger products are faster.
+
+        The batch comes first: it is split over devices, and stays so when all but the last axis become one.
+        """
         if not self.parts.exits:
-            return self.logits(head, h_EBCD, self.exit_layers[-1])
+            return self.logits(head, jnp.swapaxes(h_EBCD, 0, 1), self.exit_layers[-1])
         each = zip(self.exit_layers, h_EBCD, strict=True)
-        return jnp.stack([self.logits(head, h_BCD, exit_layer) for exit_layer, h_BCD in each])
+        return jnp.stack([self.logits(head, h_BCD, exit_layer) for exit_layer, h_BCD in each], 1)
 
     def _indices(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where the head's entries have these tokens, and whether they have them at all."""
