@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -24,6 +25,7 @@ from rich.progress import (
 )
 
 from s2d_jax.config import UserError
+from s2d_jax.machine import devices_in_use, unused_accelerator
 
 Args = TypeVar("Args")
 _SECONDS_BETWEEN_LINES = 10.0
@@ -80,6 +82,15 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: no permission in {existing}")
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the name of a file")
+
+
+@functools.cache
+def say_devices() -> None:
+    """Says once, on stderr, which devices JAX uses; and warns if it passes over an accelerator whose plugin is installed."""
+    console = screen(stderr=True)
+    console.print(f"devices: {devices_in_use()}", markup=False, soft_wrap=True)
+    if (reason := unused_accelerator()) is not None:
+        console.print(f"warning: {reason}", markup=False, soft_wrap=True, style="yellow")
 
 
 def screen(*, stderr: bool = False) -> Console:

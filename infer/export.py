@@ -9,7 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 import yaml
 
-from infer.cli import run_command_line
+from infer.cli import run_command_line, say_devices
 from s2d_jax.checkpoint import load_run
 from s2d_jax.export import exits_left_out, export_draft, export_parts
 from s2d_jax.prepare import prepare_for_decode
@@ -44,6 +44,7 @@ def export(args: Args) -> None:
     Raises:
         UserError: if there is no such run or step, or the directory holds something else.
     """
+    say_devices()
     # A whole export folds LoRA in before it rounds.
     dtype = args.dtype if args.adapters_only else "float32"
     draft = load_run(args.run, args.step, dtype=jnp.dtype(dtype))

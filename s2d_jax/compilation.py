@@ -123,10 +123,11 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     jitted = jax.jit(
         function, donate_argnums=donate, **({} if out is None else {"out_shardings": out})
     )
-    compiled = jitted.lower(*inputs).compile()
+    lowered = jitted.lower(*inputs)
+    compiled = lowered.compile()
     result = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(function, *inputs),
+        lowered.out_info,
         compiled.output_shardings,
     )
     _CACHE[key] = compiled, result

@@ -1,10 +1,22 @@
-"""What of the host decides how fast it computes."""
+"""What of the machine decides how fast it computes: its CPU, and the devices that JAX uses."""
 
 from __future__ import annotations
 
+import collections
 import os
 import platform
+import re
+from importlib import metadata
 from pathlib import Path
+
+import jax
+
+# The packages through which JAX reaches accelerators: what each is for, and the extra of `jax` that installs it.
+_PLUGINS = {
+    "jax-cuda13-plugin": ("CUDA GPU", "cuda13"),
+    "jax-cuda12-plugin": ("CUDA GPU", "cuda12"),
+    "libtpu": ("TPU", "tpu"),
+}
 
 
 def cpu_name() -> str:
@@ -21,3 +33,46 @@ def usable_cores() -> int:
     """How many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def devices_in_use() -> str:
+    """The devices that JAX computes on, in a few words: `4 x NVIDIA H100 80GB HBM3 (cuda)`; JAX begins with this call."""
+    counted = collections.Counter((d.device_kind, d.platform) for d in jax.devices())
+    named = []
+    for (kind, platform_name), count in counted.items():
+        cpu = platform_name == "cpu"
+        what = f"CPU ({cpu_name()}, {usable_cores()} cores)" if cpu else f"{kind} ({platform_name})"
+        named.append(f"{count} x {what}" if count > 1 or not cpu else what)
+    here = "" if jax.process_count() == 1 else f", {jax.local_device_count()} of them on this host"
+    return ", ".join(named) + here
+
+
+def unused_accelerator() -> str | None:
+    """Why JAX computes on the CPU although a plugin for an accelerator is installed, and the remedy; None if all is as meant.
+
+    Whoever sets JAX_PLATFORMS has chosen, so nothing is said then.
+    """
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
+        return None
+    for package, (accelerator, extra) in _PLUGINS.items():
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+        jaxlib = metadata.version("jaxlib")
+        remedy = f"pip install --upgrade 'jax[{extra}]=={metadata.version('jax')}'"
+        # JAX takes plugins for CUDA of its own version only; libtpu has numbers of its own.
+        if extra != "tpu" and _release(version) != _release(jaxlib):
+            why = f"{package} {version} does not fit jaxlib {jaxlib}: {remedy}"
+        else:
+            why = (
+                f"{package} {version} found no {accelerator}: check its driver, and that this process may see it; "
+                "or set JAX_PLATFORMS=cpu"
+            )
+        return f"JAX computes on the CPU, not on a {accelerator}; {why}"
+    return None
+
+
+def _release(version: str) -> list[str]:
+    """The numbers of a version: 0.10.2 of 0.10.2+cuda and 0.10.2.dev1."""
+    return re.findall(r"\d+", version.split("+")[0].split(".dev")[0])

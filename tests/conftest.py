@@ -1,4 +1,4 @@
-"""Strict JAX, eight fake CPU devices, and where real weights come from."""
+"""Strict JAX on eight fake CPU devices, programs compiled once for all tests, and where real weights come from."""
 
 from __future__ import annotations
 
@@ -17,8 +17,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+ROOT = Path(__file__).parent.parent
+_MOST_MEMORY_MAPS = 30_000
+
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--all", action="store_true", help="also run the tests marked exhaustive: `make test-all`"
+    )
+    parser.addoption(
+        "--optimize",
+        action="store_true",
+        help="compile as users do; by default LLVM does not optimize, which takes half the time",
+    )
     parser.addoption(
         "--all-modes",
         action="store_true",
@@ -29,8 +40,26 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    """Tests compile much and compute little: programs are kept on disk for all workers, their processes, and later runs."""
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    if not config.getoption("--optimize"):
+        flags.append("--xla_backend_optimization_level=0")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    kept = os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "programs")
+    )
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", kept)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_modifyitems(config, items):
     """A file's tests stay on one worker, whose programs and fixtures they share; long independent ones fill the gaps."""
+    if not config.getoption("--all"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     for item in items:
         if item.path.name != "test_lossless.py":
             item.add_marker(pytest.mark.xdist_group(item.path.name))
@@ -51,11 +80,13 @@ def _cache_of_rows(tmp_path_factory):
 def _forget_compiled_programs():
     """A process may hold about 65,000 memory maps; XLA's programs for a CPU take many each, and a whole suite's too many."""
     yield
-    from s2d_jax import compilation
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_text().count("\n") > _MOST_MEMORY_MAPS:
+        from s2d_jax import compilation
 
-    compilation._CACHE.clear()
-    jax.clear_caches()
-    gc.collect()
+        compilation._CACHE.clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 def _from_environment(variable: str) -> Path | None:

@@ -151,7 +151,6 @@ def _build_elsewhere(config):
     return np.asarray(rows["tokens"][:]).tolist(), report.cache
 
 
-@pytest.mark.slow
 def test_processes_at_once(config, tokenizer):
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(3, mp_context=context) as pool:

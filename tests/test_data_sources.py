@@ -141,7 +141,6 @@ def test_rows_hold_documents_of_one_source(tokenizer, tmp_path):
     assert report.total["conversations"] == 14
 
 
-@pytest.mark.slow
 def test_several_processes_tokenize_as_one_does(tokenizer, tmp_path):
     """Spawned, as threads of JAX run already."""
     path = write_source(tmp_path / "chat", 250, words="one two")

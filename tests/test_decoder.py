@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
+    compilations,
     copies_of_what_is_kept,
     tiny_config,
     tiny_draft,
@@ -229,17 +230,11 @@ def test_a_second_prompt_of_the_bucket_compiles_nothing(target, draft):
     decoder = SpeculativeDecoder(target, draft, own_shape)
     first = decoder.generate([[1, 2, 3]], GREEDY)
     assert first.stats.seconds["compile"] > 0
-    compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compilations.append(event) if "compile" in event else None
-    )
-    try:
+    with compilations() as compiled:
         other = SamplingParams(max_new_tokens=33, stop_token_ids=(63,))
         second = decoder.generate([list(range(32))], other)  # the longest of the bucket
-    finally:
-        jax.monitoring.clear_event_listeners()
     assert second.stats.seconds["compile"] == 0
-    assert not [event for event in compilations if "backend_compile" in event]
+    assert not compiled
 
 
 def test_the_host_is_asked_once_per_call(target, draft, monkeypatch):

@@ -20,7 +20,6 @@ def target(smollm2_path):
     return load_model(smollm2_path)
 
 
-@pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_smollm2_says_what_it_says_without_a_draft(target, config):

@@ -130,7 +130,6 @@ def test_smollm2_windows_of_few_rows_equal_huggingface(smollm2_path):
 
 
 @pytest.mark.weights
-@pytest.mark.slow
 def test_qwen_05b_equals_huggingface(qwen_05b_path, capsys):
     difference = assert_parity(load_model(qwen_05b_path), hf_from_gguf(qwen_05b_path))
     with capsys.disabled():

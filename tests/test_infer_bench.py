@@ -43,7 +43,6 @@ def questions(tmp_path):
     return path
 
 
-@pytest.mark.slow
 def test_two_targets_are_measured_with_one_loaded_draft(
     models, questions, tmp_path, monkeypatch, capsys
 ):

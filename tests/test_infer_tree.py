@@ -161,7 +161,6 @@ def test_mistakes_of_generate_get_one_line(models, monkeypatch, capsys, flags, m
     assert message in failing_run(generate.main, monkeypatch, capsys, *filled, *rest)
 
 
-@pytest.mark.slow
 def test_bench_compares_chains_and_trees(models, questions, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     names = "s2d:3,s2d+tree,sd@1+tree:6,draft+tree:8"

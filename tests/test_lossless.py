@@ -294,7 +294,6 @@ def _p_value(counts: np.ndarray, exact: np.ndarray) -> float:
     return stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue
 
 
-@pytest.mark.slow
 def test_emitted_tokens_follow_the_target(mode, monkeypatch, request):
     # The form that small batches use, for this large one.
     monkeypatch.setattr(linear, "_FEW_DIGIT_ROWS", BATCH * WIDTH * len(PROMPT))
@@ -309,7 +308,6 @@ def test_the_formats_differ_enough_to_be_told_apart():
     assert noncentrality > 100
 
 
-@pytest.mark.slow
 def test_soft_q_for_argmax_drafts_is_caught(monkeypatch):
     """The known wrong rule (draft the mode, test it with the soft q) must fail this very test."""
 
@@ -321,7 +319,6 @@ def test_soft_q_for_argmax_drafts_is_caught(monkeypatch):
     assert _p_value(_emitted_counts(Mode("thresholds")), _exact(PLAIN)) < ALPHA / len(MODES)
 
 
-@pytest.mark.slow
 def test_a_q_at_the_wrong_ids_is_caught(monkeypatch):
     """The q of a trimmed head, left at its first K ids, must fail this very test."""
 
@@ -333,7 +330,6 @@ def test_a_q_at_the_wrong_ids_is_caught(monkeypatch):
     assert _p_value(counts, _exact(PLAIN)) < ALPHA / len(MODES)
 
 
-@pytest.mark.slow
 def test_reranking_drawn_children_is_caught(monkeypatch):
     """Ranking drawn children by their own probability, as deterministic ones are, must fail this very test."""
     children = Growth.children
@@ -348,7 +344,6 @@ def test_reranking_drawn_children_is_caught(monkeypatch):
     assert _p_value(counts, _exact(PLAIN)) < ALPHA / len(MODES)
 
 
-@pytest.mark.slow
 def test_a_q_that_keeps_its_sum_short_is_caught(monkeypatch):
     """q must be normalised again after each refusal: without that this very test fails."""
     norm = tree_acceptance._norm

@@ -200,7 +200,6 @@ def test_the_command_prints_a_table_and_writes_it(models, tmp_path):
     assert "92,744" not in markdown  # the paper's figure is of another draft
 
 
-@pytest.mark.slow
 def test_a_tpu_topology_is_compiled_for(models, tmp_path):
     pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
     flags = ["--draft", models["small"], "--exit-layers", "1", "2", "--target", models["small"]]

@@ -114,7 +114,6 @@ def no_cache():
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_cache")
 @pytest.mark.parametrize(
     ("topology", "slices", "mesh"),
@@ -140,7 +139,6 @@ def test_the_papers_recipe_compiles_for_tpus(topology, slices, mesh):
     assert plan.collectives["all-gather"].count > 0
 
 
-@pytest.mark.slow
 def test_a_topology_that_libtpu_does_not_know_is_named():
     pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
     with expect_user_error("--topology v5p:3x1x7 is not known to libtpu"):

@@ -59,7 +59,6 @@ def check_equal(run_dir, alone):
     np.testing.assert_allclose(*early, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(source, alone, tmp_path):
     """SIGTERM reaches one of them; both save at the same step."""
     run_dir = tmp_path / "run"
@@ -80,7 +79,6 @@ def test_two_processes_stop_together_and_one_goes_on(source, alone, tmp_path):
     check_equal(run_dir, alone)
 
 
-@pytest.mark.slow
 def test_one_process_stops_and_two_go_on(source, alone, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
 
@@ -101,7 +99,6 @@ def test_one_process_stops_and_two_go_on(source, alone, tmp_path, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), trained, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -280,7 +280,6 @@ def test_a_journal_is_for_one_process_and_tells_where_it_is_damaged(tmp_path):
     assert json.loads(path.read_text()) == {"seed": 1}
 
 
-@pytest.mark.slow
 def test_kill_9_at_any_moment(models, source, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "new.jsonl"
     again(monkeypatch, models, source, whole)

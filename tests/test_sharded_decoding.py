@@ -115,7 +115,6 @@ def tpu_mesh(monkeypatch):
     return make_mesh(MeshConfig(tensor=8), topology.devices)
 
 
-@pytest.mark.slow
 def test_llama2_7b_compiles_for_a_v5p_topology(tpu_mesh):
     """The jitted round of a LLaMA-2-7B target with a 12-layer sorted draft, ahead of time, without weights."""
 
@@ -139,7 +138,6 @@ def test_llama2_7b_compiles_for_a_v5p_topology(tpu_mesh):
     assert memory.temp_size_in_bytes < 1e9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("weight_format", ["bf16", "int8"])
 def test_weight_formats_compile_for_a_v5p_topology(tpu_mesh, weight_format):
     """The round of a few wide layers: plain dots on sharded weights, and no second copy of them in another type."""

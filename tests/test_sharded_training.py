@@ -135,7 +135,6 @@ def test_eight_devices_hold_an_eighth_of_parameters_and_moments():
     assert max(held) <= whole / 7
 
 
-@pytest.mark.slow
 def test_eight_devices_hold_a_seventh_of_the_papers_draft_at_most():
     """The first 12 layers of Vicuna-7B: norms and counters are on every device."""
     model = tiny_config(

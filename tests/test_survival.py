@@ -57,7 +57,6 @@ def check_same_run(run_dir: Path, whole: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, load_run(whole).params)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_ends_with_its_own_status_and_the_rest_is_as_if_nothing_was(
     source, flags, whole, tmp_path
 ):
@@ -102,7 +101,6 @@ def is_saved(run_dir: Path) -> bool:
         checkpoints.close()
 
 
-@pytest.mark.slow
 def test_kill_9_at_random_moments_never_leaves_an_unusable_run(
     source, flags, whole, tmp_path, pytestconfig
 ):

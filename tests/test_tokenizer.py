@@ -107,7 +107,6 @@ def test_smollm2_splits_digits_before_words(smollm2_path):
 
 
 @pytest.mark.weights
-@pytest.mark.slow
 def test_qwen_05b(qwen_05b_path, tmp_path):
     ours = Tokenizer.from_gguf(GGUFFile(qwen_05b_path))
     assert_same_ids(ours, huggingface_reader(qwen_05b_path))

@@ -67,7 +67,6 @@ def test_what_cannot_be_swept_is_said_before_anything_is_loaded(tmp_path, flags,
         sweep.main(sweep.Args(target="t", draft="d", questions=tmp_path, out=tmp_path, **flags))
 
 
-@pytest.mark.slow
 def test_sweep(models, questions, tmp_path, capsys):
     sweep = script("tree_sweep")
     args = sweep.Args(
@@ -128,7 +127,6 @@ def test_a_sweep_says_why_the_best_is_the_best():
     assert sweep.explain_best(rows[:3]) == []
 
 
-@pytest.mark.slow
 def test_identity(models, questions, tmp_path, capsys):
     check = script("greedy_identity")
     args = check.Args(
@@ -168,7 +166,6 @@ def test_where_answers_part(models):
     assert shorter["position"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "changes", "names"),
     [

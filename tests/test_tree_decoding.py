@@ -6,9 +6,8 @@ import dataclasses
 import functools
 import re
 
-import jax
 import pytest
-from tiny import noisy_draft, tiny_config, tiny_model, tiny_params, tiny_tokenizer
+from tiny import compilations, noisy_draft, tiny_config, tiny_model, tiny_params, tiny_tokenizer
 from tree_tiny import (
     BY_NODE,
     CAPACITY,
@@ -312,16 +311,10 @@ def test_other_thresholds_and_sampling_compile_nothing(pair):
     decoder = SpeculativeDecoder(*pair, other)
     filters = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "stop_token_ids": (63,)}
     sampling = SamplingParams(temperature=0.7, max_new_tokens=20, **filters)
-    compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compilations.append(event) if "compile" in event else None
-    )
-    try:
+    with compilations() as compiled:
         result = decoder.generate([list(range(32))], sampling)
-    finally:
-        jax.monitoring.clear_event_listeners()
     assert result.stats.seconds["compile"] == 0
-    assert not [event for event in compilations if "backend_compile" in event]
+    assert not compiled
 
 
 def test_chains_keep_their_own_decoder(pair, decoders):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import re
 
 import jax
@@ -53,12 +55,19 @@ def tiny_params(config: ModelConfig, seed: int = 0, spread: float = 1.0):
     `spread` multiplies the matrices: above 1 the distributions become peaked and the exits
     disagree, as in a trained model; at 1 they are nearly uniform.
     """
+    # Each caller gets arrays of its own, since training donates them.
+    return jax.tree.map(jnp.array, _drawn_once(config, seed, spread))
+
+
+@functools.cache
+def _drawn_once(config: ModelConfig, seed: int, spread: float):
+    """NumPy copies: a hundred small programs draw a model, so each is drawn once per process."""
     from s2d_jax.model import init_params
 
     params = init_params(config, jax.random.key(seed), dtype=jnp.float32)
-    if spread == 1.0:
-        return params
-    return jax.tree.map(lambda x: x * jnp.float32(spread) if x.ndim == 2 else x, params)
+    if spread != 1.0:
+        params = jax.tree.map(lambda x: x * jnp.float32(spread) if x.ndim == 2 else x, params)
+    return jax.device_get(params)
 
 
 def tiny_model(
@@ -123,9 +132,35 @@ def noisy_draft(target, exit_layers: tuple[int, ...], thresholds: tuple[float, .
     """The target with noise as its draft: often right, sometimes wrong, with exits that disagree."""
     from s2d_jax.pretrained import Draft
 
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(target.params))))
-    noisy = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(next(keys), x.shape), target.params)
+    noisy = with_noise(target.params, 0.02, seed)
     return Draft(target.config, noisy, None, "noisy", DraftConfig(exit_layers, thresholds))
+
+
+def with_noise(params, scale: float, seed: int = 9):
+    """`params` and normal noise of this size: one program draws all of it."""
+
+    @jax.jit
+    def noisy(params):
+        keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
+        return jax.tree.map(lambda x: x + scale * jax.random.normal(next(keys), x.shape), params)
+
+    return noisy(params)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Yields a list that gets an entry for every program that JAX compiles meanwhile."""
+    found = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def enumerable_model(num_layers: int = 2, *, seed: int = 0, spread: float = 4.0):

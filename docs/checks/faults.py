@@ -1,0 +1,797 @@
+"""The faults that `planted_faults.py` plants: wrong rules that run, each with the tests that must notice.
+
+`old` stands exactly once in `file`. `tests` are files of `tests/`, and `-k` where a few tests of a file say it sooner; words
+of `-k` that hold spaces are in quotes. What tests plant themselves (a rule, a gradient, a damaged file) has its counterpart here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One change of the source.
+
+    Attributes:
+        name: for the command line.
+        what: what is then done wrong.
+        file: from the root of the project.
+        old, new: what is replaced, by what.
+        tests: which must fail.
+    """
+
+    name: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+ACCEPTANCE = [
+    Fault(
+        "accept-always",
+        "every drafted token that is possible at all is accepted",
+        "s2d_jax/acceptance.py",
+        "accept_BG = u_BG * draft_prob_BG < target_prob_BG",
+        "accept_BG = target_prob_BG > 0.0",
+        "test_acceptance.py",
+    ),
+    Fault(
+        "residual-not-clipped",
+        "the residual is p - q, negative entries included",
+        "s2d_jax/acceptance.py",
+        "residual_BV = jnp.maximum(p_BV - q_BV, 0.0)",
+        "residual_BV = p_BV - q_BV",
+        "test_acceptance.py",
+    ),
+    Fault(
+        "bonus-from-q",
+        "when all drafted tokens are accepted, the bonus token is drawn from the draft's q",
+        "s2d_jax/acceptance.py",
+        "next_probs_BV = jnp.where(use_residual_B[:, None], residual_BV, p_BV)",
+        """next_probs_BV = jnp.where(use_residual_B[:, None], residual_BV, p_BV)
+    all_accepted_B = (num_accepted_B > 0) & ~rejected_B
+    next_probs_BV = jnp.where(all_accepted_B[:, None], q_BV, next_probs_BV)""",
+        "test_lossless.py -k [thresholds-sampled-heuristic]",
+    ),
+    Fault(
+        "soft-q-for-modes",
+        "the most probable token is drafted, and tested with the soft q",
+        "s2d_jax/drafters/chain.py",
+        "return sample(probs_BK, key_B), probs_BK",
+        "return jnp.argmax(probs_BK, axis=-1).astype(jnp.int32), probs_BK",
+        "test_lossless.py -k [thresholds-sampled-fixed]",
+    ),
+    Fault(
+        "improbable-drafts-dropped",
+        "a drawn token is dropped for its own low probability",
+        "s2d_jax/drafters/chain.py",
+        "proposal = _append(proposal, i, token_B, probs_BK, live_B)",
+        """if probs_BK is not None:
+            own_B = jnp.take_along_axis(probs_BK, index_B[:, None], axis=1)[:, 0]
+            live_B = live_B & (own_B > 0.2)
+        proposal = _append(proposal, i, token_B, probs_BK, live_B)""",
+        "test_lossless.py -k [independent-sampled-fixed]",
+    ),
+    Fault(
+        "rounds-share-random-numbers",
+        "every round of a row uses the same random numbers",
+        "s2d_jax/decoder.py",
+        "return split(fold_in(request.key_B, state.length_B), 2)",
+        "return split(fold_in(request.key_B, jnp.zeros_like(state.length_B)), 2)",
+        "test_lossless.py -k [thresholds-sampled-fixed]",
+    ),
+]
+
+SAMPLING = [
+    Fault(
+        "rows-share-a-seed",
+        "all rows draw with the seed of the first",
+        "s2d_jax/generation.py",
+        "jnp.asarray([row.seed for row in rows], jnp.uint32)",
+        "jnp.asarray([rows[0].seed for _ in rows], jnp.uint32)",
+        "test_decoder.py -k gives_each_row_its_seed",
+    ),
+    Fault(
+        "last-kept-token-dropped",
+        "top-k and top-p drop the last token that they should keep",
+        "s2d_jax/sampling.py",
+        "kept_BTV = jnp.where(bits_BTV >= low_BT[:, :, None], probs_BTV, 0.0)",
+        "kept_BTV = jnp.where(bits_BTV > low_BT[:, :, None], probs_BTV, 0.0)",
+        "test_sampling.py -k filters",
+    ),
+    Fault(
+        "min-p-ignored",
+        "min-p keeps everything",
+        "s2d_jax/sampling.py",
+        "jnp.where(probs_BTV >= floor_BT1, probs_BTV, 0.0)",
+        "jnp.where(floor_BT1 >= 0.0, probs_BTV, 0.0)",
+        "test_sampling.py -k filters",
+    ),
+    Fault(
+        "temperature-in-confidence",
+        "whether a token leaves at an exit depends on the temperature of the request",
+        "s2d_jax/drafters/segments.py",
+        "sure_BT = jnp.bool_(last) | (confidence(logits_BTK) > request.exit_threshold_E[s])",
+        """warm_B = jnp.where(request.sampling.temperature_B == 0, 1.0, request.sampling.temperature_B)
+        warm_BTK = logits_BTK / warm_B[:, None, None]
+        sure_BT = jnp.bool_(last) | (confidence(warm_BTK) > request.exit_threshold_E[s])""",
+        "test_tree_rounds.py -k 'drawn_children and filtered'",
+    ),
+    Fault(
+        "q-at-the-first-ids",
+        "the q of a trimmed head is left at its first K ids",
+        "s2d_jax/draft_logits.py",
+        "return filled.at[..., ids_K].set(",
+        "return filled.at[..., jnp.arange(len(ids_K))].set(",
+        "test_lossless.py -k [thresholds-sampled-fixed-trimmed]",
+    ),
+]
+
+TREES = [
+    Fault(
+        "tree-q-short-of-one",
+        "after a refusal q loses the token, and is not normalised again",
+        "s2d_jax/tree_acceptance.py",
+        "draft_probs_BV=_where(refuse_B, _norm(without_BV, without_BV), q_BV),",
+        "draft_probs_BV=_where(refuse_B, without_BV, q_BV),",
+        "test_tree_acceptance.py -k keep_the_targets_law",
+    ),
+    Fault(
+        "tree-q-keeps-the-refused",
+        "after a refusal q keeps the refused token",
+        "s2d_jax/tree_acceptance.py",
+        "without_BV = jnp.where(jnp.arange(V)[None, :] == token_B[:, None], 0.0, q_BV)",
+        "without_BV = q_BV",
+        "test_tree_acceptance.py -k keep_the_targets_law",
+    ),
+    Fault(
+        "tree-p-keeps-the-refused",
+        "after a refusal p stays as it was",
+        "s2d_jax/tree_acceptance.py",
+        "target_probs_BV=_where(refuse_B, _norm(jnp.maximum(p_BV - q_BV, 0.0), p_BV), p_BV),",
+        "target_probs_BV=p_BV,",
+        "test_tree_acceptance.py -k keep_the_targets_law",
+    ),
+    Fault(
+        "tree-walks-greedily",
+        "a tree of most probable children follows the target's argmax at any temperature",
+        "s2d_jax/tree_acceptance.py",
+        "return sample(probs_BV, fold_in(key_B, node_B))",
+        "return jnp.argmax(probs_BV, axis=-1).astype(jnp.int32)",
+        "test_tree_acceptance.py -k most_probable_children",
+    ),
+    Fault(
+        "drawn-children-reranked",
+        "drawn children are ranked by their own probability",
+        "s2d_jax/tree_growth.py",
+        "score_BR[:, :, None] + best_BRk, -jnp.inf)",
+        "score_BR[:, :, None] + own_BRk, -jnp.inf)",
+        "test_lossless.py -k [thresholds-sampled-tree]",
+    ),
+    Fault(
+        "drawn-children-sorted",
+        "drawn children are taken in the order of their ids, not as drawn",
+        "s2d_jax/tree_growth.py",
+        "index_BRk = draw(probs_BRK, key_B, self.shape.top_k)",
+        "index_BRk = jnp.sort(draw(probs_BRK, key_B, self.shape.top_k), axis=-1)",
+        "test_lossless.py -k [thresholds-sampled-tree]",
+    ),
+    Fault(
+        "siblings-seen",
+        "a node of the tree looks at its elder siblings",
+        "s2d_jax/tree.py",
+        "    found_BMM = at_BM[:, :, None] == node_M[None, None, :]\n",
+        """    elder_BMM = parent_BM[:, :, None] == parent_BM[:, None, :]
+    elder_BMM &= (node_M[:, None] > node_M[None, :])[None]
+    found_BMM = (at_BM[:, :, None] == node_M[None, None, :]) | elder_BMM
+""",
+        "test_tree.py -k ancestors",
+    ),
+    Fault(
+        "neighbour-kept",
+        "of an accepted path the caches keep the entries one place further on",
+        "s2d_jax/kv_cache.py",
+        "(start_B[:, None] + index_BT).reshape(shape)",
+        "(start_B[:, None] + index_BT + (index_BT > 0)).reshape(shape)",
+        "test_tree.py -k paths",
+    ),
+    Fault(
+        "unseen-path-kept",
+        "a deeper segment keeps an accepted path also where it never computed it",
+        "s2d_jax/drafters/segments.py",
+        "kept_BT = (slot_BT >= 0) & (root_B[:, None] + slot_BT < cache.length_B[:, None])",
+        "kept_BT = slot_BT >= 0",
+        "test_tree_rounds.py -k 'every_round and [s2d]'",
+    ),
+]
+
+DRAFTING = [
+    Fault(
+        "catch-up-one-late",
+        "a segment that catches up starts one position late",
+        "s2d_jax/drafters/segments.py",
+        "chunk = read_window(source, cache.length_B, width)",
+        "chunk = read_window(source, cache.length_B + 1, width)",
+        "test_catch_up.py",
+    ),
+    Fault(
+        "rewind-lengthens",
+        "rewinding sets lengths instead of clipping them",
+        "s2d_jax/kv_cache.py",
+        "return self.replace(length_B=jnp.minimum(self.length_B, length_B))",
+        "return self.replace(length_B=length_B)",
+        "test_catch_up.py",
+    ),
+    Fault(
+        "bonus-token-unread",
+        "a whole draft does not read the last drafted token after a round that accepted all",
+        "s2d_jax/drafters/independent.py",
+        "behind_B = (state.cache.length_B < length_B - 1) & (num_draft_B > 0)",
+        "behind_B = (state.cache.length_B < length_B - 2) & (num_draft_B > 0)",
+        "test_decoder.py -k its_own_draft",
+    ),
+    Fault(
+        "returning-draft-behind",
+        "a draft that returns after plain rounds misses one of their tokens",
+        "s2d_jax/drafters/independent.py",
+        "cache = self._take_in(params, state.cache, tokens_BC, end_B, self.return_width)",
+        "cache = self._take_in(params, state.cache, tokens_BC, end_B - 1, self.return_width)",
+        "test_draft_length.py -k has_caught_up",
+    ),
+    Fault(
+        "guard-forgets-drafting",
+        "the guard does not charge what drafting cost",
+        "s2d_jax/guard.py",
+        "saved_B = emitted_B - drafting.verify_cost_W[num_draft_B] - guard.spent_B",
+        "saved_B = emitted_B - drafting.verify_cost_W[num_draft_B]",
+        "test_draft_length.py -k guards_loss",
+    ),
+]
+
+DECODING = [
+    Fault(
+        "stop-tokens-ignored",
+        "a stop token does not end its row",
+        "s2d_jax/decoder.py",
+        "done_B=state.done_B | stopped_B | (length_B >= request.max_length_B)",
+        "done_B=state.done_B | (length_B >= request.max_length_B)",
+        "test_decoder.py -k stop_tokens_end",
+    ),
+    Fault(
+        "one-token-too-many",
+        "a row may draft as many tokens as it may emit",
+        "s2d_jax/decoder.py",
+        "jnp.minimum(state.draft_length_B, affordable_B), budget_B - 1)",
+        "jnp.minimum(state.draft_length_B, affordable_B), budget_B)",
+        "test_decoder.py -k few_new_tokens",
+    ),
+    Fault(
+        "only-row-written-bare",
+        "the one row of a batch is written without the condition that keeps XLA from copying its cache",
+        "s2d_jax/kv_cache.py",
+        "return run_if(start_B[0] >= 0, write_only_row, buffer)",
+        "return write_only_row(buffer)",
+        "test_decoder.py -k no_cache_is_copied",
+    ),
+    Fault(
+        "conditions-copy",
+        "what may be left out in a round is a branch, which copies the caches that it carries",
+        "s2d_jax/control.py",
+        "return jax.lax.while_loop(lambda state: state[0], once, (predicate, carry))[1]",
+        "return jax.lax.cond(predicate, body, lambda carry: carry, carry)",
+        "test_decoder.py -k no_cache_is_copied",
+    ),
+    Fault(
+        "every-length-compiled",
+        "every length of a prompt has a program of its own",
+        "s2d_jax/session.py",
+        "return chunk_width(new, self.prefill_chunk)",
+        "return min(new, self.prefill_chunk)",
+        "test_decoder.py -k second_prompt",
+    ),
+    Fault(
+        "host-asks-twice",
+        "the host fetches state and counters one after the other",
+        "s2d_jax/session.py",
+        "self._look = Look(*jax.device_get((_without_caches(self._state), counters)))",
+        "self._look = Look(*map(jax.device_get, (_without_caches(self._state), counters)))",
+        "test_decoder.py -k host_is_asked_once",
+    ),
+    Fault(
+        "other-story-believed",
+        "a prompt is served by caches of the same length, whatever they hold",
+        "s2d_jax/session.py",
+        "kept.append(int(differs.argmax()) if differs.any() else count)",
+        "kept.append(count)",
+        "test_long_and_later.py -k later_turn_equals",
+    ),
+    Fault(
+        "caches-overrun",
+        "rounds go on until a cache is full to its last position",
+        "s2d_jax/decoder.py",
+        "return jnp.all(state.length_B + self.margin <= state.tokens_BC.shape[1])",
+        "return jnp.all(state.length_B < state.tokens_BC.shape[1])",
+        "test_long_and_later.py -k caches_grow",
+    ),
+]
+
+TEXT = [
+    Fault(
+        "half-characters",
+        "a stream gives out characters of which bytes are missing",
+        "s2d_jax/tokenizer.py",
+        r'return self.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")',
+        "return self.decode(ids)",
+        "test_row_text.py",
+    ),
+    Fault(
+        "stop-strings-begun",
+        "a stream gives out what may be the beginning of a stop string",
+        "s2d_jax/row_text.py",
+        "text = text[: len(text) - self._held_back(text)]",
+        "text = text[:]",
+        "test_row_text.py",
+    ),
+    Fault(
+        "words-taken-for-padding",
+        "whatever one vocabulary has more than the other is taken for padding",
+        "s2d_jax/tokenizer.py",
+        "if i > shared and extra is not None and _PADDING.fullmatch(extra):",
+        "if i > shared and extra is not None:",
+        "test_tokenizer.py -k more_entries",
+    ),
+    Fault(
+        "damaged-tokenizer-believed",
+        "a damaged tokenizer.model is left to transformers, which takes it for tiktoken's",
+        "s2d_jax/tokenizer.py",
+        'if (directory / "tokenizer.json").exists() or not file.exists():',
+        'if (directory / "config.json").exists() or not file.exists():',
+        "test_sentencepiece.py -k not_sentencepieces",
+    ),
+]
+
+MODELS = [
+    Fault(
+        "queries-of-other-groups",
+        "query heads share the keys of another group",
+        "s2d_jax/layers.py",
+        "q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)",
+        "q_BTNH.reshape(B, T, G, K, H).transpose(0, 3, 2, 1, 4)",
+        "test_model.py -k equals_numpy",
+    ),
+    Fault(
+        "llama3-factors-ignored",
+        "the RoPE scaling of Llama-3 is ignored",
+        "s2d_jax/layers.py",
+        "    if scaling is None:\n        return frequency",
+        "    if scaling is None or scaling.factor > 1.0:\n        return frequency",
+        "test_pretrained.py -k 'logits_equal and llama3'",
+    ),
+    Fault(
+        "documents-see-back",
+        "a packed document sees those before it",
+        "s2d_jax/model.py",
+        "(segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])",
+        "(segment_ids_BT[:, :, None] >= segment_ids_BT[:, None, :])",
+        "test_model.py -k segments",
+    ),
+    Fault(
+        "parts-not-read",
+        "drafting reads every exit through what all exits share",
+        "s2d_jax/pretrained.py",
+        "return Transformer(self.config, self.dtype, size, self.draft_config.parts)",
+        "return Transformer(self.config, self.dtype, size)",
+        "test_exit_parts.py -k follows_the_definition",
+    ),
+    Fault(
+        "last-digit-lost",
+        "int8 products leave out the second digit of the activations",
+        "s2d_jax/product_forms.py",
+        "(first_MO * 256 + last_MO) * step_M1",
+        "(first_MO * 256) * step_M1",
+        "test_weight_formats.py -k equals_its_definition",
+    ),
+    Fault(
+        "scales-split-like-inputs",
+        "the scales of an int8 weight are split over devices as its inputs are",
+        "s2d_jax/weight_formats.py",
+        "jax.sharding.PartitionSpec(*sharding.spec[:1])",
+        "jax.sharding.PartitionSpec(*sharding.spec[1:2])",
+        "test_weight_formats.py -k onto_a_mesh",
+    ),
+    Fault(
+        "weights-widened-once",
+        "XLA may convert bf16 weights to f32 before the decoding loop, and hold both",
+        "s2d_jax/product_forms.py",
+        "tied, start = jax.lax.optimization_barrier((values, i * rows))",
+        "tied, start = values, i * rows",
+        "test_weight_formats.py -k no_f32_copy",
+    ),
+    Fault(
+        "gguf-rows-interleaved",
+        "the rows of q and k in a GGUF file are taken as they lie",
+        "s2d_jax/stored_model.py",
+        "return weight if num_heads is None else unpermute_rope_rows(weight, num_heads)",
+        "return weight",
+        "test_gguf.py -k reads_back",
+    ),
+]
+
+FILES = [
+    Fault(
+        "cut-gguf-accepted",
+        "a GGUF file may end inside its last tensor",
+        "s2d_jax/gguf_reader.py",
+        "if info.offset + info.num_bytes > len(self._buffer):",
+        "if info.offset > len(self._buffer):",
+        "test_gguf.py -k truncated_file",
+    ),
+    Fault(
+        "cut-safetensors-untold",
+        "a truncated safetensors file ends in a traceback",
+        "s2d_jax/safetensors_files.py",
+        "except (safetensors.SafetensorError, OSError) as error:",
+        "except OSError as error:",
+        "test_pretrained.py -k truncated_weights",
+    ),
+    Fault(
+        "own-head-dropped",
+        "a head that differs from the embedding is dropped where the config calls it tied",
+        "s2d_jax/stored_model.py",
+        "if not np.array_equal(source.read(LM_HEAD.hf), source.read(EMBEDDING.hf)):",
+        "if source.shapes[LM_HEAD.hf] != source.shapes[EMBEDDING.hf]:",
+        "test_pretrained.py -k tied_head",
+    ),
+    Fault(
+        "half-an-export-left",
+        "an export that the disk refused leaves its half behind",
+        "s2d_jax/export.py",
+        """    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+""",
+        "    finally:\n",
+        "test_export.py -k 'leaves_nothing and disk'",
+    ),
+    Fault(
+        "earlier-export-lost",
+        "an export that cannot be renamed takes the earlier one with it",
+        "s2d_jax/export.py",
+        """            if old.exists():
+                old.rename(out)
+            raise""",
+        "            raise",
+        "test_export.py -k failed_rename",
+    ),
+    Fault(
+        "half-a-file-left",
+        "a file that the disk refused is left under its temporary name",
+        "s2d_jax/files.py",
+        "partial.unlink(missing_ok=True)",
+        "partial.exists()",
+        "test_infer_generate.py -k full_disk",
+    ),
+    Fault(
+        "another-base-believed",
+        "a draft takes any model under the name of its base",
+        "s2d_jax/pretrained.py",
+        "if str(seen) != base.fingerprint:",
+        "if not base.fingerprint:",
+        "test_lora.py -k missing_or_another",
+    ),
+    Fault(
+        "lora-scale-missing",
+        "the adapters of PEFT are read without their scale",
+        "s2d_jax/lora.py",
+        "factors[name.ours] = (a_RI, b_OR * np.float32(scale))",
+        "factors[name.ours] = (a_RI, b_OR)",
+        "test_lora.py -k there_and_back",
+    ),
+]
+
+DATA = [
+    Fault(
+        "mask-one-late",
+        "the loss counts the positions of an answer's tokens, not those before them",
+        "train/data.py",
+        '"weights": ahead(answer) & same_document & (indices >= 0)[:, None],',
+        '"weights": answer & same_document & (indices >= 0)[:, None],',
+        "test_data.py -k rows_hold",
+    ),
+    Fault(
+        "cut-off-teaches-the-end",
+        "an answer that was cut off teaches an end of turn",
+        "train/documents.py",
+        "limit = answer.content_end if answer.cut_off else _shared_length(text, answer.text)",
+        "limit = _shared_length(text, answer.text)",
+        "test_data.py -k cut_off",
+    ),
+    Fault(
+        "rows-overfull",
+        "a document goes to a row that lacks one place for it",
+        "train/data.py",
+        "for r in range(length, capacity + 1) if with_room[r]",
+        "for r in range(length - 1, capacity + 1) if with_room[r]",
+        "test_data.py -k packing",
+    ),
+    Fault(
+        "held-out-rows-trained-on",
+        "rows that are held out are trained on as well",
+        "train/data.py",
+        "return np.sort(order[held_out:]), np.sort(order[:held_out])",
+        "return np.sort(order), np.sort(order[:held_out])",
+        "test_data.py -k held_out",
+    ),
+    Fault(
+        "another-line-named",
+        "a corrupt row is named by the line before it",
+        "s2d_jax/conversation_files.py",
+        'enumerate(text.split("\\n"), start=1)',
+        'enumerate(text.split("\\n"), start=0)',
+        "test_data.py -k corrupt_row",
+    ),
+    Fault(
+        "damaged-rows-believed",
+        "saved rows are read whatever their hashes say",
+        "train/data_cache.py",
+        "if _file_hash(directory / name) != known:",
+        "if not (directory / name).is_file():",
+        "test_data_cache.py -k damaged_rows",
+    ),
+    Fault(
+        "rows-of-another-template",
+        "rows in the cache are found under another chat template",
+        "s2d_jax/tokenizer.py",
+        """            self._fast.backend_tokenizer.to_str(),
+            self.chat_template,
+""",
+        "            self._fast.backend_tokenizer.to_str(),\n",
+        "test_data_cache.py -k key_depends",
+    ),
+    Fault(
+        "growing-source-believed",
+        "rows of a file that grew while it was read are kept",
+        "train/data.py",
+        "if cache_key(config, tokenizer, _CODE) != key:",
+        "if not cache_key(config, tokenizer, _CODE):",
+        "test_data_cache.py -k grows",
+    ),
+    Fault(
+        "half-an-entry-left",
+        "an entry of the cache that the disk refused is left half written",
+        "train/data_cache.py",
+        "        finally:\n            shutil.rmtree(partial, ignore_errors=True)",
+        "        finally:\n            partial.exists()",
+        "test_data_cache.py -k full_disk",
+    ),
+]
+
+TRAINING = [
+    Fault(
+        "exit-weights-ignored",
+        "all exits weigh the same in the loss",
+        "train/losses.py",
+        "shares = tuple(weight / sum(exit_weights) for weight in exit_weights)",
+        "shares = tuple(1 / len(exit_weights) for _ in exit_weights)",
+        "test_losses.py",
+    ),
+    Fault(
+        "gradient-of-one-chunk",
+        "the gradient by the states is kept for one chunk of positions only",
+        "train/losses.py",
+        "hidden_grad_EBSD = walk.put(i, hidden_grad_EBSD, grads[1])",
+        "hidden_grad_EBSD = walk.put(0, hidden_grad_EBSD, grads[1])",
+        "test_losses.py -k gradient_equals",
+    ),
+    Fault(
+        "divergences-swapped",
+        "forward and reverse KL change places",
+        "train/reading.py",
+        "return tuple(cut)",
+        "return tuple(cut)[::-1]",
+        "test_train_objectives.py -k distillation_is",
+    ),
+    Fault(
+        "gradient-rows-mixed-up",
+        "the gradient of a bf16 product pairs rows with those of others",
+        "s2d_jax/mixed_product.py",
+        "blocks.transpose(2, 0, 1)",
+        "blocks.transpose(2, 1, 0)",
+        "test_mixed_product.py -k product_and_gradients",
+    ),
+    Fault(
+        "products-widened",
+        "the gradient of a bf16 product is a product of f32 copies",
+        "s2d_jax/mixed_product.py",
+        "jax.lax.optimization_barrier(blocks.transpose(2, 0, 1)).reshape(channels, rows)",
+        "blocks.transpose(2, 0, 1).reshape(channels, rows)",
+        "test_mixed_product.py -k widened",
+    ),
+    Fault(
+        "frozen-trunk-learns",
+        "where only small parts shall learn, the trunk learns too",
+        "train/trainable.py",
+        "for path, value in flat.items() if part_of(path) in parts}",
+        'for path, value in flat.items() if part_of(path) in (*parts, "trunk")}',
+        "test_train_objectives.py -k only_the_named_part",
+    ),
+    Fault(
+        "heads-look-across-documents",
+        "Medusa's heads learn tokens of the next document",
+        "train/medusa.py",
+        "weights.append(_ahead(batch.weights_BT, k) * same_document.astype(jnp.float32))",
+        "weights.append(_ahead(batch.weights_BT, k))",
+        "test_medusa.py -k borders",
+    ),
+    Fault(
+        "bonus-forgotten",
+        "acceptance on held-out rows forgets the target's own token",
+        "train/evaluate.py",
+        "at, rounds = at + accepted + 1, rounds + 1",
+        "at, rounds = at + max(accepted, 1), rounds + 1",
+        "test_evaluate.py",
+    ),
+]
+
+SHARDING = [
+    Fault(
+        "moments-everywhere",
+        "every device holds all of the optimizer's moments",
+        "s2d_jax/sharding.py",
+        "lambda _, sharding: sharding,",
+        "lambda _, sharding: replicated(mesh),",
+        "test_sharded_training.py -k hold_an_eighth",
+    ),
+    Fault(
+        "activations-left-to-xla",
+        "activations are split as XLA likes",
+        "s2d_jax/sharding.py",
+        'return jax.lax.with_sharding_constraint(x, partition_spec(("batch",)))',
+        "return x",
+        "test_sharded_training.py -k activations",
+    ),
+    Fault(
+        "caches-everywhere",
+        "every device holds the keys and values of all heads",
+        "s2d_jax/kv_cache.py",
+        'heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))',
+        "heads = NamedSharding(mesh, PartitionSpec())",
+        "test_sharded_decoding.py -k split_on_heads",
+    ),
+]
+
+RUNS = [
+    Fault(
+        "resume-omits-a-batch",
+        "a resumed run leaves out the batch behind its checkpoint",
+        "train/loop.py",
+        "        step=step,\n        elapsed=",
+        "        step=step + 1,\n        elapsed=",
+        "test_train_run.py -k resumed_run_repeats",
+    ),
+    Fault(
+        "untried-parameters-saved",
+        "a checkpoint is written without a look at what its parameters give",
+        "train/run.py",
+        'self._check_finite(self._run_step(update=False), f"after the update of step {self.step}")',
+        "self._run_step(update=False)",
+        "test_train_run.py -k nan_stops",
+    ),
+    Fault(
+        "preempted-unsaved",
+        "a run that SIGTERM ends does not save first",
+        "train/run.py",
+        "if due or stopped:",
+        "if due and not stopped:",
+        "test_survival.py -k sigterm",
+    ),
+    Fault(
+        "damage-untold",
+        "a damaged checkpoint ends in a traceback",
+        "s2d_jax/checkpoint.py",
+        "raise self.damaged(step, _root(error)) from error",
+        "raise",
+        "test_checkpoint.py -k truncated_checkpoint",
+    ),
+    Fault(
+        "killed-save-left",
+        "what a killed save left stays for ever",
+        "s2d_jax/checkpoint.py",
+        "cleanup_tmp_directories=keep is not None,",
+        "cleanup_tmp_directories=False,",
+        "test_checkpoint.py -k killed_save",
+    ),
+    Fault(
+        "failed-save-left",
+        "a save that the disk refused leaves its half behind",
+        "s2d_jax/checkpoint.py",
+        "            steps = self.steps\n            self._abandon_save()\n",
+        "            steps = self.steps\n",
+        "test_checkpoint.py -k full_disk",
+    ),
+    Fault(
+        "failed-start-left",
+        "a start that the disk refused leaves the directory of the run",
+        "train/loop.py",
+        "for path in [run_dir] if before is None",
+        "for path in [] if before is None",
+        "test_train_run.py -k refuses_leaves_nothing",
+    ),
+    Fault(
+        "files-written-in-place",
+        "files are written under their own name, so a refusal leaves them cut",
+        "s2d_jax/files.py",
+        "        yield partial\n        os.replace(partial, path)",
+        "        yield path",
+        "test_survival.py -k metrics_outlive",
+    ),
+    Fault(
+        "others-end-otherwise",
+        "when one process fails, the others end with another status",
+        "train/distributed.py",
+        "os._exit(int(status))",
+        "os._exit(1)",
+        "test_processes.py -k failure_of_one_process",
+    ),
+]
+
+CALIBRATION = [
+    Fault(
+        "policy-of-any-machine",
+        "a policy is found on other machines than it was measured on",
+        "s2d_jax/policy.py",
+        'fields = ("target", "draft", "formats", "device", "temperature_class")',
+        'fields = ("target", "draft", "formats", "temperature_class")',
+        "test_calibration.py -k policies_are_kept",
+    ),
+    Fault(
+        "fingerprint-of-shapes",
+        "models of one shape have one fingerprint",
+        "s2d_jax/fingerprint.py",
+        "self._digest.update(name.encode() + values.tobytes())",
+        "self._digest.update(name.encode())",
+        "test_calibration.py -k fingerprints",
+    ),
+    Fault(
+        "replay-drafts-one-more",
+        "a replayed chain may be as long as what is left to emit",
+        "s2d_jax/replay.py",
+        "most = min(limit, total - at - 1)",
+        "most = min(limit, total - at)",
+        "test_calibration.py -k by_hand",
+    ),
+]
+
+COMMANDS = [
+    Fault(
+        "mistakes-with-status-1",
+        "a user's mistake ends a command with status 1",
+        "infer/cli.py",
+        "_fail(str(error), 2)",
+        "_fail(str(error), 1)",
+        "test_infer_generate.py -k as_a_process",
+    ),
+    Fault(
+        "other-settings-believed",
+        "a killed run goes on under other settings",
+        "infer/journal.py",
+        "if before != now:",
+        "if begun.keys() != settings.keys():",
+        "test_regenerate.py -k other_settings",
+    ),
+    Fault(
+        "cut-off-called-finished",
+        "answers that were cut off are called finished",
+        "infer/generate.py",
+        "[not set(stop_ids).isdisjoint(answer.token_ids[-1:]) for answer in answers]",
+        "[True for _ in answers]",
+        "test_infer_generate.py -k cut_off",
+    ),
+]
+
+FAULTS = [
+    *(*ACCEPTANCE, *SAMPLING, *TREES, *DRAFTING, *DECODING, *TEXT, *MODELS, *FILES),
+    *(*DATA, *TRAINING, *SHARDING, *RUNS, *CALIBRATION, *COMMANDS),
+]
