@@ -41,7 +41,7 @@ def _compiled(num_exits: int, batch: int):
         state, out_B1D = drafter.segments.catch_up(params, state, s, tokens_BC, end_B, width)
         return state, out_B1D[:, 0]
 
-    host_params = jax.tree.map(np.asarray, params)
+    host_params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     return drafter, config, host_params, init, catch_up, jax.jit(drafter.rewind)
 
 
@@ -64,7 +64,7 @@ class SlowReference:
 
 def _check_round(state, read, drafter, config, params, reference):
     """What was read at exits, lengths, keys, values and segment entries equal those of the recomputed sequences."""
-    bounds = (0, *drafter.segments.exit_layers)
+    bounds, state = (0, *drafter.segments.exit_layers), jax.device_get(state)
     for row, tokens in enumerate(reference.tokens):
         states, keys, values = all_depths(config, params, tokens)
         for exit_index, position, out_D in read[row]:
@@ -78,10 +78,10 @@ def _check_round(state, read, drafter, config, params, reference):
                     (cache.keys[i], keys[layer]),
                     (cache.values[i], values[layer]),
                 ):
-                    ours_TKH = np.asarray(ours[row]).swapaxes(0, 1)[:computed]
+                    ours_TKH = ours[row].swapaxes(0, 1)[:computed]
                     np.testing.assert_allclose(ours_TKH, theirs[:computed], rtol=2e-4, atol=2e-4)
             if s < len(state.entries):
-                entries = np.asarray(state.entries[s][row])[:computed]
+                entries = state.entries[s][row][:computed]
                 expected = states[bounds[s + 1]][:computed]
                 np.testing.assert_allclose(entries, expected, rtol=2e-4, atol=2e-4)
 
@@ -103,10 +103,11 @@ def _draft_round(data, rng, compiled, state, reference, tokens):
             for row, exit_index in leaving.items():
                 end_B[row] = len(reference.tokens[row]) if exit_index >= s else 0
             state, out_BD = catch_up(state, s, tokens, end_B)
+            out_BD = np.asarray(out_BD)
             for row, exit_index in leaving.items():
                 if exit_index == s:
                     position = len(reference.tokens[row]) - 1
-                    read[row].append((s, position, np.asarray(out_BD[row])))
+                    read[row].append((s, position, out_BD[row]))
         for row, exit_index in leaving.items():
             reference.draft(row, exit_index)
             _append(rng, reference, tokens, row)
@@ -134,7 +135,7 @@ def _append(rng, reference, tokens, row):
 )
 @given(data=st.data())
 def test_catch_up_equals_the_slow_reference(num_exits, data):
-    batch = data.draw(st.integers(1, 4))
+    batch = data.draw(st.sampled_from([1, 3]))  # each is a program of its own
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     compiled = drafter, config, params, init, _, rewind = _compiled(num_exits, batch)
     prompts = [rng.integers(VOCAB, size=rng.integers(1, PROMPT_WIDTH + 1)) for _ in range(batch)]
