@@ -1,6 +1,8 @@
-# `make demo` and `make test` need Python 3.11 and make; everything else is set up by the first run.
+# `make demo` and `make test` need Python 3.11 or later and make; everything else is set up by the first run.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
+VENV ?= .venv
+# Of `make test-newest`: the newest Python that is tested, with the newest versions that pyproject.toml allows.
+NEWEST ?= $(shell command -v python3.13 || command -v python3.12)
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --progress-bar off
 
@@ -16,7 +18,7 @@ demo: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax-cache
 demo: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-clean test lint format clean
+.PHONY: demo demo-clean test test-all test-newest profile lint format clean
 
 demo: $(TABLE)
 	@echo "The table above is in $(TABLE). 'make demo-clean' forgets the answers, the draft and it."
@@ -43,8 +45,22 @@ $(TABLE): $(DRAFT)/sorted_draft.json configs/demo_prompts_eval.jsonl
 	    --questions configs/demo_prompts_eval.jsonl --max-questions 8 --max-new-tokens 64 --num-draft-tokens 3 \
 	    --methods ar,sd@6,sd@9,sd@12,s2d --out $(@D)
 
+PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadgroup
+
 test: $(VENV)/.test
-	$(PY) -m pytest --numprocesses 2 --dist loadgroup
+	$(PYTEST)
+
+# What needs hours: each test that is marked `exhaustive` says why. Programs are optimized, as users have them.
+test-all: $(VENV)/.test
+	$(PYTEST) --all --optimize --kills 20
+
+test-newest:
+	@test -n '$(NEWEST)' || { echo 'error: no python3.13 or python3.12; give one: make test-newest NEWEST=...'; exit 2; }
+	$(MAKE) test VENV=$(VENV)-newest PYTHON=$(NEWEST) UPGRADE='--upgrade --upgrade-strategy eager'
+
+# Where the tests' time goes: docs/lab/suite.md.
+profile: $(VENV)/.test
+	$(PY) docs/checks/suite_profile.py runs/suite_profile
 
 lint: $(VENV)/.test
 	$(PY) -m ruff format --check .
@@ -55,10 +71,18 @@ format: $(VENV)/.test
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-$(PY):
+$(PY): | python
+	$(PYTHON) -m venv $(VENV)
+
+# Says so if Python is too old, or if PYTHON was given and $(VENV) was made with another one.
+.PHONY: python
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(PYTHON) is too old; give Python 3.11 or later: make PYTHON=..."; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+ifneq ($(filter-out file default undefined,$(origin PYTHON)),)
+	@test ! -e $(PY) || test "$$($(PY) -V)" = "$$($(PYTHON) -V)" || \
+	    { echo "error: $(VENV) has $$($(PY) -V), not $(PYTHON); run make clean, or add VENV=.venv-other"; exit 2; }
+endif
 
 $(VENV)/.demo: pyproject.toml | $(PY)
 	@echo 'Installing (about two minutes, once)'
@@ -67,11 +91,11 @@ $(VENV)/.demo: pyproject.toml | $(PY)
 
 $(VENV)/.test: pyproject.toml | $(PY)
 	@echo 'Installing with test tools (a few minutes, once)'
-	$(INSTALL) -e '.[demo,test]'
+	$(INSTALL) $(UPGRADE) -e '.[demo,test]'
 	@touch $@
 
 demo-clean:
 	rm -rf $(DEMO)
 
 clean: demo-clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-newest

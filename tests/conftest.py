@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -19,6 +20,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).parent.parent
 _MOST_MEMORY_MAPS = 30_000
+_BUDGET_MINUTES = 15  # of `make test` on two quiet cores; CONTRIBUTING.md says what follows from it
+_BEGUN = time.perf_counter()
 
 
 def pytest_addoption(parser):
@@ -36,7 +39,7 @@ def pytest_addoption(parser):
         help="test every combination of drafting modes for losslessness, not the covering set (hours)",
     )
     parser.addoption(
-        "--kills", type=int, default=3, help="how often the test of kill -9 kills a training run"
+        "--kills", type=int, default=1, help="how often the test of kill -9 kills a training run"
     )
 
 
@@ -52,6 +55,18 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", kept)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    """Behind the slowest tests: what the whole suite took of its budget. A report, which fails nothing."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
+    if whole and not config.getoption("--all"):
+        minutes = (time.perf_counter() - _BEGUN) / 60
+        terminalreporter.section("time")
+        terminalreporter.write_line(
+            f"{minutes:.1f} minutes of a budget of {_BUDGET_MINUTES} (two quiet cores)"
+        )
 
 
 def pytest_collection_modifyitems(config, items):
