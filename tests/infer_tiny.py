@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,18 +29,27 @@ class Saved:
 
 
 def save_tiny_models(directory: Path) -> Saved:
+    """In `directory`, for a module that may write there: copies of what is made once per process."""
+    shutil.copytree(_saved_once(), directory, dirs_exist_ok=True)
+    names = (field.name for field in dataclasses.fields(Saved))
+    return Saved(**{name: str(directory / name) for name in names})
+
+
+@functools.cache
+def _saved_once() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="s2d-tiny-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     tokenizer, other = (
         tiny_tokenizer(VOCAB),
         tiny_tokenizer(VOCAB, texts=("quite other words",) * 3),
     )
-    paths = {name: directory / name for name in ("small", "large", "draft", "stranger")}
     for name, num_layers in (("small", 1), ("large", 2)):
         model = tiny_model(VOCAB, num_layers, seed=num_layers, spread=2.0)
-        save_model(paths[name], model.config, model.params, tokenizer)
+        save_model(directory / name, model.config, model.params, tokenizer)
     draft = tiny_draft(VOCAB, (1, 2), spread=2.0)
-    export_draft(dataclasses.replace(draft, tokenizer=tokenizer), paths["draft"], {})
-    export_draft(dataclasses.replace(draft, tokenizer=other), paths["stranger"], {})
-    return Saved(**{name: str(path) for name, path in paths.items()})
+    export_draft(dataclasses.replace(draft, tokenizer=tokenizer), directory / "draft", {})
+    export_draft(dataclasses.replace(draft, tokenizer=other), directory / "stranger", {})
+    return directory
 
 
 def run(main, monkeypatch, *arguments) -> None:

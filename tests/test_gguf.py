@@ -108,24 +108,30 @@ def assert_parity(model, torch_model) -> float:
     return difference
 
 
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path):
+    """Our model and torch's."""
+    return load_model(smollm2_path), hf_from_gguf(smollm2_path)
+
+
 @pytest.mark.weights
-def test_smollm2_equals_huggingface(smollm2_path, capsys):
-    difference = assert_parity(load_model(smollm2_path), hf_from_gguf(smollm2_path))
+def test_smollm2_equals_huggingface(smollm2, capsys):
+    difference = assert_parity(*smollm2)
     with capsys.disabled():
         print(f"\nSmolLM2-135M: largest logit difference to torch {difference:.1e}")
 
 
 @pytest.mark.weights
-def test_smollm2_windows_of_few_rows_equal_huggingface(smollm2_path):
+def test_smollm2_windows_of_few_rows_equal_huggingface(smollm2):
     """Decoding computes its products in a form of its own, four cached positions at a time."""
-    model = load_model(smollm2_path)
+    model, torch_model = smollm2
     ids = model.tokenizer.encode(
         "The capital of France is Paris. def add(a, b): return a + b\nIt is"
     )
     tokens_BT = np.asarray([ids[: len(ids) // 4 * 4]], np.int32)
     assert tokens_BT.shape[1] >= 16
     ours = cached_logits(model.config, model.params, tokens_BT, window=4)
-    theirs = hf_logits(hf_from_gguf(smollm2_path), tokens_BT)
+    theirs = hf_logits(torch_model, tokens_BT)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=MAX_ABS)
 
 

@@ -99,7 +99,7 @@ def test_calibrations_with_another_head_are_pointed_out(draft, answers, monkeypa
 
 def test_answers_of_generate_make_a_list_for_any_draft(models, tmp_path, monkeypatch, capsys):
     """From the target's answers to a file, and with it through generate and bench, with a draft that is a plain model."""
-    prompts = ("--prompt", "one two", "--prompt", "the fox", "--prompt", "three")
+    prompts = ("--prompt", "one two", "--prompt", "the fox", "--prompt", "three", "--batch-size", 1)
     answers, listed = tmp_path / "answers.jsonl", tmp_path / "lists" / "vocabulary.json"
     target = ("--target", models.large)
     run(generate.main, monkeypatch, *target, *prompts, *SHORT, "--out", answers)

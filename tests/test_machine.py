@@ -83,11 +83,11 @@ def test_devices_are_counted_by_kind(monkeypatch):
 
 def test_who_loads_models_says_it_once_on_stderr(installed, tmp_path, capsys):
     model = tiny_model(300, 1)
-    save_model(tmp_path, model.config, model.params, tiny_tokenizer(300))
+    save_model(tmp_path / "model", model.config, model.params, tiny_tokenizer(300))
     installed["jax-cuda13-plugin"] = "0.12.0"
     cli.say_devices.cache_clear()
     for _ in range(2):
-        load_target(str(tmp_path), "f32")
+        load_target(str(tmp_path / "model"), "f32")
     said = capsys.readouterr()
     devices, warning = said.err.splitlines()
     assert devices == f"devices: {devices_in_use()}"

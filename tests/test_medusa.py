@@ -86,10 +86,9 @@ def expected_sums(heads, hidden, batch):
     return loss, correct, counted
 
 
-def target_states(batch, params):
-    """The states after the final norm, from a plain forward pass."""
-    model = Transformer(MODEL)
-    (h,) = model.apply(
+@jax.jit
+def _exit_hiddens(params, batch):
+    return Transformer(MODEL).apply(
         {"params": params},
         batch.tokens_BT,
         exit_layers=(MODEL.num_layers,),
@@ -97,6 +96,11 @@ def target_states(batch, params):
         segment_ids_BT=batch.segment_ids_BT,
         method="exit_hiddens",
     )
+
+
+def target_states(batch, params):
+    """The states after the final norm, from a plain forward pass."""
+    (h,) = _exit_hiddens(params, batch)
     mean_square = jnp.mean(h * h, axis=-1, keepdims=True)
     scale = params["final_norm"]["scale"]
     return h * jax.lax.rsqrt(mean_square + MODEL.norm_eps) * scale[None, None]
@@ -204,14 +208,17 @@ def test_the_heads_learn_and_the_target_stays():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(trunk), before)
 
 
+TOGETHER = pytest.mark.exhaustive("the axes and the accumulation are tested together")
+
+
 @pytest.mark.parametrize(
     ("mesh", "accumulate"),
     [
-        (MeshConfig(data=8), 1),
-        (MeshConfig(fsdp=8), 1),
+        pytest.param(MeshConfig(data=8), 1, marks=TOGETHER),
+        pytest.param(MeshConfig(fsdp=8), 1, marks=TOGETHER),
         (MeshConfig(data=2, fsdp=2, tensor=2), 1),
         (MeshConfig(fsdp=2, tensor=4), 2),
-        (MeshConfig(), 4),
+        pytest.param(MeshConfig(), 4, marks=TOGETHER),
     ],
     ids=["data", "fsdp", "all axes", "sharded and accumulated", "accumulated"],
 )

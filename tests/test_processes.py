@@ -30,10 +30,10 @@ from train.progress import ProgressReport
 _FROM_GLOO = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
 # At a low rate rounding grows slowly.
 STEPS = (
-    *("--optim.learning-rate", "1e-3", "--train.max-steps", 120),
-    *("--train.eval-every", 60, "--train.checkpoint-every", 60),
+    *("--optim.learning-rate", "1e-3", "--train.max-steps", 24, "--train.batch-size", 8),
+    *("--train.eval-every", 8, "--train.checkpoint-every", 8),
 )
-TWO = ("--mesh.data", 2, "--mesh.slices", 2)
+FOUR = ("--mesh.data", 2, "--mesh.slices", 2, "--mesh.fsdp", 2)
 
 
 @pytest.fixture(scope="module")
@@ -42,91 +42,63 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(source, tmp_path_factory):
-    """The run of one process and one device."""
-    run_dir = tmp_path_factory.mktemp("runs") / "alone"
-    assert launch(source, run_dir, *STEPS) == 0
-    return run_dir
+def teacher(source):
+    teacher = ("--objective.teachers", source / "model", "--objective.teacher-dtype", "float32")
+    return (*teacher, "--objective.distill-weight", 0.9, "--objective.ce-weight", 0.1)
 
 
 def check_equal(run_dir, alone):
     for held_out in (False, True):
         got, expected = metrics(run_dir, held_out), metrics(alone, held_out)
         assert [row["step"] for row in got] == [row["step"] for row in expected]
-        losses = [[row["loss"] for row in rows] for rows in (got, expected)]
-        np.testing.assert_allclose(*losses, rtol=1e-3)
-    early = [[row["loss"] for row in metrics(path)[:20]] for path in (run_dir, alone)]
-    np.testing.assert_allclose(*early, rtol=1e-4)
+        for one, other in zip(got, expected, strict=True):
+            for name in {"loss", "loss_per_exit", "divergence_per_exit"} & set(other):
+                # A divergence near 0 is a difference of logarithms, which rounding moves by some 1e-7.
+                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    trained, expected = (load_run(path).params for path in (run_dir, alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), trained, expected)
 
 
-def test_two_processes_stop_together_and_one_goes_on(source, alone, tmp_path):
-    """SIGTERM reaches one of them; both save at the same step."""
-    run_dir = tmp_path / "run"
-    processes = spawn_together([(source, run_dir, *TWO, "--mesh.fsdp", 2, *STEPS)] * 2, devices=2)
-    wait_for_step(run_dir, 20, processes[0])
+def test_two_processes_stop_together_and_one_goes_on(source, teacher, tmp_path):
+    """SIGTERM reaches one of them; both save at the same step. Each reads its share of the rows and of what was stored for them."""
+    run_dir, flags = tmp_path / "run", (*teacher, "--objective.teacher-top-k", 8, *STEPS)
+    assert launch(source, tmp_path / "alone", *flags) == 0
+    processes = spawn_together([(source, run_dir, *FOUR, *flags)] * 2, devices=2)
+    wait_for_step(run_dir, 3, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     (first, out, told), (second, nothing, _) = finish(processes)
     assert (first, second) == (PREEMPTED_STATUS, PREEMPTED_STATUS), told
     step = last_step(run_dir)
-    assert 20 <= step < 120
+    assert 3 <= step < 24
     assert f"SIGTERM: saved at step {step}; go on with --train.resume True" in told
     assert load_run(run_dir).source.endswith(f"step {step}")
     # The second wrote nothing; what its collectives say comes from C++, whose threads write into each other's lines.
     assert "compiling for 4 device(s)" in out
     words = nothing.split()
     assert not [w for w in words if w not in _FROM_GLOO.split() and not w.isdigit()]
-    assert launch(source, run_dir, *STEPS, "--train.resume", "True") == 0
-    check_equal(run_dir, alone)
+    assert launch(source, run_dir, *flags, "--train.resume", "True") == 0
+    check_equal(run_dir, tmp_path / "alone")
 
 
-def test_one_process_stops_and_two_go_on(source, alone, tmp_path, monkeypatch):
-    run_dir = tmp_path / "run"
+def test_one_process_stops_and_two_go_on(source, teacher, tmp_path, monkeypatch):
+    """Small parts learn from a teacher that runs; four devices hold it and them."""
+    parts = ("--draft.exit-adapters", 1, "--draft.adapter-rank", 4, "--model.lora-rank", 4)
+    run_dir, flags = tmp_path / "run", (*teacher, *parts, *STEPS)
+    assert launch(source, tmp_path / "alone", *flags) == 0
 
     def update(self, share, row):
-        if row["step"] == 75:
+        if row["step"] == 10:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(ProgressReport, "update", update)
-        assert launch(source, run_dir, *STEPS) == 130
-    again = (source, run_dir, *TWO, "--train.accumulate", 2, *STEPS)
-    results = finish(spawn_together([(*again, "--train.resume", "True")] * 2))
+        assert launch(source, run_dir, *flags) == 130
+    again = (source, run_dir, *FOUR, "--train.accumulate", 2, *flags, "--train.resume", "True")
+    results = finish(spawn_together([again] * 2, devices=2))
     assert [status for status, *_ in results] == [0, 0], results
     assert "resuming" in results[0][1]
-    assert "after step 60" in results[0][1]
-    check_equal(run_dir, alone)
-    trained, expected = (load_run(path).params for path in (run_dir, alone))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), trained, expected)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param(("--model.lora-rank", 4), id="running teacher, lora"),
-        pytest.param(
-            ("--objective.teacher-top-k", 8, "--draft.exit-adapters", 1, "--draft.adapter-rank", 4),
-            id="stored teacher, exit adapter",
-        ),
-    ],
-)
-def test_two_processes_learn_from_a_teacher_as_one_does(source, tmp_path, flags):
-    """Each reads its share of the rows, of what was stored for them, and of the teacher; four devices hold the parameters."""
-    teacher = ("--objective.teachers", source / "model", "--objective.teacher-dtype", "float32")
-    mixed = ("--objective.distill-weight", 0.9, "--objective.ce-weight", 0.1)
-    flags = (*teacher, *mixed, *flags, "--optim.learning-rate", "1e-3")
-    assert launch(source, tmp_path / "alone", *flags) == 0
-    together = (source, tmp_path / "run", *TWO, "--mesh.fsdp", 2, *flags)
-    results = finish(spawn_together([together] * 2, devices=2))
-    assert [status for status, *_ in results] == [0, 0], results
-    for held_out in (False, True):
-        got, expected = (metrics(tmp_path / name, held_out=held_out) for name in ("run", "alone"))
-        assert [row["step"] for row in got] == [row["step"] for row in expected]
-        for one, other in zip(got, expected, strict=True):
-            for name in {"loss", "loss_per_exit", "divergence_per_exit"} & set(other):
-                # A divergence near 0 is a difference of logarithms, which rounding moves by some 1e-7.
-                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
-    trained, expected = (load_run(tmp_path / name).params for name in ("run", "alone"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), trained, expected)
+    assert "after step 8" in results[0][1]
+    check_equal(run_dir, tmp_path / "alone")
 
 
 def test_a_failure_of_one_process_ends_all_with_one_line_each(source, tmp_path):

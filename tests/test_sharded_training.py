@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -67,26 +68,42 @@ def batches() -> list[Batch]:
     return found * (STEPS // 2)
 
 
+@functools.cache
+def compiled(config: Config):
+    """A trainer and its step."""
+    trainer = Trainer(config, MODEL, make_mesh(config.mesh))
+    state = placed(trainer.abstract_state(), trainer.state_sharding)
+    return trainer, trainer.compile_step(state, shapes_of_batch(ROWS, LENGTH))
+
+
+@jax.jit
+def copied(params):
+    return jax.tree.map(jnp.copy, params)
+
+
+@jax.jit
+def descended(params, gradients):
+    return jax.tree.map(lambda p, g: p - RATE * g, params, gradients)
+
+
 def run(config: Config, plain_descent: bool = False):
     """Losses of 20 steps, the gradients of the first, and the last parameters, on the host.
 
     With `beta1` 0 and no clipping, Adam's first moment is the gradient itself: so the real step tells it, and the rule of
     plain gradient descent is applied here.
     """
-    trainer = Trainer(config, MODEL, make_mesh(config.mesh))
+    trainer, step = compiled(config)
     state = trainer.init_state(tiny_params(MODEL))
-    step, losses, first = None, [], None
+    losses, first = [], None
     for batch in batches():
         batch = jax.device_put(batch, trainer.batch_sharding)
-        step = step or trainer.compile_step(state, batch)
-        before = jax.tree.map(jnp.copy, state.params)
+        before = copied(state.params) if plain_descent else None
         state, metrics = step(state, (), batch, jnp.float32(0.5), jnp.bool_(True))
         losses.append(float(metrics["loss"]))
         gradients = state.opt_state[1].mu
         first = jax.device_get(gradients) if first is None else first
         if plain_descent:
-            params = jax.tree.map(lambda p, g: p - RATE * g, before, gradients)
-            state = TrainState(params, state.opt_state)
+            state = TrainState(descended(before, gradients), state.opt_state)
     return np.array(losses), first, jax.device_get(state.params)
 
 
@@ -106,7 +123,13 @@ def relative_errors(got, expected) -> list[float]:
     return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
 
 
-@pytest.mark.parametrize("name", MESHES)
+def cases(*names: str) -> list:
+    """All meshes; `make test` runs those named."""
+    left = pytest.mark.exhaustive("each axis is in `all axes`, and in another of these two tests")
+    return [name if name in names else pytest.param(name, marks=left) for name in MESHES]
+
+
+@pytest.mark.parametrize("name", cases("all axes", "accumulated"))
 def test_gradients_and_plain_descent_equal_one_devices(descent_alone, name):
     """f32: gradients to 1e-5, parameters after 20 steps of gradient descent to 1e-5, both by the norm of each array."""
     losses, gradients, params = descent_alone
@@ -117,7 +140,7 @@ def test_gradients_and_plain_descent_equal_one_devices(descent_alone, name):
     assert losses[-1] < losses[0] - 0.01, "twenty steps that change nothing would prove nothing"
 
 
-@pytest.mark.parametrize("name", ["fsdp", "all axes", "accumulated"])
+@pytest.mark.parametrize("name", cases("fsdp"))
 def test_losses_of_twenty_steps_equal_one_devices(losses_alone, name):
     """f32, AdamW with clipping: to 1e-4."""
     parts = 2 if name == "accumulated" else 1
@@ -210,10 +233,7 @@ def test_a_batch_is_split_by_rule():
 
 
 def test_with_fsdp_parameters_travel_and_activations_stay_split_over_rows():
-    sharded = config(MeshConfig(fsdp=8))
-    trainer = Trainer(sharded, MODEL, make_mesh(sharded.mesh))
-    state = placed(trainer.abstract_state(), trainer.state_sharding)
-    text = trainer.compile_step(state, shapes_of_batch(ROWS, LENGTH)).as_text()
+    text = compiled(config(MeshConfig(fsdp=8)))[1].as_text()
     assert f"f32[{ROWS * LENGTH // 8},{MODEL.embed_dim}]" in text
     # No product takes all rows; the embedding's lookup may, a part of the columns at a time.
     for columns in (MODEL.embed_dim, MODEL.ffw_dim):

@@ -26,7 +26,7 @@ from run_tiny import (
 from s2d_jax.checkpoint import CHECKPOINTS, Checkpoints, load_run
 from train.preemption import PREEMPTED_STATUS
 
-STEPS = 120
+STEPS = 30
 EVERY = ("--train.checkpoint-every", 5, "--train.eval-every", 30)
 
 
@@ -43,11 +43,14 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(source, flags, tmp_path_factory):
-    """A run that nothing interrupts, in a process of its own as the others."""
+    """A run that nothing interrupts."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    ((status, _, told),) = finish([spawn(source, run_dir, *flags)])
-    assert status == 0, told
+    assert launch(source, run_dir, *flags) == 0
     return run_dir
+
+
+# Subprocesses have as many devices as this one: the threads that share a product, hence its last bit, depend on their number.
+DEVICES = len(jax.devices())
 
 
 def check_same_run(run_dir: Path, whole: Path) -> None:
@@ -61,7 +64,7 @@ def test_sigterm_saves_ends_with_its_own_status_and_the_rest_is_as_if_nothing_wa
     source, flags, whole, tmp_path
 ):
     run_dir = tmp_path / "run"
-    process = spawn(source, run_dir, *flags)
+    process = spawn(source, run_dir, *flags, devices=DEVICES)
     wait_for_step(run_dir, 7, process)
     process.send_signal(signal.SIGTERM)
     ((status, out, told),) = finish([process])
@@ -71,8 +74,7 @@ def test_sigterm_saves_ends_with_its_own_status_and_the_rest_is_as_if_nothing_wa
     assert "trained:" not in out
     assert 7 <= step < flags[1]
     assert load_run(run_dir).source.endswith(f"step {step}")
-    ((status, _, told),) = finish([spawn(source, run_dir, *flags, "--train.resume", "True")])
-    assert status == 0, told
+    assert launch(source, run_dir, *flags, "--train.resume", "True") == 0
     check_same_run(run_dir, whole)
 
 
@@ -85,12 +87,26 @@ def kill_at_random(process: subprocess.Popen, run_dir: Path, moment: str, rng) -
     else:
         before = last_step(run_dir) if (run_dir / "metrics.jsonl").exists() else 0
         wait_for_step(run_dir, before + rng.randrange(1, 15), process)
-        checkpoints = run_dir / CHECKPOINTS
-        while moment == "save" and process.poll() is None:
-            if list(checkpoints.glob("*.orbax-checkpoint-tmp*")):
-                break
-        time.sleep(rng.uniform(0.0, 0.03))
+        if moment == "save":
+            stop_in_a_save(process, run_dir)
+        else:
+            time.sleep(rng.uniform(0.0, 0.03))
     process.kill()
+
+
+def stop_in_a_save(process: subprocess.Popen, run_dir: Path) -> None:
+    """Halts a process that is saving; what it has halted can't finish the save before it is killed."""
+    while process.poll() is None:
+        if half_written(run_dir):
+            process.send_signal(signal.SIGSTOP)
+            if half_written(run_dir):
+                return
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+
+
+def half_written(run_dir: Path) -> list[Path]:
+    return list((run_dir / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"))
 
 
 def is_saved(run_dir: Path) -> bool:
@@ -108,17 +124,16 @@ def test_kill_9_at_random_moments_never_leaves_an_unusable_run(
     run_dir, rng, half_saved = tmp_path / "run", random.Random(0), 0
     for kill in range(pytestconfig.getoption("--kills")):
         resume = is_saved(run_dir)
-        process = spawn(source, run_dir, *flags, "--train.resume", resume)
+        process = spawn(source, run_dir, *flags, "--train.resume", resume, devices=DEVICES)
         kill_at_random(process, run_dir, ("save", "step", "start")[kill % 3], rng)
         ((status, _, told),) = finish([process])
         assert status in (-signal.SIGKILL, 0), told
         assert is_saved(run_dir) or not resume, "a checkpoint was lost"
-        half_saved += bool(list(run_dir.rglob("*orbax-checkpoint-tmp*")))
+        half_saved += bool(half_written(run_dir))
         if is_saved(run_dir):
             load_run(run_dir)
     resume = is_saved(run_dir)
-    ((status, _, told),) = finish([spawn(source, run_dir, *flags, "--train.resume", resume)])
-    assert status == 0, told
+    assert launch(source, run_dir, *flags, "--train.resume", resume) == 0
     print(f"{half_saved} kills left a checkpoint half written")
     assert half_saved > 0, "no kill came in the middle of a save"
     check_same_run(run_dir, whole)
@@ -126,11 +141,18 @@ def test_kill_9_at_random_moments_never_leaves_an_unusable_run(
     assert not list(run_dir.rglob("*orbax-checkpoint-tmp*"))
 
 
-@pytest.fixture
-def finished(source, tmp_path):
+@pytest.fixture(scope="module")
+def eight_steps(source, tmp_path_factory):
     """A run of 8 steps with checkpoints 4 and 8."""
-    assert launch(source, tmp_path / "run") == 0
-    return tmp_path / "run"
+    run_dir = tmp_path_factory.mktemp("runs") / "eight"
+    assert launch(source, run_dir) == 0
+    return run_dir
+
+
+@pytest.fixture
+def finished(eight_steps, tmp_path):
+    """A copy to damage."""
+    return Path(shutil.copytree(eight_steps, tmp_path / "run"))
 
 
 def test_an_older_checkpoint_that_was_half_deleted_does_no_harm(source, finished, capsys):
@@ -153,20 +175,20 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, Path.unlink])
-def test_damaged_rows_are_named_before_a_run_goes_on(source, finished, capsys, damage):
+def test_damaged_rows_are_named_before_a_run_goes_on(source, finished, capsys):
     file = next((finished / "rows").glob("*.arrow"))
     good, saved = file.read_bytes(), load_run(finished).params
-    damage(file)
     again = ("--train.resume", "True", "--train.max-steps", 12)
     capsys.readouterr()
-    assert launch(source, finished, *again) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {finished / 'rows'} is damaged (")
-    assert file.name in line
-    assert line.endswith("or start another run")
-    jax.tree.map(np.testing.assert_array_equal, load_run(finished).params, saved)
-    file.write_bytes(good)
+    for damage in (flip_a_bit, cut_in_half, Path.unlink):
+        damage(file)
+        assert launch(source, finished, *again) == 2, damage
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {finished / 'rows'} is damaged (")
+        assert file.name in line
+        assert line.endswith("or start another run")
+        jax.tree.map(np.testing.assert_array_equal, load_run(finished).params, saved)
+        file.write_bytes(good)
     assert launch(source, finished, *again) == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_params
 
+from s2d_jax.checkpoint import placed
 from s2d_jax.config import UserError
 from s2d_jax.model import Transformer
 from s2d_jax.sharding import MeshConfig, make_mesh
@@ -24,11 +26,14 @@ from train.config import (
 )
 from train.optimizer import learning_rate
 from train.step import Batch, Trainer
+from train.step_memory import shapes_of_batch
 
 ROWS, LENGTH = 8, 12
 ONE_DEVICE = MeshConfig()
 UPDATE = np.bool_(True)
 MODEL = tiny_config(num_layers=3, num_kv_heads=4)
+SHARDED = MeshConfig(fsdp=2, tensor=4)
+COMPARED = pytest.mark.exhaustive("test_sharded_training.py compares every mesh for 20 steps")
 
 
 def config(mesh=ONE_DEVICE, **train) -> Config:
@@ -53,12 +58,28 @@ def arrays():
     return Batch(tokens, np.roll(tokens, -1, axis=1), weights, positions, segments)
 
 
+@functools.cache
+def trainer_of(config: Config) -> Trainer:
+    return Trainer(config, MODEL, make_mesh(config.mesh))
+
+
+@functools.cache
+def step_of(config: Config):
+    trainer = trainer_of(config)
+    state = placed(trainer.abstract_state(), trainer.state_sharding)
+    return trainer.compile_step(state, shapes_of_batch(ROWS, LENGTH))
+
+
+def begun(config: Config):
+    """The first state of a run, its compiled step and a batch."""
+    trainer = trainer_of(config)
+    batch = jax.device_put(arrays(), trainer.batch_sharding)
+    return trainer.init_state(tiny_params(MODEL)), step_of(config), batch
+
+
 def run(config: Config, steps: int = 3):
     """Metrics of some steps and the final parameters, on the host."""
-    trainer = Trainer(config, MODEL, make_mesh(config.mesh))
-    batch = jax.device_put(arrays(), trainer.batch_sharding)
-    state = trainer.init_state(tiny_params(MODEL))
-    step = trainer.compile_step(state, batch)
+    state, step, batch = begun(config)
     history = []
     for index in range(steps):
         state, metrics = step(state, (), batch, jnp.float32((index + 1) / (steps + 1)), UPDATE)
@@ -74,13 +95,12 @@ def one_device():
 @pytest.mark.parametrize(
     "other",
     [
-        config(mesh=MeshConfig(data=8)),
-        config(mesh=MeshConfig(fsdp=8)),
-        config(mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
-        config(mesh=MeshConfig(fsdp=2, tensor=4), accumulate=2),
-        config(accumulate=4),
+        pytest.param(config(mesh=MeshConfig(data=8)), id="data", marks=COMPARED),
+        pytest.param(config(mesh=MeshConfig(fsdp=8)), id="fsdp", marks=COMPARED),
+        pytest.param(config(mesh=MeshConfig(2, 2, 2)), id="all axes", marks=COMPARED),
+        pytest.param(config(mesh=SHARDED, accumulate=2), id="sharded and accumulated"),
+        pytest.param(config(accumulate=4), id="accumulated"),
     ],
-    ids=["data", "fsdp", "all axes", "sharded and accumulated", "accumulated"],
 )
 def test_losses_and_parameters_equal_one_devices(one_device, other):
     history, params = run(other)
@@ -101,17 +121,22 @@ def test_remat_changes_nothing(one_device):
 def test_loss_is_the_weighted_mean_of_what_each_exit_reads(one_device):
     batch, params = arrays(), tiny_params(MODEL)
     model = Transformer(MODEL)
-    hiddens = model.apply(
-        {"params": params},
-        batch.tokens_BT,
-        exit_layers=(1, 2, 3),
-        positions_BT=batch.positions_BT,
-        segment_ids_BT=batch.segment_ids_BT,
-        method="exit_hiddens",
-    )
+
+    @jax.jit
+    def read(params):
+        hiddens = model.apply(
+            {"params": params},
+            batch.tokens_BT,
+            exit_layers=(1, 2, 3),
+            positions_BT=batch.positions_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+            method="exit_hiddens",
+        )
+        return [model.apply({"params": params}, h, method="logits") for h in hiddens]
+
     losses, accuracies = [], []
-    for h in hiddens:
-        logits = np.asarray(model.apply({"params": params}, h, method="logits"), np.float64)
+    for logits in read(params):
+        logits = np.asarray(logits, np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         picked = np.take_along_axis(log_probs, batch.targets_BT[..., None], -1)[..., 0]
         losses.append(-(picked * batch.weights_BT).sum() / batch.weights_BT.sum())
@@ -126,7 +151,7 @@ def test_loss_is_the_weighted_mean_of_what_each_exit_reads(one_device):
 
 def test_no_attention_across_documents():
     """A packed document's loss equals its loss alone."""
-    batch, trainer = arrays(), Trainer(config(), MODEL, make_mesh(MeshConfig()))
+    batch, trainer = arrays(), trainer_of(config())
     params = jax.device_put(tiny_params(MODEL), trainer.state_sharding.params)
     second = dataclasses.replace(batch, weights_BT=batch.weights_BT * (batch.segment_ids_BT == 2))
     alone = jax.tree.map(lambda x: np.pad(x[:, 5:10], ((0, 0), (0, LENGTH - 5))), second)
@@ -156,16 +181,12 @@ def test_bfloat16_computes_over_float32_masters(one_device):
 
 
 def test_the_state_is_donated_and_sharded():
-    trainer = Trainer(
-        config(MeshConfig(data=2, fsdp=2, tensor=2)), MODEL, make_mesh(MeshConfig(2, 2, 2))
-    )
-    state = trainer.init_state(tiny_params(MODEL))
-    batch = jax.device_put(arrays(), trainer.batch_sharding)
+    state, step, batch = begun(config(SHARDED, accumulate=2))
     kernel = state.params["layers_0"]["attn"]["q_proj"]["kernel"]
     moment = state.opt_state[1].mu["layers_0"]["attn"]["q_proj"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (16, 16)
+    assert kernel.sharding.shard_shape(kernel.shape) == (16, 8)
     assert moment.sharding == kernel.sharding
-    trainer.compile_step(state, batch)(state, (), batch, jnp.float32(0.5), UPDATE)
+    step(state, (), batch, jnp.float32(0.5), UPDATE)
     assert kernel.is_deleted()
     assert moment.is_deleted()
 
@@ -222,10 +243,7 @@ def test_steps_equal_a_numpy_reference():
 
 
 def test_a_step_that_does_not_update_gives_the_state_back():
-    trainer = Trainer(config(), MODEL, make_mesh(MeshConfig()))
-    batch = jax.device_put(arrays(), trainer.batch_sharding)
-    state = trainer.init_state(tiny_params(MODEL))
-    step = trainer.compile_step(state, batch)
+    state, step, batch = begun(config())
     state, first = step(state, (), batch, jnp.float32(0.5), UPDATE)
     before = jax.tree.map(np.array, state)  # a copy: the next call donates the state
     state, tried = step(state, (), batch, jnp.float32(0.5), ~UPDATE)

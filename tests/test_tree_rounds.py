@@ -64,11 +64,9 @@ class Round:
 
 @functools.cache
 def _compiled(static: Decoder, width: int):
-    """Prefill and the parts of a round, shared by all configurations of the same static part. They need not be fast."""
-    parts = (static.propose, static.verify, static.accept)
+    """Prefill and the parts of a round, shared by all configurations of the same static part."""
     prefill = functools.partial(static.prefill, prompt_width=width)
-    options = {"xla_backend_optimization_level": 0}
-    return [jax.jit(part, compiler_options=options) for part in (prefill, *parts)]
+    return [jax.jit(part) for part in (prefill, static.propose, static.verify, static.accept)]
 
 
 def _rounds(decoder: SpeculativeDecoder, prompts, sampling) -> list[Round]:
@@ -174,7 +172,17 @@ def _assert_states(after, row, slow_target: Slow, slow_draft: Slow, exits) -> No
             np.testing.assert_allclose(entered, expected[:shallower], rtol=5e-4, atol=5e-4)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# What they grow from is tested with other policies: paths and leaving by level, a single segment.
+COMBINED_ELSEWHERE = pytest.mark.exhaustive("paths, levels and single segments are tested apart")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(name, marks=[COMBINED_ELSEWHERE] * (name in ("s2d static", "sd@1")))
+        for name in POLICIES
+    ],
+)
 def test_every_round_equals_the_slow_references(greedy_rounds, slow_target, slow_draft, policy):
     config, depths, top = POLICIES[policy], set(), slow_target.config.num_layers
     exits, _ = _exits_in_use(config)

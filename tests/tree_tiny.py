@@ -17,12 +17,13 @@ GREEDY = SamplingParams(max_new_tokens=30)
 HOT = SamplingParams(temperature=1.0, max_new_tokens=20, seed=3)
 CAPACITY = 128  # 32 prompt positions, 30 tokens, a margin of 64
 
-TREE = TreeShape(depth=3, top_k=3, nodes=10)
+# Trees of as many nodes share their width-matched reference.
+TREE = TreeShape(depth=3, top_k=3, nodes=11)
 BY_NODE = dataclasses.replace(TREE, leaving="node")
 WIDE = TreeShape(depth=4, top_k=4, nodes=24)
-STATIC = TreeShape.static(((0, 0, 0), (0, 0, 1), (0, 1), (1, 0), (2,)))
+STATIC = TreeShape.static(((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0), (1, 1), (2,)))
 # Four nodes of its second level have children: more than the two that each node has.
-FULL = TreeShape.static([(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+FULL = TreeShape.static([(a, b, 0) for a in (0, 1) for b in (0, 1)])
 STATIC_BY_NODE = dataclasses.replace(STATIC, leaving="node")
 
 POLICIES = {
@@ -32,9 +33,9 @@ POLICIES = {
     "s2d static by node": DecodeConfig(tree=STATIC_BY_NODE),
     "s2d wide, catching up one by one": DecodeConfig(tree=WIDE, catch_up_width=1),
     "two exits": DecodeConfig(tree=BY_NODE, exits=(1, 3), exit_thresholds=(0.5, 0.0)),
-    "sd@1": DecodeConfig(tree=WIDE, exits=(1,)),
-    "sd@2 static": DecodeConfig(tree=FULL, exits=(2,)),
+    "sd@1": DecodeConfig(tree=TREE, exits=(1,)),
     "independent": DecodeConfig(tree=TREE, exits=(3,)),
+    "independent static": DecodeConfig(tree=FULL, exits=(3,)),
     "never early": DecodeConfig(tree=TREE, exit_thresholds=(1.0, 1.0, 0.0)),
     "always first": DecodeConfig(tree=BY_NODE, exit_thresholds=(0.0, 0.0, 0.0)),
 }
