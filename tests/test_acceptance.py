@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2d_jax.acceptance import accept_greedy, accept_sampled, leading
+from s2d_jax import acceptance, sampling
+from s2d_jax.acceptance import accept_greedy, leading
 from s2d_jax.proposal import Proposal, is_stop
-from s2d_jax.sampling import one_hot, sample, split
+from s2d_jax.sampling import one_hot
 
 DRAWS = 100_000
 
+# One program each, instead of one for every operation in them.
+accept_sampled, sample = jax.jit(acceptance.accept_sampled), jax.jit(sampling.sample)
+split = jax.jit(sampling.split, static_argnums=1)
 
+
+@functools.partial(jax.jit, static_argnums=0)
 def _keys(count):
     return jax.vmap(jax.random.key)(jnp.arange(count))
 

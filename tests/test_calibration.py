@@ -246,7 +246,7 @@ def test_calibrate_then_auto(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tree_costs, "MEASURED_NODES", (8, 16))
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two")))
-    flags = ("--target", models.small, "--draft", models.draft)
+    flags = ("--target", models.large, "--draft", models.draft)
     missing = failing_run(
         *(generate.main, monkeypatch, capsys, *flags, "--prompt", "x", "--policy", "auto")
     )

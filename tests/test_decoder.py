@@ -12,28 +12,24 @@ import pytest
 from tiny import (
     compilations,
     copies_of_what_is_kept,
-    tiny_config,
+    noisy_draft,
     tiny_draft,
     tiny_model,
-    tiny_params,
     tiny_tokenizer,
 )
 
 from s2d_jax import kv_cache
 from s2d_jax.buckets import bucket
 from s2d_jax.compilation import programs
-from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
+from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.pretrained import Draft, Model
 
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50], [33, 4, 21, 60, 2], [1]]
-GREEDY = SamplingParams(max_new_tokens=40)
+# Caches of 128 positions in every test: 32 for the prompt, at most 32 new tokens, a margin of 64.
+GREEDY = SamplingParams(max_new_tokens=30)
+HOT = dataclasses.replace(GREEDY, temperature=1.0)
 EXITS = (1, 2, 4)
-
-
-def _noisy(params, scale, seed=9):
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda x: x + scale * jax.random.normal(next(keys), x.shape), params)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +39,13 @@ def target() -> Model:
 
 @pytest.fixture(scope="module")
 def draft(target) -> Draft:
-    """The target with noise: often right, sometimes wrong, with exits that disagree."""
-    params = _noisy(target.params, 0.02)
-    return Draft(target.config, params, None, "noisy", DraftConfig(EXITS, (0.4, 0.4, 0.0)))
+    return noisy_draft(target, EXITS, (0.4, 0.4, 0.0))
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Model, Draft]:
+    """Two layers, for what does not depend on depth."""
+    return tiny_model(num_layers=2, spread=14.0), tiny_draft(exit_layers=(1, 2), spread=14.0)
 
 
 def _reference(target, decoder, prompts, sampling=GREEDY):
@@ -55,8 +55,10 @@ def _reference(target, decoder, prompts, sampling=GREEDY):
 
 POLICIES = {
     "s2d": DecodeConfig(),
-    "s2d heuristic": DecodeConfig(draft_length_rule="heuristic", max_draft_tokens=6),
-    "s2d two exits": DecodeConfig(exits=(1, 4), num_draft_tokens=3),
+    "s2d heuristic": DecodeConfig(
+        draft_length_rule="heuristic", num_draft_tokens=3, max_draft_tokens=5
+    ),
+    "s2d two exits": DecodeConfig(exits=(1, 4), num_draft_tokens=7),
     "sd@1": DecodeConfig(exits=(1,)),
     "sd@2 wide": DecodeConfig(exits=(2,), num_draft_tokens=7),
     "independent": DecodeConfig(exits=(4,)),
@@ -66,8 +68,21 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("policy", POLICIES)
+# Every policy, and both drafters in both batches; policies that share programs take no time.
+OTHER_BATCHES = [("sd@1", 4), ("argmax", 4), ("s2d two exits", 1), ("sd@2 wide", 1)]
+exhaustive = pytest.mark.exhaustive(
+    "this policy in the other batch, this batch with other policies"
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "batch"),
+    [
+        pytest.param(policy, batch, marks=exhaustive if (policy, batch) in OTHER_BATCHES else ())
+        for policy in POLICIES
+        for batch in (1, 4)
+    ],
+)
 def test_greedy_equals_the_width_matched_reference(target, draft, policy, batch):
     decoder = SpeculativeDecoder(target, draft, POLICIES[policy])
     result = decoder.generate(PROMPTS[:batch], GREEDY)
@@ -93,16 +108,17 @@ def test_thresholds_at_their_limits(target, draft):
 
 def test_the_target_as_its_own_draft_is_always_accepted(target):
     stats = SpeculativeDecoder(target, target).generate(PROMPTS[:1], GREEDY).stats
-    # 39 tokens after prefill's: six rounds of 6, then one of 3 (2 drafted, cut by the token budget).
-    assert (stats.target_forwards, stats.accepted_tokens) == (7, stats.drafted_tokens)
-    assert stats.mean_acceptance_length == pytest.approx(39 / 7)
+    # 29 tokens after prefill's: four rounds of 6, then one of 5 (4 drafted, cut by the token budget).
+    assert (stats.target_forwards, stats.accepted_tokens) == (5, stats.drafted_tokens)
+    assert stats.drafted_tokens == 4 * 5 + 4
+    assert stats.mean_acceptance_length == pytest.approx(29 / 5)
 
 
 def test_mean_acceptance_length_leaves_prefill_out(target):
     stats = SpeculativeDecoder(target).generate(PROMPTS, GREEDY).stats
     assert stats.mean_acceptance_length == 1.0
-    assert stats.emitted_tokens == 4 * 40
-    assert stats.target_forwards == 4 * 39
+    assert stats.emitted_tokens == 4 * 30
+    assert stats.target_forwards == 4 * 29
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -128,10 +144,9 @@ def test_rows_have_their_own_sampling(target, draft):
     assert one.token_ids[0] == one.token_ids[2] != one.token_ids[3]
 
 
-def test_one_sampling_for_all_gives_each_row_its_seed(target):
-    hot = SamplingParams(temperature=1.0, max_new_tokens=20)
-    ids = SpeculativeDecoder(target).generate([PROMPTS[0]] * 2, hot).token_ids
-    assert ids[0] != ids[1]
+def test_one_sampling_for_all_gives_each_row_its_seed(target, draft):
+    ids = SpeculativeDecoder(target, draft).generate([PROMPTS[0]] * 4, HOT).token_ids
+    assert len(set(map(tuple, ids))) == 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -165,39 +180,61 @@ def test_few_new_tokens(target, draft, new_tokens):
 
 def test_rows_with_different_numbers_of_stop_tokens(target, draft):
     decoder = SpeculativeDecoder(target, draft)
-    free = decoder.generate(PROMPTS[:2], GREEDY).token_ids
+    free = decoder.generate(PROMPTS, GREEDY).token_ids
     stops = tuple(sorted(set(range(64)) - set(free[1][:-1])))[:11]
-    rows = [GREEDY, dataclasses.replace(GREEDY, stop_token_ids=stops)]
+    rows = [GREEDY, dataclasses.replace(GREEDY, stop_token_ids=stops), GREEDY, GREEDY]
     assert len(stops) == 11
-    result = decoder.generate(PROMPTS[:2], rows)
-    expected = next((i for i, token in enumerate(free[1]) if token in stops), 39)
-    assert result.token_ids == [free[0], free[1][: expected + 1]]
+    result = decoder.generate(PROMPTS, rows)
+    expected = next((i for i, token in enumerate(free[1]) if token in stops), 29)
+    assert result.token_ids == [free[0], free[1][: expected + 1], *free[2:]]
 
 
-def test_generation_ends_at_the_context(draft):
-    config = tiny_config(num_layers=4, max_context=20)
-    small = Model(config, tiny_params(config, spread=6.0), None, "small")
-    result = SpeculativeDecoder(small, draft).generate([list(range(1, 16))], GREEDY)
+def test_generation_ends_at_the_context(small):
+    target, draft = small
+    short = dataclasses.replace(target, config=dataclasses.replace(target.config, max_context=20))
+    result = SpeculativeDecoder(short, draft).generate([list(range(1, 16))], GREEDY)
     assert len(result.token_ids[0]) == 5
 
 
-@pytest.mark.parametrize("vocab_size", [60, 80])
-def test_drafts_whose_table_has_less_or_more_padding(vocab_size):
+other_rows = pytest.mark.exhaustive(
+    "both sizes and both loops are there; test_trimmed_head has 80 mixed"
+)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "rows"),
+    [
+        (60, [GREEDY, GREEDY, HOT, HOT]),
+        (80, [GREEDY] * 4),
+        pytest.param(60, [GREEDY] * 4, marks=other_rows),
+        pytest.param(80, [GREEDY, GREEDY, HOT, HOT], marks=other_rows),
+    ],
+    ids=["60 mixed", "80 greedy", "60 greedy", "80 mixed"],
+)
+def test_drafts_whose_table_has_less_or_more_padding(small, vocab_size, rows):
     """One tokenizer, tables padded differently: ids that the draft lacks have q = 0, others of it are never drafted."""
     tokenizer = tiny_tokenizer(56)
-    target = dataclasses.replace(tiny_model(num_layers=4, spread=14.0), tokenizer=tokenizer)
-    other = dataclasses.replace(tiny_model(vocab_size, 2, spread=6.0), tokenizer=tokenizer)
+    target = dataclasses.replace(small[0], tokenizer=tokenizer)
+    other = dataclasses.replace(tiny_model(vocab_size, 1, spread=6.0), tokenizer=tokenizer)
     decoder = SpeculativeDecoder(target, other)
-    for sampling in (GREEDY, SamplingParams(temperature=1.0, max_new_tokens=40)):
-        ids = decoder.generate(PROMPTS, sampling).token_ids
-        assert max(max(row) for row in ids) < 64
-    greedy = decoder.generate(PROMPTS, GREEDY).token_ids
-    assert greedy == _reference(target, decoder, PROMPTS).token_ids
+    ids = decoder.generate(PROMPTS, rows).token_ids
+    assert max(max(row) for row in ids) < 64
+    greedy = [row for row, sampling in enumerate(rows) if sampling is GREEDY]
+    expected = _reference(target, decoder, PROMPTS).token_ids
+    assert [ids[row] for row in greedy] == [expected[row] for row in greedy]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize("policy", ["s2d", "independent"])
+@pytest.mark.parametrize(
+    ("policy", "greedy"),
+    [
+        *(("s2d", True), ("s2d", False), ("independent", True)),
+        pytest.param(
+            *("independent", False),
+            marks=pytest.mark.exhaustive("test_draft_length has a sampled loop of this drafter"),
+        ),
+    ],
+)
 def test_no_cache_is_copied_in_the_compiled_round(target, draft, policy, greedy, batch):
     decoder = SpeculativeDecoder(target, draft, POLICIES[policy])
     sampling = SamplingParams(temperature=0.0 if greedy else 1.0, max_new_tokens=30)
@@ -223,15 +260,15 @@ def test_the_copy_test_finds_what_xla_does_without_the_trick(monkeypatch):
     assert re.findall(rf"= {shape}\S* copy\(", run.as_text())
 
 
-def test_a_second_prompt_of_the_bucket_compiles_nothing(target, draft):
+def test_a_second_prompt_of_the_bucket_compiles_nothing(small):
     own_shape = DecodeConfig(
         num_draft_tokens=2
     )  # programs are shared by all decoders of the process
-    decoder = SpeculativeDecoder(target, draft, own_shape)
+    decoder = SpeculativeDecoder(*small, own_shape)
     first = decoder.generate([[1, 2, 3]], GREEDY)
     assert first.stats.seconds["compile"] > 0
     with compilations() as compiled:
-        other = SamplingParams(max_new_tokens=33, stop_token_ids=(63,))
+        other = SamplingParams(max_new_tokens=32, stop_token_ids=(63,))
         second = decoder.generate([list(range(32))], other)  # the longest of the bucket
     assert second.stats.seconds["compile"] == 0
     assert not compiled

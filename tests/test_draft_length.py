@@ -95,12 +95,13 @@ def test_a_useless_draft_is_given_up(target, useless, independent, temperature):
     )
     sampling = SamplingParams(temperature=temperature, max_new_tokens=150)
     decoder = SpeculativeDecoder(target, useless, config)
-    result = decoder.generate(PROMPTS, sampling)
+    prompts = PROMPTS if independent else PROMPTS[:1]
+    result = decoder.generate(prompts, sampling)
     stats = result.stats
     assert stats.plain_rounds > 0.9 * stats.target_forwards
     assert stats.drafted_tokens > 0
     if temperature == 0:
-        plain = SpeculativeDecoder(target).generate(PROMPTS, sampling)
+        plain = SpeculativeDecoder(target).generate(prompts, sampling)
         assert result.token_ids == plain.token_ids
 
 
@@ -139,9 +140,17 @@ def _shallow(target, depth) -> Draft:
     return Draft(target.config, params, None, "shallow", DraftConfig(EXITS, (0.9, 0.0)))
 
 
+pairs = pytest.mark.exhaustive(
+    "test_decoder has these pairs without a guard; here each value is there"
+)
+
+
 @pytest.mark.parametrize(
     ("exits", "greedy", "batch"),
-    [((2,), True, 1), ((2,), False, 4), (EXITS, False, 1), (EXITS, True, 4)],
+    [
+        *((EXITS, True, 1), (EXITS, True, 4), ((2,), False, 4)),
+        *(pytest.param(*case, marks=pairs) for case in (((2,), True, 1), (EXITS, False, 1))),
+    ],
 )
 def test_no_cache_is_copied_for_any_width(target, draft, exits, greedy, batch):
     config = dataclasses.replace(

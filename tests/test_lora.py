@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def logits_of(config, params, tokens_BT=random_tokens(64)):  # noqa: B008
 
 @pytest.mark.parametrize("name", ["llama", "qwen2 tied"])
 def test_merged_equals_unmerged(name):
-    config = CASES[name]
+    config = dataclasses.replace(CASES[name], num_layers=2)
     params = tiny_params(config, spread=5.0)
     begun = init_lora(params, LORA, jax.random.key(0))
     np.testing.assert_array_equal(logits_of(config, begun), logits_of(config, params))
@@ -158,8 +159,8 @@ def test_peft_reads_what_is_written(tmp_path):
     model = peft.PeftModel.from_pretrained(hf_load(tmp_path / "base"), tmp_path / "lora").eval()
     tokens_BT = random_tokens(VOCABULARY)
     theirs = hf_logits(model, tokens_BT)
-    assert np.abs(theirs - exit_logits(changed, 4, tokens_BT)).max() <= MAX_ABS
-    assert np.abs(theirs - exit_logits(draft, 4, tokens_BT)).max() > 0.1
+    assert np.abs(theirs - exit_logits(changed, (4,), tokens_BT)[4]).max() <= MAX_ABS
+    assert np.abs(theirs - exit_logits(draft, (4,), tokens_BT)[4]).max() > 0.1
 
     options = {"r": 2, "lora_alpha": 8, "target_modules": ["v_proj", "up_proj"], "use_rslora": True}
     fresh = peft.get_peft_model(hf_load(tmp_path / "base"), peft.LoraConfig(**options)).eval()
@@ -171,7 +172,8 @@ def test_peft_reads_what_is_written(tmp_path):
     ours = dataclasses.replace(
         draft, params=load_peft(tmp_path / "theirs", draft.config, draft.params)
     )
-    assert np.abs(hf_logits(fresh, tokens_BT) - exit_logits(ours, 4, tokens_BT)).max() <= MAX_ABS
+    found = exit_logits(ours, (4,), tokens_BT)[4]
+    assert np.abs(hf_logits(fresh, tokens_BT) - found).max() <= MAX_ABS
 
 
 @pytest.mark.parametrize(
@@ -213,23 +215,25 @@ EXITS = DraftConfig((1, 2, 3), (0.3, 0.3, 0.0))
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50]]
 
 
-@pytest.fixture
-def base(tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
     """A whole model on disk."""
+    directory = tmp_path_factory.mktemp("models") / "base"
     model = tiny_model(VOCABULARY, spread=6.0)
-    save_model(tmp_path / "base", model.config, model.params, tiny_tokenizer(VOCABULARY))
-    return load_model(tmp_path / "base")
+    save_model(directory, model.config, model.params, tiny_tokenizer(VOCABULARY))
+    return load_model(directory)
 
 
-def small_draft(base, lora=LORA, parts=PARTS) -> Draft:
+@pytest.fixture(scope="module")
+def draft(base) -> Draft:
+    """Of some layers of the base, with parts and LoRA."""
     config, params = selected(base.config, base.params, BASE_LAYERS)
-    draft = with_parts(Draft(config, params, base.tokenizer, "trained", EXITS), parts)
-    return dataclasses.replace(draft, params=adapted(draft.params, lora) if lora else draft.params)
+    draft = with_parts(Draft(config, params, base.tokenizer, "trained", EXITS), PARTS)
+    return dataclasses.replace(draft, params=adapted(draft.params, LORA))
 
 
 @pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8"])
-def test_a_draft_on_a_base_is_the_whole_one(base, weight_format, tmp_path):
-    draft = small_draft(base)
+def test_a_draft_on_a_base_is_the_whole_one(base, draft, weight_format, tmp_path):
     export_draft(draft, tmp_path / "whole", {})
     export_parts(
         draft, tmp_path / "small", base=base.source, layers=BASE_LAYERS, provenance={"run": 1}
@@ -255,8 +259,7 @@ def test_a_draft_on_a_base_is_the_whole_one(base, weight_format, tmp_path):
         assert results[0].stats.exit_histogram == results[1].stats.exit_histogram
 
 
-def test_a_draft_on_a_mesh_takes_its_base_there(base, tmp_path):
-    draft = small_draft(base)
+def test_a_draft_on_a_mesh_takes_its_base_there(base, draft, tmp_path):
     export_parts(draft, tmp_path / "small", base=base.source, layers=BASE_LAYERS, provenance={})
     mesh = make_mesh(MeshConfig(fsdp=2))
     loaded = load_draft(tmp_path / "small", mesh=mesh)
@@ -264,9 +267,8 @@ def test_a_draft_on_a_mesh_takes_its_base_there(base, tmp_path):
     assert jax.tree.map(lambda x: x.sharding, loaded.params) == expected
 
 
-def test_a_small_export_of_bf16(base, tmp_path):
+def test_a_small_export_of_bf16(base, draft, tmp_path):
     """What is compared with the base is rounded as the draft is; the trunk itself stays as exact as the base."""
-    draft = small_draft(base)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), draft.params)
     draft = dataclasses.replace(draft, params=low)
     export_parts(draft, tmp_path / "small", base=base.source, layers=BASE_LAYERS, provenance={})
@@ -285,8 +287,8 @@ def test_a_draft_without_parts_is_a_pointer(base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, base.params)
 
 
-def test_trunks_that_are_not_the_base(base, tmp_path):
-    draft, out = small_draft(base), tmp_path / "small"
+def test_trunks_that_are_not_the_base(base, draft, tmp_path):
+    out = tmp_path / "small"
     with expect_user_error("layers=None, gives 4 layers of another shape than the draft's 3"):
         export_parts(draft, out, base=base.source, provenance={})
     with expect_user_error("layers_1.attn.q_proj.kernel differs from that of .*; export it whole"):
@@ -299,9 +301,10 @@ def test_trunks_that_are_not_the_base(base, tmp_path):
     assert not out.exists()
 
 
-def test_a_base_that_is_missing_or_another(base, tmp_path):
+def test_a_base_that_is_missing_or_another(base, draft, tmp_path):
     out = tmp_path / "small"
-    export_parts(small_draft(base), out, base=base.source, layers=BASE_LAYERS, provenance={})
+    moved = shutil.copytree(base.source, tmp_path / "base")
+    export_parts(draft, out, base=str(moved), layers=BASE_LAYERS, provenance={})
     other = tiny_model(VOCABULARY, seed=3, spread=6.0)
     (tmp_path / "base").rename(tmp_path / "moved")
     with expect_user_error(
@@ -320,9 +323,9 @@ def test_a_base_that_is_missing_or_another(base, tmp_path):
         ({"path": "x"}, "is unreadable; path, layers"),
     ],
 )
-def test_a_damaged_base(base, value, message, tmp_path):
+def test_a_damaged_base(base, draft, value, message, tmp_path):
     out = tmp_path / "small"
-    export_parts(small_draft(base), out, base=base.source, layers=BASE_LAYERS, provenance={})
+    export_parts(draft, out, base=base.source, layers=BASE_LAYERS, provenance={})
     file = out / "sorted_draft.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base": value}))
     with expect_user_error(message):
@@ -332,10 +335,10 @@ def test_a_damaged_base(base, value, message, tmp_path):
 # Runs.
 
 
-@pytest.fixture
-def run_dir(base, tmp_path):
+@pytest.fixture(scope="module")
+def run_dir(base, draft, tmp_path_factory):
     """A run whose draft has LoRA and parts."""
-    draft, run_dir = small_draft(base), tmp_path / "run"
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
     write_run(run_dir, draft.config, draft.draft_config, draft.tokenizer, LORA)
     (run_dir / "config.yaml").write_text(
         yaml.safe_dump({"model": {"path": base.source, "layers": list(BASE_LAYERS)}})
@@ -346,8 +349,7 @@ def run_dir(base, tmp_path):
     return run_dir
 
 
-def test_runs_restore_adapters_and_parts(base, run_dir):
-    draft = small_draft(base)
+def test_runs_restore_adapters_and_parts(draft, run_dir):
     assert read_lora(run_dir) == LORA
     loaded = load_run(run_dir)
     assert loaded.draft_config == draft.draft_config
@@ -359,7 +361,7 @@ def test_runs_restore_adapters_and_parts(base, run_dir):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_exports_of_a_run(base, run_dir, dtype, tmp_path, capsys):
+def test_both_exports_of_a_run(run_dir, dtype, tmp_path, capsys):
     export(Args(run_dir, tmp_path / "whole", dtype=dtype))
     said = " ".join(capsys.readouterr().out.split())
     assert "exits 2 have residual adapters, so no plain model and no directory" in said

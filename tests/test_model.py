@@ -27,14 +27,17 @@ def llama(request):
 def test_every_depth_equals_numpy(llama):
     config, params = llama
     model, depths = Transformer(config), (1, 2, 4)
-    hiddens = model.apply(
-        {"params": params}, jnp.array(TOKENS), exit_layers=depths, method="exit_hiddens"
-    )
+
+    @jax.jit
+    def run(variables, tokens):
+        hiddens = model.apply(variables, tokens, exit_layers=depths, method="exit_hiddens")
+        return hiddens, [model.apply(variables, hidden, method="logits") for hidden in hiddens]
+
+    hiddens, outputs = run({"params": params}, jnp.array(TOKENS))
     host = jax.tree.map(np.asarray, params)
     states, _, _ = all_depths(config, host, TOKENS[0])
-    for depth, hidden in zip(depths, hiddens, strict=True):
+    for depth, hidden, ours in zip(depths, hiddens, outputs, strict=True):
         np.testing.assert_allclose(hidden[0], states[depth], rtol=1e-4, atol=1e-4)
-        ours = model.apply({"params": params}, hidden, method="logits")
         np.testing.assert_allclose(ours[0], logits(config, host, states[depth]), atol=1e-4)
 
 
@@ -44,10 +47,11 @@ def test_cached_windows_equal_one_pass(make_config):
     config = make_config(num_layers=2)
     params, model = tiny_params(config, spread=5.0), Transformer(config)
     tokens_BT = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
-    whole_BTV = model.apply({"params": params}, tokens_BT)
+    whole_BTV = jax.jit(model.apply)({"params": params}, tokens_BT)
     cache = KVCache.create(2, 2, config.num_kv_heads, 16, config.head_dim, dtype=jnp.float32)
     length_B = jnp.array([5, 3], jnp.int32)
 
+    @jax.jit
     def run(tokens, cache):
         h = model.apply({"params": params}, tokens, method="embed")
         h, cache = model.apply({"params": params}, h, cache, 0, 2, method="run_blocks")
@@ -71,8 +75,9 @@ def test_segments_do_not_see_each_other(llama):
     packed = jnp.array([TOKENS[0][:4] + TOKENS[0][:6]])
     segments = jnp.array([[1] * 4 + [2] * 6])
     positions = jnp.array([[*range(4), *range(6)]])
-    out = model.apply({"params": params}, packed, positions_BT=positions, segment_ids_BT=segments)
-    alone = model.apply({"params": params}, jnp.array([TOKENS[0][:6]]))
+    apply = jax.jit(model.apply)
+    out = apply({"params": params}, packed, positions_BT=positions, segment_ids_BT=segments)
+    alone = apply({"params": params}, jnp.array([TOKENS[0][:6]]))
     np.testing.assert_allclose(out[0, 4:], alone[0], atol=2e-5)
 
 

@@ -60,7 +60,7 @@ def check_equal(run_dir, alone):
 
 
 def test_two_processes_stop_together_and_one_goes_on(source, teacher, tmp_path):
-    """SIGTERM reaches one of them; both save at the same step. Each reads its share of the rows and of what was stored for them."""
+    """SIGTERM reaches one of them; both save at the same step. Each reads its share of the rows and of stored values."""
     run_dir, flags = tmp_path / "run", (*teacher, "--objective.teacher-top-k", 8, *STEPS)
     assert launch(source, tmp_path / "alone", *flags) == 0
     processes = spawn_together([(source, run_dir, *FOUR, *flags)] * 2, devices=2)

@@ -11,9 +11,17 @@ import pytest
 from scipy import stats
 from tree_reference import drawn_children
 
+from s2d_jax import sampling
 from s2d_jax.config import SamplingParams, UserError
 from s2d_jax.proposal import SamplingArrays
-from s2d_jax.sampling import draw, fold_in, probabilities, sample, split, top_k, uniform
+from s2d_jax.sampling import fold_in, top_k
+
+# One program each, instead of one for every operation in them.
+probabilities, sample = jax.jit(sampling.probabilities), jax.jit(sampling.sample)
+draw, split, uniform = (
+    jax.jit(function, static_argnums=last)
+    for function, last in ((sampling.draw, 2), (sampling.split, 1), (sampling.uniform, 1))
+)
 
 CASES = [
     SamplingParams(temperature=1.0),
@@ -121,7 +129,7 @@ def test_draws_follow_their_law(vocab, count):
     probs_V[places] = 0.4, 0.3, 0.15, 0.1, 0.05
     keys = jax.random.split(jax.random.key(vocab + count), draws)
     probs_BRV = jnp.broadcast_to(jnp.asarray(probs_V, jnp.float32), (draws, 1, vocab))
-    drawn = np.asarray(jax.jit(draw, static_argnums=2)(probs_BRV, keys, count))[:, 0]
+    drawn = np.asarray(draw(probs_BRV, keys, count))[:, 0]
     law = {tuple(tokens): chance for tokens, chance in drawn_children(probs_V, count)}
     counts = collections.Counter(map(tuple, drawn.tolist()))
     assert counts.keys() <= law.keys()

@@ -34,18 +34,6 @@ from train.progress import ProgressReport
 EXITS = ["1", "2", "3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of one shape share their compiled step."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A directory with a tiny model of 4 layers, its tokenizer, conversations and a config."""
@@ -53,10 +41,33 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(source, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    assert launch(source, run_dir) == 0
+def told(source, tmp_path_factory):
+    """A whole run, and what it printed."""
+    run_dir, shown = tmp_path_factory.mktemp("runs") / "finished", io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert launch(source, run_dir) == 0
+    return run_dir, shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(told):
+    return told[0]
+
+
+@pytest.fixture(scope="module")
+def cut_short(source, tmp_path_factory):
+    """Killed after the checkpoint of step 4 and before that of step 8."""
+    run_dir = tmp_path_factory.mktemp("runs") / "cut_short"
+    with interrupted_at(5):
+        assert launch(source, run_dir) == 130
+    assert load_run(run_dir).source.endswith("step 4")
     return run_dir
+
+
+@pytest.fixture
+def interrupted(cut_short, tmp_path):
+    """A copy to go on with."""
+    return Path(shutil.copytree(cut_short, tmp_path / "run"))
 
 
 def test_a_run_leaves_all_that_describes_it(source, finished):
@@ -85,14 +96,13 @@ def test_metrics_tell_loss_and_accuracy_per_exit(finished):
     assert list(held_out[0]["agreement_per_exit"]) == EXITS
 
 
-def test_without_a_terminal_there_are_lines_with_loss_and_time_left(source, tmp_path, capsys):
-    assert launch(source, tmp_path / "run", "--train.max-steps", 2) == 0
-    text = capsys.readouterr().out
+def test_without_a_terminal_there_are_lines_with_loss_and_time_left(told):
+    run_dir, text = told
     assert re.search(r"conversations read +│ +60 │", text)
     assert "tok/s  loss " in text
     assert "0 s left" in text
     assert "held-out loss" in text
-    assert f"trained: {tmp_path / 'run'}" in text
+    assert f"trained: {run_dir}" in text
 
 
 def test_a_terminal_shows_the_time_left_and_the_speed(monkeypatch):
@@ -132,12 +142,8 @@ def test_training_starts_from_the_weights_of_the_source(source, tmp_path, num_la
     )
 
 
-def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, tmp_path):
-    run_dir = tmp_path / "run"
-    with interrupted_at(5):
-        assert launch(source, run_dir) == 130
-    # The run was killed after the checkpoint of step 4 and before that of step 8.
-    assert load_run(run_dir).source.endswith("step 4")
+def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, interrupted):
+    run_dir = interrupted
     assert launch(source, run_dir, "--train.resume", "True") == 0
     for got, expected in zip(metrics(run_dir), metrics(finished), strict=True):
         for name in (
@@ -153,20 +159,16 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, load_run(finished).params)
 
 
-def test_a_run_resumes_on_another_mesh(source, finished, tmp_path):
-    run_dir = tmp_path / "run"
-    with interrupted_at(5):
-        assert launch(source, run_dir) == 130
+def test_a_run_resumes_on_another_mesh(source, finished, interrupted):
     mesh = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
-    assert launch(source, run_dir, "--train.resume", "True", *mesh) == 0
-    losses = [[row["loss"] for row in metrics(path)] for path in (run_dir, finished)]
+    assert launch(source, interrupted, "--train.resume", "True", *mesh) == 0
+    losses = [[row["loss"] for row in metrics(path)] for path in (interrupted, finished)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @contextlib.contextmanager
 def interrupted_at(step: int):
     """Ctrl-C while step `step` is reported."""
-    from train.progress import ProgressReport
 
     def update(self, share, row):
         if row["step"] == step:
@@ -196,11 +198,10 @@ def test_export_writes_what_load_draft_reads(finished, tmp_path, monkeypatch, ca
     assert "with exits 1, 2, 3 to" in capsys.readouterr().out
     trained, exported = load_run(finished), load_draft(tmp_path / "out")
     assert exported.draft_config == trained.draft_config
-    tokens = jnp.arange(12, dtype=jnp.int32)[None]
-    logits = [
-        Transformer(draft.config).apply({"params": draft.params}, tokens)
-        for draft in (trained, exported)
-    ]
+    assert exported.config == trained.config
+    read = jax.jit(Transformer(trained.config).apply)
+    tokens = np.arange(12, dtype=np.int32)[None]
+    logits = [read({"params": draft.params}, tokens) for draft in (trained, exported)]
     np.testing.assert_array_equal(*logits)
     provenance = json.loads((tmp_path / "out" / "sorted_draft.json").read_text())["provenance"]
     assert provenance["run"].endswith("step 8")
@@ -229,46 +230,42 @@ def one_error(capsys) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("checkpoint_every", [1, 4])
-def test_nan_stops_and_keeps_the_last_good_checkpoint(source, tmp_path, capsys, checkpoint_every):
-    run_dir = tmp_path / "run"
-    every = ("--train.checkpoint-every", checkpoint_every, "--train.keep-checkpoints", 1)
-    assert launch(source, run_dir, "--train.max-steps", 4, *every) == 0
-    good = load_run(run_dir).params
-    capsys.readouterr()
+def test_nan_stops_and_keeps_the_last_good_checkpoint(source, interrupted, capsys):
+    run_dir, good = interrupted, load_run(interrupted).params
     explode = ("--train.resume", "True", "--optim.learning-rate", "1e30")
-    assert launch(source, run_dir, *explode, *every) == 2
-    message = one_error(capsys)
     # The loss that step 5 reports is that of the parameters before its update.
-    when = {1: "after the update of step 5", 4: "at step 6"}[checkpoint_every]
-    assert f"{when}: training stopped; the last good checkpoint is step 4; resume" in message
-    assert "lower --optim.learning-rate" in message
-    assert "nan" in message
-    jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, good)
+    for every, when in ((1, "after the update of step 5"), (4, "at step 6")):
+        capsys.readouterr()
+        flags = ("--train.checkpoint-every", every, "--train.keep-checkpoints", 1)
+        assert launch(source, run_dir, *explode, *flags) == 2
+        message = one_error(capsys)
+        assert f"{when}: training stopped; the last good checkpoint is step 4; resume" in message
+        assert "lower --optim.learning-rate" in message
+        assert "nan" in message
+        jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, good)
     assert launch(source, run_dir, "--train.resume", "True") == 0
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("held_out", [0.1, 0.0])
-def test_a_last_step_that_diverges_is_no_success(source, tmp_path, capsys, held_out):
-    run_dir = tmp_path / "run"
-    flags = ("--data.held-out-fraction", held_out, "--train.max-steps", 1)
-    assert launch(source, run_dir, *flags, "--optim.learning-rate", "1e30") == 2
-    said = capsys.readouterr()
-    assert "trained:" not in said.out
-    where = "on the held-out rows after step 1" if held_out else "after the update of step 1"
-    assert f"{where}: training stopped; no checkpoint was written yet; start again" in said.err
-    assert len(said.err.splitlines()) == 1
-    assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
+def test_a_last_step_that_diverges_is_no_success(source, tmp_path, capsys):
+    for held_out in (0.0, 0.1):
+        run_dir = tmp_path / f"run {held_out}"
+        flags = ("--data.held-out-fraction", held_out, "--train.max-steps", 1)
+        assert launch(source, run_dir, *flags, "--optim.learning-rate", "1e30") == 2
+        said = capsys.readouterr()
+        assert "trained:" not in said.out
+        where = "on the held-out rows after step 1" if held_out else "after the update of step 1"
+        assert f"{where}: training stopped; no checkpoint was written yet; start again" in said.err
+        assert len(said.err.splitlines()) == 1
+        assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
     assert launch(source, run_dir, *flags) == 0
 
 
 def test_a_disk_that_refuses_arrays_keeps_the_earlier_checkpoint(
-    source, tmp_path, capsys, caplog, monkeypatch
+    source, interrupted, capsys, caplog, monkeypatch
 ):
     """TensorStore writes the arrays, in threads of its own, and its errors are no OSErrors."""
-    run_dir = tmp_path / "run"
-    assert launch(source, run_dir, "--train.max-steps", 4) == 0
+    run_dir = interrupted
     capsys.readouterr()
     save = Checkpoints.save
     with contextlib.ExitStack() as limit, monkeypatch.context() as patch:
@@ -314,17 +311,17 @@ def test_a_config_that_cannot_be_written_leaves_nothing(source, tmp_path, capsys
 
 # Of several reads of a damaged checkpoint Orbax awaits one failure only; the others complain when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    "name", ["params/_METADATA", "opt_state/manifest.ocdbt", "_CHECKPOINT_METADATA"]
-)
-def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_path, capsys, name):
+def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_path, capsys):
     run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
-    file = run_dir / "checkpoints" / "8" / name
-    file.write_bytes(file.read_bytes()[:20])
-    assert launch(source, run_dir, "--train.resume", "True") == 2
-    message = one_error(capsys)
-    assert "checkpoint 8 in " in message
-    assert f"or delete {run_dir / 'checkpoints' / '8'} to go on from there" in message
+    for name in ("params/_METADATA", "opt_state/manifest.ocdbt", "_CHECKPOINT_METADATA"):
+        file = run_dir / "checkpoints" / "8" / name
+        good = file.read_bytes()
+        file.write_bytes(good[:20])
+        assert launch(source, run_dir, "--train.resume", "True") == 2, name
+        message = one_error(capsys)
+        assert "checkpoint 8 in " in message
+        assert f"or delete {run_dir / 'checkpoints' / '8'} to go on from there" in message
+        file.write_bytes(good)
     shutil.rmtree(run_dir / "checkpoints" / "8")
     assert launch(source, run_dir, "--train.resume", "True") == 0
 

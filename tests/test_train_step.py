@@ -184,7 +184,7 @@ def test_the_state_is_donated_and_sharded():
     state, step, batch = begun(config(SHARDED, accumulate=2))
     kernel = state.params["layers_0"]["attn"]["q_proj"]["kernel"]
     moment = state.opt_state[1].mu["layers_0"]["attn"]["q_proj"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (16, 8)
+    assert kernel.sharding.shard_shape(kernel.shape) == (8, 16)
     assert moment.sharding == kernel.sharding
     step(state, (), batch, jnp.float32(0.5), UPDATE)
     assert kernel.is_deleted()

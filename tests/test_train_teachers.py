@@ -42,6 +42,15 @@ def distilled(source, tmp_path_factory):
     return run_dir
 
 
+@pytest.fixture(scope="module")
+def stored(source, tmp_path_factory):
+    """As `distilled`, but the teacher's 8 most probable tokens are stored before."""
+    run_dir = tmp_path_factory.mktemp("runs") / "stored"
+    flags = teacher_flags(source, **{"--objective.teacher-top-k": 8})
+    assert launch(source, run_dir, *flags, "--watch.tensorboard", "True") == 0
+    return run_dir
+
+
 def test_a_distilled_run_tells_divergence_and_acceptance(distilled):
     rows, held_out = metrics(distilled), metrics(distilled, held_out=True)
     assert list(rows[0]["divergence_per_exit"]) == EXITS
@@ -67,18 +76,21 @@ def test_agreement_is_with_the_teachers_argmax_on_held_out_rows(source, distille
     batch = make_batch(rows, held_out, trainer.batch_sharding)
 
     def best(model, exit_layers):
-        hiddens = Transformer(model.config).apply(
-            {"params": model.params},
-            batch.tokens_BT,
-            exit_layers=exit_layers,
-            positions_BT=batch.positions_BT,
-            segment_ids_BT=batch.segment_ids_BT,
-            method="exit_hiddens",
-        )
         module = Transformer(model.config)
-        return np.stack(
-            [module.apply({"params": model.params}, h, method="logits").argmax(-1) for h in hiddens]
-        )
+
+        @jax.jit
+        def read(params):
+            hiddens = module.apply(
+                {"params": params},
+                batch.tokens_BT,
+                exit_layers=exit_layers,
+                positions_BT=batch.positions_BT,
+                segment_ids_BT=batch.segment_ids_BT,
+                method="exit_hiddens",
+            )
+            return [module.apply({"params": params}, h, method="logits") for h in hiddens]
+
+        return np.stack([np.asarray(logits).argmax(-1) for logits in read(model.params)])
 
     counts = np.asarray(batch.weights_BT) > 0
     agrees = best(draft, (1, 2, 3)) == best(teacher, (teacher.config.num_layers,))
@@ -111,11 +123,10 @@ def test_tensorboard_gets_the_same_numbers(distilled):
     assert found["loss_per_exit/2", 4] == pytest.approx(step["loss_per_exit"]["2"], rel=1e-5)
 
 
-@pytest.mark.parametrize("top_k", [0, 8])
-def test_a_run_with_a_teacher_resumes_exactly(source, tmp_path, top_k):
+@pytest.mark.parametrize(("fixture", "top_k"), [("distilled", 0), ("stored", 8)])
+def test_a_run_with_a_teacher_resumes_exactly(source, tmp_path, request, fixture, top_k):
     flags = teacher_flags(source, **{"--objective.teacher-top-k": top_k})
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert launch(source, whole, *flags) == 0
+    whole, parted = request.getfixturevalue(fixture), tmp_path / "parted"
     shutil.copytree(whole, parted)
     shutil.rmtree(parted / "checkpoints" / "8")
     assert launch(source, parted, *flags, "--train.resume", "True") == 0
@@ -124,11 +135,9 @@ def test_a_run_with_a_teacher_resumes_exactly(source, tmp_path, top_k):
     jax.tree.map(np.testing.assert_array_equal, load_run(parted).params, load_run(whole).params)
 
 
-def test_stored_probabilities_are_the_teachers(source, tmp_path):
-    flags = teacher_flags(source, **{"--objective.teacher-top-k": 4})
-    assert launch(source, tmp_path / "run", *flags, "--train.max-steps", "1") == 0
-    ids = np.load(tmp_path / "run" / "teacher_0" / "ids.npy")
-    log_probs = np.load(tmp_path / "run" / "teacher_0" / "log_probs.npy")
+def test_stored_probabilities_are_the_teachers(stored):
+    ids = np.load(stored / "teacher_0" / "ids.npy")
+    log_probs = np.load(stored / "teacher_0" / "log_probs.npy")
     filled = np.isfinite(log_probs).all(-1) & (log_probs < 0).all(-1)
     assert filled.any()
     assert (np.diff(log_probs[filled].astype(np.float32), axis=-1) <= 0).all()
@@ -136,24 +145,11 @@ def test_stored_probabilities_are_the_teachers(source, tmp_path):
     assert len({tuple(row) for row in ids[filled].tolist()}) > 1
 
 
-def test_another_target_can_be_watched(source, tmp_path):
-    flags = ("--watch.target", str(source / "model"), "--train.max-steps", "1")
-    assert launch(source, tmp_path / "run", *flags) == 0
+def test_any_layers_make_a_draft_and_another_target_can_be_watched(source, tmp_path):
+    layers = ("--model.layers", 0, 3, "--model.num-layers", "None", "--draft.exit-layers", 1, 2)
+    watched = ("--watch.target", source / "model")
+    assert launch(source, tmp_path / "run", *layers, *watched, "--train.max-steps", 1) == 0
     assert (tmp_path / "run" / "held_out_tokens.npy").exists()
-
-
-def test_any_layers_make_a_draft(source, tmp_path):
-    layers = (
-        "--model.layers",
-        "0",
-        "3",
-        "--model.num-layers",
-        "None",
-        "--draft.exit-layers",
-        "1",
-        "2",
-    )
-    assert launch(source, tmp_path / "run", *layers, "--train.max-steps", "1") == 0
     assert load_run(tmp_path / "run").config.num_layers == 2
 
 

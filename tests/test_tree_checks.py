@@ -35,7 +35,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def questions(tmp_path):
     path = tmp_path / "questions.jsonl"
-    turns = ("one two", "the quick brown fox", "user asks")
+    turns = ("one two", "the quick brown fox", "user asks", "three four")
     path.write_text("".join(json.dumps({"turns": [turn]}) + "\n" for turn in turns))
     return path
 
@@ -75,7 +75,7 @@ def test_sweep(models, questions, tmp_path, capsys):
         questions=questions,
         out=tmp_path / "sweep",
         nodes="3,6",
-        chains="3",
+        chains="2",
         max_questions=1,
         repeats=2,
         raw=True,
@@ -87,9 +87,9 @@ def test_sweep(models, questions, tmp_path, capsys):
     assert max(len(line) for line in shown.splitlines() if "│" in line) <= 100
     report = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert list(rows) == ["ar", "s2d:3", "s2d+tree:3", "s2d+tree:6"]
-    assert [row["nodes"] for row in rows.values()] == [1, 4, 3, 6]
-    assert [row["depth"] for row in rows.values()] == [0, 3, 2, 3]  # 3 nodes: 2 levels
+    assert list(rows) == ["ar", "s2d:2", "s2d+tree:3", "s2d+tree:6"]
+    assert [row["nodes"] for row in rows.values()] == [1, 3, 3, 6]
+    assert [row["depth"] for row in rows.values()] == [0, 2, 2, 3]  # 3 nodes: 2 levels
     assert rows["ar"]["speedup"] == rows["ar"]["mat"] == 1
     assert sum(rows["s2d+tree:6"]["shares"].values()) == pytest.approx(1)
     assert "The best tree has" in (tmp_path / "sweep" / "sweep.md").read_text()
@@ -135,7 +135,7 @@ def test_identity(models, questions, tmp_path, capsys):
         questions=questions,
         out=tmp_path / "identity.json",
         batch=2,
-        prompts=3,
+        prompts=4,
         new_tokens=10,
         methods="ar,s2d:2,s2d+tree",
         drafting=DraftingOptions(**SMALL),
@@ -150,7 +150,7 @@ def test_identity(models, questions, tmp_path, capsys):
         *(f"ar, {reference}" for reference in references),
         *(f"{m}, {r}" for m, r in zip(args.methods.split(",")[1:], references[1:], strict=True)),
     ]
-    assert all(len(answers) == 3 for answers in report["tokens"].values())
+    assert all(len(answers) == 4 for answers in report["tokens"].values())
     assert report["mat"]["s2d+tree"] >= 1
 
 

@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_draft_length import PROMPTS, draft, target  # noqa: F401 (fixtures)
-from tiny import tiny_model
+from tiny import noisy_draft, tiny_model
 from tiny_trace import COSTS, answer_of, certain
 
 from infer.trace import record_trace
@@ -25,7 +24,21 @@ from s2d_jax.pretrained import Draft
 from s2d_jax.replay import predict
 from s2d_jax.tree_replay import Forest, replay_tree
 
+PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50], [33, 4, 21, 60, 2], [1]]
+EXITS = (1, 2, 4)
 WIDTHS = (1, 2, 4, 9)
+TOKENS = 72  # of every trace: one size of caches
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_model(num_layers=4, spread=14.0)
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    """The target with noise: often right, sometimes wrong."""
+    return noisy_draft(target, EXITS, (0.4, 0.4, 0.0))
 
 
 def with_tree(*shape, **fields) -> DecodeConfig:
@@ -130,19 +143,26 @@ def test_costs_of_other_exits_follow_from_those_of_all():
     )
 
 
-def recorded(target, draft, tokens: int, temperature: float = 0.0):  # noqa: F811
+def recorded(target, draft, temperature: float = 0.0):
     """A trace of the target's own answers, and the sampling that made them."""
-    sampling = SamplingParams(max_new_tokens=tokens, temperature=temperature)
+    sampling = SamplingParams(max_new_tokens=TOKENS, temperature=temperature)
     plain = SpeculativeDecoder(target).generate(PROMPTS, sampling)
     sequences = [[*p, *ids] for p, ids in zip(PROMPTS, plain.token_ids, strict=True)]
     lengths = [len(p) for p in PROMPTS]
-    trace = record_trace(target, draft, sequences, lengths, tokens, temperature, lambda: None)
+    trace = record_trace(target, draft, sequences, lengths, TOKENS, temperature, lambda: None)
     return trace, sampling, plain.token_ids
 
 
 @pytest.fixture(scope="module")
-def greedy(target, draft):  # noqa: F811
-    return recorded(target, draft, 72)
+def greedy(target, draft):
+    return recorded(target, draft)
+
+
+@pytest.fixture(scope="module")
+def itself(target, draft):
+    """A draft that is the target, and what is recorded of it."""
+    draft = dataclasses.replace(draft, params=target.params)
+    return draft, recorded(target, draft)
 
 
 def replayed_rounds(trace, config) -> int:
@@ -156,19 +176,22 @@ def guarded(config: DecodeConfig) -> DecodeConfig:
     return dataclasses.replace(config, costs=costs, guard=True)
 
 
+LIKE_ANOTHER = pytest.mark.exhaustive("a case like another, of other size")
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        with_tree(1, 8, 9, exits=(2,)),
+        pytest.param(with_tree(1, 8, 9, exits=(2,)), marks=LIKE_ANOTHER),
         with_tree(4, 1, 5, exits=(4,)),
         with_tree(2, 3, 13, exits=(2,)),
         with_tree(1, 4, 5, exits=(1, 2, 4), exit_thresholds=(0.6, 0.6, 0.0)),
-        guarded(with_tree(2, 4, 21, exits=(4,))),
+        pytest.param(guarded(with_tree(2, 4, 21, exits=(4,))), marks=LIKE_ANOTHER),
         guarded(with_tree(2, 2, 7, exits=(1,))),
     ],
     ids=lambda config: f"{config.tree.depth}x{config.tree.top_k} {config.exits} {config.guard}",
 )
-def test_rounds_are_exact_where_other_paths_do_not_matter(target, draft, greedy, config):  # noqa: F811
+def test_rounds_are_exact_where_other_paths_do_not_matter(target, draft, greedy, config):
     """Trees of one level, of one child each, and of two levels that are verified whole: greedy."""
     trace, sampling, plain = greedy
     result = SpeculativeDecoder(target, draft, config).generate(PROMPTS, sampling)
@@ -177,7 +200,7 @@ def test_rounds_are_exact_where_other_paths_do_not_matter(target, draft, greedy,
     assert result.stats.accepted_tokens > (4 if config.guard else 20)
 
 
-def test_a_useless_tree_costs_what_the_guard_allows(target):  # noqa: F811
+def test_a_useless_tree_costs_what_the_guard_allows(target):
     other = tiny_model(num_layers=4, spread=14.0, seed=5)
     useless = Draft(other.config, other.params, None, "random", DraftConfig((1, 2, 4)))
     costs = RoundCosts((0.2, 0.3, 0.4), (1.0, 1.5, 1.5, 1.5), 0.01)
@@ -191,11 +214,10 @@ def test_a_useless_tree_costs_what_the_guard_allows(target):  # noqa: F811
     assert spent < 1.02 * stats.emitted_tokens + 4 * 2 * (0.5 + 3 * 0.4)
 
 
-def test_a_draft_that_is_the_target_is_accepted_as_far_as_its_tree_holds_it(target, draft):  # noqa: F811
-    itself = dataclasses.replace(draft, params=target.params)
-    trace, sampling, _ = recorded(target, itself, 32)
+def test_a_draft_that_is_the_target_is_accepted_as_far_as_its_tree_holds_it(target, itself):
+    draft, (trace, sampling, _) = itself
     config = with_tree(5, 4, 16, exits=(4,))
-    result = SpeculativeDecoder(target, itself, config).generate(PROMPTS, sampling)
+    result = SpeculativeDecoder(target, draft, config).generate(PROMPTS, sampling)
     assert result.stats.target_forwards == pytest.approx(replayed_rounds(trace, config), rel=0.05)
     assert result.stats.mean_acceptance_length > 2.5
 
@@ -209,9 +231,9 @@ def test_a_draft_that_is_the_target_is_accepted_as_far_as_its_tree_holds_it(targ
     ],
     ids=["one exit", "three", "sampled"],
 )
-def test_tokens_per_pass_are_predicted_within_a_tenth(target, draft, greedy, config, temperature):  # noqa: F811
+def test_tokens_per_pass_are_predicted_within_a_tenth(target, draft, greedy, config, temperature):
     """Where other paths compete, and what they say is drawn from elsewhere."""
-    trace, sampling, _ = greedy if temperature == 0 else recorded(target, draft, 72, temperature)
+    trace, sampling, _ = greedy if temperature == 0 else recorded(target, draft, temperature)
     result = SpeculativeDecoder(target, draft, config).generate(PROMPTS, sampling)
     predicted = replay_tree(Forest(trace, 0), COSTS, Candidate("", "", config))
     measured = result.stats.mean_acceptance_length
@@ -219,11 +241,10 @@ def test_tokens_per_pass_are_predicted_within_a_tenth(target, draft, greedy, con
     assert measured > 1.5
 
 
-def test_the_trace_knows_the_children(target, draft):  # noqa: F811
-    itself = dataclasses.replace(draft, params=target.params)
-    trace, *_ = recorded(target, itself, 12)
+def test_the_trace_knows_the_children(itself):
+    _, (trace, *_) = itself
     for answer in trace.answers:
-        assert answer.log_probs.shape == (3, 11, 10)
+        assert answer.log_probs.shape == (3, TOKENS - 1, 10)
         assert (answer.rank[2] == 0).all()
         np.testing.assert_allclose(np.exp(answer.log_probs[..., 0]), answer.confidence, rtol=1e-5)
         assert (np.diff(answer.log_probs, axis=-1) <= 0).all()

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_draft, tiny_model, tiny_params
+from tiny import noisy_draft, tiny_config, tiny_draft, tiny_model, tiny_params
 
 from s2d_jax.compilation import programs
-from s2d_jax.config import DecodeConfig, DraftConfig, SamplingParams, UserError
+from s2d_jax.config import DecodeConfig, SamplingParams, UserError
 from s2d_jax.export import export_draft, save_model
 from s2d_jax.generation import SpeculativeDecoder
 from s2d_jax.linear import form_of, linear
@@ -33,7 +33,7 @@ from s2d_jax.weight_formats import (
 )
 
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50], [33, 4, 21, 60, 2], [1]]
-GREEDY = SamplingParams(max_new_tokens=40)
+GREEDY = SamplingParams(max_new_tokens=30)
 
 
 def _matrix(rows=40, columns=24, seed=0) -> np.ndarray:
@@ -164,20 +164,14 @@ def test_other_platforms_get_plain_dots():
 # --- models
 
 
-def _noisy(params, scale=0.02):
-    keys = iter(jax.random.split(jax.random.key(9), len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda x: x + scale * jax.random.normal(next(keys), x.shape), params)
-
-
 @pytest.fixture(scope="module")
 def target() -> Model:
-    return tiny_model(num_layers=4, spread=14.0, tie_embeddings=True)
+    return tiny_model(num_layers=2, spread=14.0, tie_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def draft(target) -> Draft:
-    exits = DraftConfig((1, 2, 4), (0.4, 0.4, 0.0))
-    return Draft(target.config, _noisy(target.params), None, "noisy", exits)
+    return noisy_draft(target, (1, 2), (0.4, 0.0))
 
 
 def _logits(model, tokens=((1, 2, 3, 4, 5),)):
@@ -206,10 +200,17 @@ def test_int8_logits_are_those_of_the_dequantised_model(tied):
     assert np.abs(expected - _logits(model)).max() > 0  # int8 is not free
 
 
-def test_int8_takes_at_most_three_tenths_of_f32():
-    config = tiny_config(vocab_size=512, embed_dim=128, ffw_dim=256, num_heads=8, head_dim=16)
-    model = Model(config, tiny_params(config), None, "tiny")
-    ratio = weight_bytes(prepare_for_decode(model, "int8").params) / weight_bytes(model.params)
+@pytest.fixture(scope="module")
+def wide() -> Model:
+    """Matrices that weigh something."""
+    config = tiny_config(
+        *(256, 6), embed_dim=256, ffw_dim=512, num_heads=8, num_kv_heads=4, head_dim=32
+    )
+    return Model(config, tiny_params(config), None, "wide")
+
+
+def test_int8_takes_at_most_three_tenths_of_f32(wide):
+    ratio = weight_bytes(prepare_for_decode(wide, "int8").params) / weight_bytes(wide.params)
     assert ratio <= 0.3
 
 
@@ -240,10 +241,24 @@ def test_unknown_formats_and_quantised_exports_are_refused(tmp_path):
 
 
 PAIRS = [("int8", "f32"), ("int8", "bf16"), ("f32", "int8"), ("bf16", "int8"), ("int8", "int8")]
+OF_ALL_EXITS = [("int8", "f32"), ("bf16", "int8"), ("int8", "int8")]
+other_drafter = pytest.mark.exhaustive(
+    "each pair of formats has one drafter, each drafter every format"
+)
 
 
-@pytest.mark.parametrize("exits", [(1, 2, 4), (4,)], ids=["s2d", "sd"])
-@pytest.mark.parametrize(("target_format", "draft_format"), PAIRS)
+@pytest.mark.parametrize(
+    ("target_format", "draft_format", "exits"),
+    [
+        pytest.param(
+            *(*pair, (1, 2) if sorted_draft else (2,)),
+            marks=() if sorted_draft == (pair in OF_ALL_EXITS) else other_drafter,
+            id="-".join((*pair, "s2d" if sorted_draft else "sd")),
+        )
+        for pair in PAIRS
+        for sorted_draft in (True, False)
+    ],
+)
 def test_greedy_equals_the_width_matched_reference(
     target, draft, target_format, draft_format, exits
 ):
@@ -261,14 +276,18 @@ def test_greedy_equals_the_width_matched_reference(
 # --- what is compiled
 
 
-@pytest.mark.parametrize("use_draft", [True, False], ids=["s2d", "plain"])
-@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
-def test_no_f32_copy_of_the_weights_is_in_the_compiled_loop(weight_format, use_draft):
-    config = tiny_config(
-        *(256, 6), embed_dim=256, ffw_dim=512, num_heads=8, num_kv_heads=4, head_dim=32
-    )
-    target = Model(config, tiny_params(config), None, "wide")
-    target = prepare_for_decode(target, weight_format)
+wide_pass = pytest.mark.exhaustive("int8 has a pass of several positions, and bf16 one of one")
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "use_draft"),
+    [
+        *(("int8", True), ("int8", False), ("bf16", False)),
+        pytest.param("bf16", True, marks=wide_pass),
+    ],
+)
+def test_no_f32_copy_of_the_weights_is_in_the_compiled_loop(wide, weight_format, use_draft):
+    target = prepare_for_decode(wide, weight_format)
     draft = tiny_draft(256, (1, 2)) if use_draft else None
     decoder = SpeculativeDecoder(target, draft)
     static, width, args = decoder.prepare([[1, 2, 3]], SamplingParams(max_new_tokens=20))
@@ -301,11 +320,19 @@ def test_the_copy_test_can_fail():
 
 @pytest.fixture(scope="module")
 def many_heads() -> Model:
-    config = tiny_config(num_layers=3, num_heads=8, num_kv_heads=8, ffw_dim=64)
+    config = tiny_config(num_layers=2, num_heads=8, num_kv_heads=8, ffw_dim=64)
     return Model(config, tiny_params(config, spread=14.0), None, "tiny")
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(tensor=8), MeshConfig(fsdp=2, tensor=4)])
+@pytest.mark.parametrize(
+    "mesh_config",
+    [
+        MeshConfig(fsdp=2, tensor=4),
+        pytest.param(
+            MeshConfig(tensor=8), marks=pytest.mark.exhaustive("the other mesh splits both axes")
+        ),
+    ],
+)
 def test_sharded_int8_equals_one_device(many_heads, draft, mesh_config):
     mesh = make_mesh(mesh_config)
     shardings = params_sharding(many_heads.config, logical_axes(many_heads.config), mesh)
@@ -355,8 +382,8 @@ def test_loading_int8_onto_a_mesh_splits_scales_like_outputs(many_heads, tmp_pat
 
 
 def test_the_program_of_an_int8_target_holds_int8_weights(target):
-    static, width, args = SpeculativeDecoder(prepare_for_decode(target, "int8")).prepare(
-        PROMPTS[:1], GREEDY
-    )
+    reference = DecodeConfig(verify_width=6)  # a program that is there
+    decoder = SpeculativeDecoder(prepare_for_decode(target, "int8"), None, reference)
+    static, width, args = decoder.prepare(PROMPTS, GREEDY)
     (_, run), _ = programs(static, width, args)
     assert re.search(r"s8\[48,32\]", run.as_text())

@@ -1,7 +1,7 @@
 """The faults that `planted_faults.py` plants: wrong rules that run, each with the tests that must notice.
 
-`old` stands exactly once in `file`. `tests` are files of `tests/`, and `-k` where a few tests of a file say it sooner; words
-of `-k` that hold spaces are in quotes. What tests plant themselves (a rule, a gradient, a damaged file) has its counterpart here.
+`old` stands exactly once in `file`. `tests` is a file of `tests/`, with `-k` where a few of its tests say it sooner. What tests
+plant themselves (a rule, a gradient, a damaged file, a disk that refuses) has its counterpart here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ACCEPTANCE = [
         """next_probs_BV = jnp.where(use_residual_B[:, None], residual_BV, p_BV)
     all_accepted_B = (num_accepted_B > 0) & ~rejected_B
     next_probs_BV = jnp.where(all_accepted_B[:, None], q_BV, next_probs_BV)""",
-        "test_lossless.py -k [thresholds-sampled-heuristic]",
+        "test_lossless.py -k 'follow_the_target and thresholds-sampled-heuristic'",
     ),
     Fault(
         "soft-q-for-modes",
@@ -62,7 +62,7 @@ ACCEPTANCE = [
         "s2d_jax/drafters/chain.py",
         "return sample(probs_BK, key_B), probs_BK",
         "return jnp.argmax(probs_BK, axis=-1).astype(jnp.int32), probs_BK",
-        "test_lossless.py -k [thresholds-sampled-fixed]",
+        "test_lossless.py -k follow_the_target[thresholds-sampled-fixed]",
     ),
     Fault(
         "improbable-drafts-dropped",
@@ -73,7 +73,7 @@ ACCEPTANCE = [
             own_B = jnp.take_along_axis(probs_BK, index_B[:, None], axis=1)[:, 0]
             live_B = live_B & (own_B > 0.2)
         proposal = _append(proposal, i, token_B, probs_BK, live_B)""",
-        "test_lossless.py -k [independent-sampled-fixed]",
+        "test_lossless.py -k follow_the_target[independent-sampled-fixed]",
     ),
     Fault(
         "rounds-share-random-numbers",
@@ -81,7 +81,7 @@ ACCEPTANCE = [
         "s2d_jax/decoder.py",
         "return split(fold_in(request.key_B, state.length_B), 2)",
         "return split(fold_in(request.key_B, jnp.zeros_like(state.length_B)), 2)",
-        "test_lossless.py -k [thresholds-sampled-fixed]",
+        "test_lossless.py -k follow_the_target[thresholds-sampled-fixed]",
     ),
 ]
 
@@ -126,7 +126,7 @@ SAMPLING = [
         "s2d_jax/draft_logits.py",
         "return filled.at[..., ids_K].set(",
         "return filled.at[..., jnp.arange(len(ids_K))].set(",
-        "test_lossless.py -k [thresholds-sampled-fixed-trimmed]",
+        "test_lossless.py -k 'follow_the_target and thresholds-sampled-fixed-trimmed'",
     ),
 ]
 
@@ -169,7 +169,7 @@ TREES = [
         "s2d_jax/tree_growth.py",
         "score_BR[:, :, None] + best_BRk, -jnp.inf)",
         "score_BR[:, :, None] + own_BRk, -jnp.inf)",
-        "test_lossless.py -k [thresholds-sampled-tree]",
+        "test_lossless.py -k follow_the_target[thresholds-sampled-tree]",
     ),
     Fault(
         "drawn-children-sorted",
@@ -177,7 +177,7 @@ TREES = [
         "s2d_jax/tree_growth.py",
         "index_BRk = draw(probs_BRK, key_B, self.shape.top_k)",
         "index_BRk = jnp.sort(draw(probs_BRK, key_B, self.shape.top_k), axis=-1)",
-        "test_lossless.py -k [thresholds-sampled-tree]",
+        "test_lossless.py -k follow_the_target[thresholds-sampled-tree]",
     ),
     Fault(
         "siblings-seen",

@@ -4,8 +4,8 @@
     .venv/bin/python docs/checks/suite_profile.py DIR --tables    prints the table of an earlier run
     .venv/bin/python docs/checks/suite_profile.py DIR -- -k tree  further arguments go to pytest
 
-Seconds of compilation are those that JAX reports (`jax.monitoring`); a process that the test waits for counts as "processes", whatever
-it does; "fixtures" is what a test's fixtures took apart from their compilation; the rest is what the test computes itself.
+Seconds of compilation are those that JAX reports (`jax.monitoring`); a process that the test waits for counts as "processes",
+whatever it does; "fixtures" is what a test's fixtures took apart from their compilation; the rest is tracing and computing.
 Compilation in several threads at once may exceed the clock.
 """
 
@@ -31,7 +31,7 @@ class _Recorder:
     """Adds up what one worker's test does, and writes it when the test ends."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "w")
+        self.file = open(path, "w")  # noqa: SIM115 (open until the session ends)
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.phase = {}
         self.waiting = False
