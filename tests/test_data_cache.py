@@ -153,8 +153,8 @@ def _build_elsewhere(config):
 
 def test_processes_at_once(config, tokenizer):
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(3, mp_context=context) as pool:
-        found = list(pool.map(_build_elsewhere, [config] * 6))
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        found = list(pool.map(_build_elsewhere, [config] * 4))
     assert all(tokens == found[0][0] for tokens, _ in found)
     assert len(entries(config)) == 1
     assert "read from the cache" in build(config, tokenizer)[1].cache

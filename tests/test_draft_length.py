@@ -180,7 +180,7 @@ def test_thresholds_lengths_and_costs_compile_nothing(target, draft):
 def test_confidence_stops_after_the_first_doubtful_token():
     drafting = _drafting(DecodeConfig(draft_length_rule="confidence", min_confidence=0.5))
     ones_B, zeros_B = jnp.ones(4), jnp.zeros(4, jnp.int32)
-    draw_B, more_B, _ = decide(
+    draw_B, more_B, _ = jax.jit(decide)(
         *(drafting, jnp.int32(0), ones_B, jnp.array([0.2, 0.5, 0.7, 0.4])),
         *(zeros_B, jnp.full(4, 5, jnp.int32)),
     )
@@ -195,7 +195,7 @@ def test_expected_gain_weighs_the_next_token_against_its_cost():
     drafting = _drafting(config, rows=3)
     hope = jnp.ones(3)
     sure = jnp.array([0.3, 0.59, 0.62])
-    draw_B, more_B, hope_B = decide(
+    draw_B, more_B, hope_B = jax.jit(decide)(
         drafting, jnp.int32(0), hope, sure, jnp.zeros(3, jnp.int32), jnp.full(3, 3, jnp.int32)
     )
     # This token and its wide pass: .3 (1 + .5) - .6 - .3 < 0; and .59, with one more token .59 * 1.5 - .9 < 0; .62 alone pays.

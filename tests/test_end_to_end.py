@@ -17,6 +17,9 @@ CONFIGS = {
 }
 CHATS = [[{"role": "user", "content": text}] for text in PROMPTS]
 SAMPLING = SamplingParams(max_new_tokens=24)
+CHAINS_ELSEWHERE = pytest.mark.exhaustive(
+    "the tree takes the same weights through the same exits; on tiny models chains equal trees of one child each"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,13 @@ def expected(target):
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIGS["chain"], id="chain", marks=CHAINS_ELSEWHERE),
+        pytest.param(CONFIGS["tree"], id="tree"),
+    ],
+)
 def test_smollm2_says_what_it_says_without_a_draft(target, expected, config):
     """Its layer 12 is seldom right and seldom sure, its last layer always right: both exits draft, tokens are lost and kept."""
     own = DraftConfig((12, target.config.num_layers), (0.9, 0.0))
@@ -41,4 +50,6 @@ def test_smollm2_says_what_it_says_without_a_draft(target, expected, config):
     found = decoder.generate(CHATS, SAMPLING)
     assert found.token_ids == expected.token_ids
     assert "Paris" in found.texts[0]
-    assert all(1.5 < stats.mean_acceptance_length < 4.0 for stats in found.row_stats)
+    assert all(
+        1.5 < stats.mean_acceptance_length < 1 + config.draft_width for stats in found.row_stats
+    )

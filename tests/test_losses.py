@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +28,11 @@ def token_values(learned, fixed, h_EBCD, labels):
 def problem():
     """Head, states and labels; the rows count 7, 3 and 0 positions."""
     rng = np.random.default_rng(0)
-    head = {"kernel": jnp.asarray(rng.normal(size=(V, D)), jnp.float32)}
-    hiddens = tuple(jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32) for _ in range(E))
-    targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
-    weights = jnp.asarray([[1] * 7, [0, 1, 0, 0, 1, 1, 0], [0] * 7], jnp.float32)
-    return head, hiddens, Labels(targets, weights)
+    head = {"kernel": rng.normal(size=(V, D)).astype(np.float32)}
+    hiddens = tuple(rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(E))
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = np.array([[1] * 7, [0, 1, 0, 0, 1, 1, 0], [0] * 7], np.float32)
+    return jax.device_put((head, hiddens, Labels(targets, weights)))
 
 
 def reference(head, hiddens, labels):
@@ -50,9 +52,14 @@ def loss_of(problem, chunk, exit_weights=EXIT_WEIGHTS, **options):
     return sorted_loss(token_values, head, None, hiddens, labels, **weights, **options)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def compiled_loss(problem, chunk, exit_weights):
+    return loss_of(problem, chunk, exit_weights)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_sorted_loss_is_the_weighted_mean_of_the_exits_losses(problem, chunk):
-    loss, sums = loss_of(problem, chunk)
+    loss, sums = compiled_loss(problem, chunk, EXIT_WEIGHTS)
     losses, corrects = reference(*problem)
     weights = np.asarray(problem[2].weights_BT)
     losses_E = (losses * weights).sum((1, 2))
@@ -64,8 +71,9 @@ def test_sorted_loss_is_the_weighted_mean_of_the_exits_losses(problem, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_values_come_back_to_their_positions(problem, chunk):
-    head, hiddens, labels = problem
-    values = values_of_positions(token_values, head, hiddens, labels, chunk=chunk)
+    labels = problem[2]
+    read = jax.jit(lambda problem: values_of_positions(token_values, *problem, chunk=chunk))
+    values = read(problem)
     losses, corrects = reference(*problem)
     counts = np.asarray(labels.weights_BT) > 0
     np.testing.assert_allclose(values["loss"], np.where(counts, losses, 0), rtol=1e-5)
@@ -73,7 +81,7 @@ def test_values_come_back_to_their_positions(problem, chunk):
 
 
 def test_equal_weights_are_the_unweighted_mean(problem):
-    loss, sums = loss_of(problem, 4, exit_weights=(1.0,) * E)
+    loss, sums = compiled_loss(problem, 4, (1.0,) * E)
     np.testing.assert_allclose(loss, np.asarray(sums["loss"]).mean(), rtol=1e-5)
 
 
@@ -88,7 +96,7 @@ def plain_loss(head, hiddens, labels):
 @pytest.mark.parametrize("chunk", [2, 7])
 def test_gradient_equals_that_of_the_plain_definition(problem, chunk):
     head, hiddens, labels = problem
-    expected = jax.grad(plain_loss, argnums=(0, 1))(head, hiddens, labels)
+    expected = jax.jit(jax.grad(plain_loss, argnums=(0, 1)))(head, hiddens, labels)
 
     def chunked(head, hiddens):
         return 3.0 * loss_of((head, hiddens, labels), chunk)[0]
@@ -99,14 +107,14 @@ def test_gradient_equals_that_of_the_plain_definition(problem, chunk):
 
 def test_frozen_states_get_no_gradient_and_cost_none(problem):
     head, hiddens, labels = problem
-    expected = jax.grad(plain_loss)(head, hiddens, labels)
+    expected = jax.jit(jax.grad(plain_loss))(head, hiddens, labels)
 
     def chunked(head):
         return 3.0 * loss_of((head, hiddens, labels), 3, through_hiddens=False)[0]
 
-    got = jax.grad(chunked)(head)
-    np.testing.assert_allclose(got["kernel"], expected["kernel"], atol=1e-5)
-    assert f"f32[{E},{B},9,{D}]" not in jax.jit(jax.grad(chunked)).lower(head).as_text("hlo")
+    gradient = jax.jit(jax.grad(chunked))
+    np.testing.assert_allclose(gradient(head)["kernel"], expected["kernel"], atol=1e-5)
+    assert f"f32[{E},{B},9,{D}]" not in gradient.lower(head).as_text("hlo")
 
 
 @pytest.mark.parametrize(
@@ -114,14 +122,14 @@ def test_frozen_states_get_no_gradient_and_cost_none(problem):
 )
 def test_only_chunks_that_count_are_read(problem, counted, chunk, expected):
     head, hiddens, labels = problem
-    weights = jnp.zeros((B, T)).at[1, T - counted :].set(1.0) if counted else jnp.zeros((B, T))
-    seen = []
+    weights, seen = np.zeros((B, T), np.float32), []
+    weights[1, T - counted :] = 1.0
 
     def counting(learned, fixed, h_EBCD, labels):
         jax.debug.callback(lambda: seen.append(1), ordered=False)
         return token_values(learned, fixed, h_EBCD, labels)
 
-    labels = labels.replace(weights_BT=weights)
+    labels = labels.replace(weights_BT=jnp.asarray(weights))
     loss, _ = sorted_loss(
         counting, head, None, hiddens, labels, exit_weights=EXIT_WEIGHTS, chunk=chunk
     )

@@ -32,7 +32,7 @@ TINY = {"batch_size": 16, "length": 8, "accumulate": 2, "heads": 2, "loss_chunk"
 def models(tmp_path_factory) -> dict[str, str]:
     """Directories with a config.json: a shallow and a deep model of one vocabulary."""
     directory, found = tmp_path_factory.mktemp("models"), {}
-    for name, layers, width in (("small", 3, 32), ("large", 4, 64)):
+    for name, layers, width in (("small", 2, 32), ("large", 3, 64)):
         config = tiny_config(num_layers=layers, embed_dim=width)
         (directory / name).mkdir()
         text = json.dumps(config_to_hf(config, "float32"))

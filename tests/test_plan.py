@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from hf_tiny import expect_user_error
+from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config
 
 from s2d_jax.config_translation import config_to_hf
@@ -17,6 +18,17 @@ from train.plan import Collectives, count_collectives, draft_shape, main, make_p
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = CONFIGS / "vicuna7b_soft.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _settings_are_given_back():
+    """`main` sets for its whole process what later tests do without, and JAX notes once whether programs are kept."""
+    names = ("jax_platforms", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -30,8 +42,8 @@ def run_yaml(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         """
-model: {path: models/tiny, num_layers: 3, compute_dtype: float32}
-draft: {exit_layers: [1, 2, 3]}
+model: {path: models/tiny, num_layers: 2, compute_dtype: float32}
+draft: {exit_layers: [1, 2]}
 data: {paths: [none.jsonl], max_length: 16}
 train: {batch_size: 8, loss_chunk: 8}
 """

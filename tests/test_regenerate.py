@@ -170,7 +170,8 @@ def test_samples_do_not_depend_on_the_batch_and_every_turn_has_a_seed_of_its_own
     texts = []
     for size in (2, 6):
         out = tmp_path / f"{size}.jsonl"
-        again(monkeypatch, models, source, out, *SAMPLED, "--batch-size", size)
+        drafted = (*SAMPLED, "--draft", models.draft)
+        again(monkeypatch, models, source, out, *drafted, "--batch-size", size)
         texts.append([row["messages"] for row in rows_of(out)])
         assert len(set(seeds)) == len(seeds) - 1 == 10  # the first checks the flags
         seeds.clear()
@@ -280,7 +281,15 @@ def test_a_journal_is_for_one_process_and_tells_where_it_is_damaged(tmp_path):
     assert json.loads(path.read_text()) == {"seed": 1}
 
 
-def test_kill_9_at_any_moment(models, source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "moments",
+    [
+        (2,),
+        pytest.param((2, 5), marks=pytest.mark.exhaustive("tests of `killed` die in both turns")),
+    ],
+)
+def test_kill_9_at_any_moment(models, source, tmp_path, monkeypatch, moments):
+    """Lines of the journal at which the process dies; tests of `killed` above choose other moments."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "new.jsonl"
     again(monkeypatch, models, source, whole)
     command = [
@@ -293,7 +302,7 @@ def test_kill_9_at_any_moment(models, source, tmp_path, monkeypatch):
     ]
     command += ["--prompts", str(source), "--out", str(out), "--batch-size", "2", *map(str, SHORT)]
     journal = regenerate.journal_of(out)
-    for lines in (2, 5):
+    for lines in moments:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (
             journal.exists() and len(journal.read_bytes().split(b"\n")) > lines
@@ -302,5 +311,5 @@ def test_kill_9_at_any_moment(models, source, tmp_path, monkeypatch):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert journal.exists()
-    subprocess.run(command, check=True, capture_output=True)
+    again(monkeypatch, models, source, out)
     assert [row["messages"] for row in rows_of(out)] == [row["messages"] for row in rows_of(whole)]

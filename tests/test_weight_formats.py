@@ -176,7 +176,7 @@ def draft(target) -> Draft:
 
 def _logits(model, tokens=((1, 2, 3, 4, 5),)):
     transformer = Transformer(model.config, dtype=model.dtype)
-    return np.asarray(transformer.apply({"params": model.params}, jnp.asarray(tokens)))
+    return np.asarray(jax.jit(transformer.apply)({"params": model.params}, jnp.asarray(tokens)))
 
 
 def test_the_compute_dtype_is_that_of_the_norms(target):
@@ -191,10 +191,10 @@ def test_the_compute_dtype_is_that_of_the_norms(target):
 @pytest.mark.parametrize("tied", [True, False])
 def test_int8_logits_are_those_of_the_dequantised_model(tied):
     """Look-up and head read one int8 table when they are tied."""
-    model = tiny_model(spread=8.0, tie_embeddings=tied)
+    model = tiny_model(num_layers=2, spread=8.0, tie_embeddings=tied)
     int8 = prepare_for_decode(model, "int8")
     tables = [leaf for leaf in jax.tree.leaves(int8.params) if leaf.dtype == jnp.int8]
-    assert len(tables) == 4 * 7 + (1 if tied else 2)
+    assert len(tables) == 2 * 7 + (1 if tied else 2)
     expected = _logits(prepare_for_decode(int8, "f32"))
     np.testing.assert_allclose(_logits(int8), expected, atol=2e-4 * np.abs(expected).max())
     assert np.abs(expected - _logits(model)).max() > 0  # int8 is not free
@@ -241,32 +241,29 @@ def test_unknown_formats_and_quantised_exports_are_refused(tmp_path):
 
 
 PAIRS = [("int8", "f32"), ("int8", "bf16"), ("f32", "int8"), ("bf16", "int8"), ("int8", "int8")]
-OF_ALL_EXITS = [("int8", "f32"), ("bf16", "int8"), ("int8", "int8")]
+EXITS = {"s2d": (1, 2), "sd": (2,)}
 other_drafter = pytest.mark.exhaustive(
-    "each pair of formats has one drafter, each drafter every format"
+    "each pair has one drafter, each drafter every format; test_exit_parts has f32 with int8"
 )
 
 
 @pytest.mark.parametrize(
-    ("target_format", "draft_format", "exits"),
+    ("target_format", "draft_format", "drafter"),
     [
-        pytest.param(
-            *(*pair, (1, 2) if sorted_draft else (2,)),
-            marks=() if sorted_draft == (pair in OF_ALL_EXITS) else other_drafter,
-            id="-".join((*pair, "s2d" if sorted_draft else "sd")),
-        )
-        for pair in PAIRS
-        for sorted_draft in (True, False)
+        *(("int8", "f32", "s2d"), ("bf16", "int8", "s2d")),
+        *(("int8", "bf16", "sd"), ("int8", "int8", "sd")),
+        *(pytest.param(*pair, "sd", marks=other_drafter) for pair in PAIRS[:1] + PAIRS[2:4]),
+        *(pytest.param(*pair, "s2d", marks=other_drafter) for pair in PAIRS[1:3] + PAIRS[4:]),
     ],
 )
 def test_greedy_equals_the_width_matched_reference(
-    target, draft, target_format, draft_format, exits
+    target, draft, target_format, draft_format, drafter
 ):
     small, other = (
         prepare_for_decode(target, target_format),
         prepare_for_decode(draft, draft_format),
     )
-    decoder = SpeculativeDecoder(small, other, DecodeConfig(exits=exits))
+    decoder = SpeculativeDecoder(small, other, DecodeConfig(exits=EXITS[drafter]))
     reference = SpeculativeDecoder(small, None, DecodeConfig(verify_width=decoder.verify_width))
     result = decoder.generate(PROMPTS, GREEDY)
     assert result.token_ids == reference.generate(PROMPTS, GREEDY).token_ids

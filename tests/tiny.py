@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2d_jax.config import DraftConfig, ExitParts, ModelConfig
 
@@ -61,13 +62,12 @@ def tiny_params(config: ModelConfig, seed: int = 0, spread: float = 1.0):
 
 @functools.cache
 def _drawn_once(config: ModelConfig, seed: int, spread: float):
-    """NumPy copies: a hundred small programs draw a model, so each is drawn once per process."""
+    """NumPy copies, drawn once per process by one program."""
     from s2d_jax.model import init_params
 
-    params = init_params(config, jax.random.key(seed), dtype=jnp.float32)
-    if spread != 1.0:
-        params = jax.tree.map(lambda x: x * jnp.float32(spread) if x.ndim == 2 else x, params)
-    return jax.device_get(params)
+    drawn = jax.jit(lambda key: init_params(config, key, dtype=jnp.float32))
+    params = jax.device_get(drawn(jax.random.key(seed)))
+    return jax.tree.map(lambda x: x * np.float32(spread) if x.ndim == 2 else x, params)
 
 
 def tiny_model(

@@ -274,7 +274,7 @@ DECODING = [
         "s2d_jax/kv_cache.py",
         "return run_if(start_B[0] >= 0, write_only_row, buffer)",
         "return write_only_row(buffer)",
-        "test_decoder.py -k no_cache_is_copied",
+        "test_decoder.py -k 'no_cache_is_copied and independent'",
     ),
     Fault(
         "conditions-copy",
@@ -282,7 +282,7 @@ DECODING = [
         "s2d_jax/control.py",
         "return jax.lax.while_loop(lambda state: state[0], once, (predicate, carry))[1]",
         "return jax.lax.cond(predicate, body, lambda carry: carry, carry)",
-        "test_decoder.py -k no_cache_is_copied",
+        "test_decoder.py -k 'no_cache_is_copied and independent'",
     ),
     Fault(
         "every-length-compiled",
