@@ -44,10 +44,10 @@ def export(args: Args) -> None:
     Raises:
         UserError: if there is no such run or step, or the directory holds something else.
     """
-    say_devices()
     # A whole export folds LoRA in before it rounds.
     dtype = args.dtype if args.adapters_only else "float32"
     draft = load_run(args.run, args.step, dtype=jnp.dtype(dtype))
+    say_devices()
     config = yaml.safe_load((args.run / "config.yaml").read_text(encoding="utf-8"))
     base = config["model"]["path"]
     if args.adapters_only:

@@ -228,6 +228,7 @@ def bench_kernels(target: str | None, out: Path) -> None:
         UserError: if the target cannot be read.
     """
     chain = chain_of(None if target is None else read_description(target)[0])
+    say_devices()
     with counting_bar(*eta()) as progress:
         runs = len(CANDIDATES) * len(ROWS) * (1 + _REPEATS)
         task = progress.add_task("measuring the machine", total=runs)

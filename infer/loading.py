@@ -12,9 +12,9 @@ from s2d_jax.tokenizer import Tokenizer
 
 def load_target(path: str, weight_format: str) -> Model:
     """A model with a tokenizer. Raises UserError if it has none."""
-    say_devices()
     model = load_model(path, weight_format=weight_format)
     tokenizer_of(model)
+    say_devices()
     return model
 
 
@@ -34,8 +34,8 @@ def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: s
             raise UserError("--draft-vocabulary needs a draft; give --draft DIR")
         return None
     listed = None if vocabulary in (None, "full") else read_vocabulary(vocabulary)
-    say_devices()
     draft = load_draft(path, weight_format=weight_format)
+    say_devices()
     return draft if vocabulary is None else with_trimmed_head(draft, listed)
 
 

@@ -55,6 +55,10 @@ BATCH = 10_000
 # Samples, and the share of LEVEL that this look may spend.
 LOOKS = {10_000: 0.05, 50_000: 0.05, 100_000: 0.05, 200_000: 0.85}
 SAMPLES = max(LOOKS)
+# Much is computed here, so that a quick program is worth its compilation (conftest.py has the opposite).
+OPTIMIZED: dict[str, int | bool] = {"xla_backend_optimization_level": 2}
+if jax.__version_info__ < (0, 11):
+    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 PASSES_AT_ONCE = 0.3
 ALPHA = 1e-4
 LEVEL = ALPHA / len([*MODES, *MORE_MODES])
@@ -112,8 +116,7 @@ def _program(mode: Mode):
     width = len(PROMPT)
     capacity = width + EMITTED + 1 + decoder.margin
 
-    # Most of this test is computing: here LLVM's work pays.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
     def generate(params, request, first_seed):
         tokens_BC = jnp.zeros((BATCH, capacity), jnp.int32).at[:, :width].set(jnp.array([PROMPT]))
         length_B = jnp.full((BATCH,), width, jnp.int32)

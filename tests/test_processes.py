@@ -80,9 +80,22 @@ def test_two_processes_stop_together_and_one_goes_on(source, teacher, tmp_path):
     check_equal(run_dir, tmp_path / "alone")
 
 
-def test_one_process_stops_and_two_go_on(source, teacher, tmp_path, monkeypatch):
-    """Small parts learn from a teacher that runs; four devices hold it and them."""
-    parts = ("--draft.exit-adapters", 1, "--draft.adapter-rank", 4, "--model.lora-rank", 4)
+SMALL_PARTS = ("--draft.exit-adapters", 1, "--draft.adapter-rank", 4, "--model.lora-rank", 4)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(SMALL_PARTS, id="small parts"),
+        pytest.param(
+            (),
+            id="the whole draft",
+            marks=pytest.mark.exhaustive("the trunk learns where small parts do above"),
+        ),
+    ],
+)
+def test_one_process_stops_and_two_go_on(source, teacher, tmp_path, monkeypatch, parts):
+    """What learns, learns from a teacher that runs; four devices hold it and the teacher."""
     run_dir, flags = tmp_path / "run", (*teacher, *parts, *STEPS)
     assert launch(source, tmp_path / "alone", *flags) == 0
 

@@ -98,6 +98,7 @@ def test_metrics_tell_loss_and_accuracy_per_exit(finished):
 
 def test_without_a_terminal_there_are_lines_with_loss_and_time_left(told):
     run_dir, text = told
+    assert text.count("devices: 8 x CPU (") == 1
     assert re.search(r"conversations read +│ +60 │", text)
     assert "tok/s  loss " in text
     assert "0 s left" in text
