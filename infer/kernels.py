@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.cli import counting_bar, eta, screen
+from infer.cli import counting_bar, eta, say_devices, screen
 from infer.environment import environment
 from infer.kernel_report import show_kernels, write_kernels
 from s2d_jax import product_forms

@@ -174,12 +174,12 @@ def test_asking_keeps_the_messages(target):
 @pytest.mark.parametrize("way", ["sorted", "independent"])
 def test_caches_grow_when_they_are_full(target, drafts, way):
     """Rows end at different lengths; one that has ended must not be overwritten while the other goes on."""
-    rows = [dataclasses.replace(GREEDY, max_new_tokens=n) for n in (35, 150)]
+    rows = [dataclasses.replace(GREEDY, max_new_tokens=n) for n in (35, 190)]
     roomy = decoder_of(target, drafts, way).generate(PROMPTS, rows)
     tight = decoder_of(target, drafts, way, initial_room=32)
     assert tight.prepare(PROMPTS, rows)[2][2].shape == (2, 192)
     assert tight.generate(PROMPTS, rows).token_ids == roomy.token_ids
-    assert [len(ids) for ids in roomy.token_ids] == [35, 150]
+    assert [len(ids) for ids in roomy.token_ids] == [35, 190]
     stream = tight.stream(PROMPTS, rows)
     for _ in stream:
         pass

@@ -198,14 +198,14 @@ def test_rows_have_their_own_sampling(pair, plain, policy, draft_sampling):
 @pytest.mark.parametrize("policy", ["s2d by node", pytest.param("independent", marks=one_segment)])
 def test_caches_grow_when_they_are_full(pair, policy):
     """Rows end at different lengths; one that has ended must not be overwritten while others go on."""
-    rows = [SamplingParams(max_new_tokens=n) for n in (90, 10, 40, 60)]
+    rows = [SamplingParams(max_new_tokens=n) for n in (125, 10, 40, 60)]
     roomy = SpeculativeDecoder(*pair, POLICIES[policy])
     tight = SpeculativeDecoder(*pair, dataclasses.replace(POLICIES[policy], initial_room=32))
-    assert roomy.prepare(PROMPTS, rows)[2][2].shape == (4, 192)
+    assert roomy.prepare(PROMPTS, rows)[2][2].shape == (4, 256)
     assert tight.prepare(PROMPTS, rows)[2][2].shape == (4, CAPACITY)
     found = tight.generate(PROMPTS, rows).token_ids
     assert found == roomy.generate(PROMPTS, rows).token_ids
-    assert [len(ids) for ids in found] == [90, 10, 40, 60]
+    assert [len(ids) for ids in found] == [125, 10, 40, 60]
     reference = SpeculativeDecoder(pair[0], None, DecodeConfig(verify_width=TREE.nodes))
     assert found == reference.generate(PROMPTS, rows).token_ids
 
