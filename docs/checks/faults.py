@@ -392,7 +392,7 @@ MODELS = [
         "s2d_jax/product_forms.py",
         "(first_MO * 256 + last_MO) * step_M1",
         "(first_MO * 256) * step_M1",
-        "test_weight_formats.py -k equals_its_definition",
+        "test_weight_formats.py -k definition",
     ),
     Fault(
         "scales-split-like-inputs",
