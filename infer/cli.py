@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from s2d_jax.config import UserError
-from s2d_jax.machine import devices_in_use, unused_accelerator
+from s2d_jax.machine import device_notice
 
 Args = TypeVar("Args")
 _SECONDS_BETWEEN_LINES = 10.0
@@ -87,10 +87,8 @@ def check_writable(path: Path) -> None:
 @functools.cache
 def say_devices() -> None:
     """Says once, on stderr, which devices JAX uses; and warns if it passes over an accelerator whose plugin is installed."""
-    console = screen(stderr=True)
-    console.print(f"devices: {devices_in_use()}", markup=False, soft_wrap=True)
-    if (reason := unused_accelerator()) is not None:
-        console.print(f"warning: {reason}", markup=False, soft_wrap=True, style="yellow")
+    for line in device_notice():
+        screen(stderr=True).print(line, markup=False, soft_wrap=True)
 
 
 def screen(*, stderr: bool = False) -> Console:

@@ -36,7 +36,7 @@ def usable_cores() -> int:
 
 
 def devices_in_use() -> str:
-    """The devices that JAX computes on, in a few words: `4 x NVIDIA H100 80GB HBM3 (cuda)`; JAX begins with this call."""
+    """The devices that JAX computes on, in a few words: `4 x NVIDIA H100 80GB HBM3 (gpu)`; JAX begins with this call."""
     counted = collections.Counter((d.device_kind, d.platform) for d in jax.devices())
     named = []
     for (kind, platform_name), count in counted.items():
@@ -71,6 +71,14 @@ def unused_accelerator() -> str | None:
             )
         return f"JAX computes on the CPU, not on a {accelerator}; {why}"
     return None
+
+
+def device_notice() -> list[str]:
+    """What a command says once: a line with the devices in use, and a warning if an accelerator is passed over."""
+    lines = [f"devices: {devices_in_use()}"]
+    if (reason := unused_accelerator()) is not None:
+        lines.append(f"warning: {reason}")
+    return lines
 
 
 def _release(version: str) -> list[str]:

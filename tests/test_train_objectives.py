@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from test_train_step import MODEL, ONE_DEVICE, UPDATE, arrays, config
-from tiny import tiny_config, tiny_params
+from tiny import logits_at_exits, tiny_config, tiny_params
 
 from s2d_jax.exit_parts import init_exit_parts
 from s2d_jax.lora import LoraConfig, init_lora
-from s2d_jax.model import Transformer
 from s2d_jax.sharding import MeshConfig, make_mesh
 from train.config import Config, ObjectiveSection
 from train.reading import TopK
@@ -71,23 +70,9 @@ def metrics_of(config, *, teachers=(), params=None, top_k=(), listed=False, step
     return history, jax.device_get(state.params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def logits_of(model_config, params, exit_layers):
-    batch, model = arrays(), Transformer(model_config)
-    hiddens = model.apply(
-        {"params": params},
-        batch.tokens_BT,
-        exit_layers=exit_layers,
-        positions_BT=batch.positions_BT,
-        segment_ids_BT=batch.segment_ids_BT,
-        method="exit_hiddens",
-    )
-    return jnp.stack([model.apply({"params": params}, h, method="logits") for h in hiddens])
-
-
 def log_probs_of(model_config, params, exit_layers, entries=None):
     """Log-probabilities in float64 `[E, B, T, V]`, or over some entries."""
-    logits = np.asarray(logits_of(model_config, params, exit_layers), np.float64)
+    logits = np.asarray(logits_at_exits(model_config, params, arrays(), exit_layers), np.float64)
     logits = logits if entries is None else logits[..., entries]
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 

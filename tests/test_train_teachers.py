@@ -9,11 +9,10 @@ import jax
 import numpy as np
 import pytest
 from run_tiny import launch, metrics, write_source
-from tiny import tiny_tokenizer
+from tiny import logits_at_exits, tiny_tokenizer
 
 from s2d_jax.checkpoint import Checkpoints, load_run
 from s2d_jax.draft_vocabulary import DraftVocabulary
-from s2d_jax.model import Transformer
 from s2d_jax.pretrained import load_model
 
 EXITS = ["1", "2", "3"]
@@ -76,21 +75,9 @@ def test_agreement_is_with_the_teachers_argmax_on_held_out_rows(source, distille
     batch = make_batch(rows, held_out, trainer.batch_sharding)
 
     def best(model, exit_layers):
-        module = Transformer(model.config)
-
-        @jax.jit
-        def read(params):
-            hiddens = module.apply(
-                {"params": params},
-                batch.tokens_BT,
-                exit_layers=exit_layers,
-                positions_BT=batch.positions_BT,
-                segment_ids_BT=batch.segment_ids_BT,
-                method="exit_hiddens",
-            )
-            return [module.apply({"params": params}, h, method="logits") for h in hiddens]
-
-        return np.stack([np.asarray(logits).argmax(-1) for logits in read(model.params)])
+        return np.asarray(logits_at_exits(model.config, model.params, batch, exit_layers)).argmax(
+            -1
+        )
 
     counts = np.asarray(batch.weights_BT) > 0
     agrees = best(draft, (1, 2, 3)) == best(teacher, (teacher.config.num_layers,))

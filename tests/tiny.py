@@ -147,6 +147,23 @@ def with_noise(params, scale: float, seed: int = 9):
     return noisy(params)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def logits_at_exits(config: ModelConfig, params, batch, exit_layers: tuple[int, ...]):
+    """`[E, B, T, V]` of a training batch, through the shared norm and head."""
+    from s2d_jax.model import Transformer
+
+    model = Transformer(config)
+    hiddens = model.apply(
+        {"params": params},
+        batch.tokens_BT,
+        exit_layers=exit_layers,
+        positions_BT=batch.positions_BT,
+        segment_ids_BT=batch.segment_ids_BT,
+        method="exit_hiddens",
+    )
+    return jnp.stack([model.apply({"params": params}, h, method="logits") for h in hiddens])
+
+
 @contextlib.contextmanager
 def compilations():
     """Yields a list that gets an entry for every program that JAX compiles meanwhile."""

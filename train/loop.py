@@ -23,7 +23,7 @@ from s2d_jax.config import UserError
 from s2d_jax.draft_vocabulary import DraftVocabulary
 from s2d_jax.files import write_text
 from s2d_jax.lora import lora_of
-from s2d_jax.machine import devices_in_use, unused_accelerator
+from s2d_jax.machine import device_notice
 from s2d_jax.sharding import make_mesh
 from s2d_jax.tokenizer import Tokenizer
 from train.config import Config
@@ -59,9 +59,8 @@ def train(config: Config) -> Path:
             _remove_partial(run_dir)
             undo.callback(_remove_all_but, _entries(run_dir), run_dir)
         start = _resume if config.train.resume else _begin
-        report.say(f"devices: {devices_in_use()}")
-        if (reason := unused_accelerator()) is not None:
-            report.say(f"warning: {reason}")
+        for line in device_notice():
+            report.say(line)
         run = start(config, run_dir, report)
         stack.callback(run.checkpoints.close)
         stack.callback(run.metrics.close)
