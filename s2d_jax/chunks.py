@@ -13,7 +13,7 @@ from s2d_jax.kv_cache import KVCache, read_window
 Forward = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
 
 
-def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
+def run_chunks(forward: Forward, cache: KVCache, nothing_BD, tokens_BC, end_B, width: int):
     """Runs the model until the cache holds `end_B` positions of each row, `width` at a time.
 
     A row that holds as many already stays where it is; what is written behind it is overwritten later.
@@ -21,6 +21,7 @@ def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
     Args:
         forward: one pass over `width` positions.
         cache: holds a prefix of each row of `tokens_BC`.
+        nothing_BD: zeros, of the model's width and dtype.
         tokens_BC: int32; C must hold the last chunk to its end, `end_B + width` at most.
         end_B: int32.
         width: static.
@@ -28,9 +29,6 @@ def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
     Returns:
         The state `[B, D]` at position `end_B - 1` (zeros in rows that did not move), and the cache.
     """
-    chunk_BW = jax.ShapeDtypeStruct((tokens_BC.shape[0], width), tokens_BC.dtype)
-    h_BWD, _ = jax.eval_shape(forward, chunk_BW, cache)
-    nothing_B1D = jnp.zeros((h_BWD.shape[0], 1, h_BWD.shape[2]), h_BWD.dtype)
 
     def run_chunk(carry):
         cache, last_B1D = carry
@@ -41,7 +39,7 @@ def run_chunks(forward: Forward, cache: KVCache, tokens_BC, end_B, width: int):
     def behind(carry):
         return jnp.any(carry[0].length_B < end_B)
 
-    cache, last_B1D = jax.lax.while_loop(behind, run_chunk, (cache, nothing_B1D))
+    cache, last_B1D = jax.lax.while_loop(behind, run_chunk, (cache, nothing_BD[:, None]))
     return last_B1D[:, 0], cache
 
 

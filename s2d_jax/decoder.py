@@ -155,7 +155,7 @@ class Decoder:
         """The target's pass over the prompt behind `cache`, and what follows from it."""
         last_BD, cache = run_chunks(
             *(lambda *args: self.target.forward(params["target"], *args), cache),
-            *(tokens_BC, length_B, width),
+            *(self.target.model.no_states(len(length_B)), tokens_BC, length_B, width),
         )
         logits_B1V = self.target.logits(params["target"], last_BD[:, None])
         token_B = self._sample(logits_B1V, request, fold_in(request.key_B, length_B))

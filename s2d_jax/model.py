@@ -76,6 +76,10 @@ class Transformer(nn.Module):
             for exit in self.parts.adapters
         }
 
+    def no_states(self, batch: int) -> jax.Array:
+        """Zeros `[B, D]` in the compute dtype: where the state after some layer will stand."""
+        return jnp.zeros((batch, self.config.embed_dim), self.dtype)
+
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """`[B, T]` int32 -> `[B, T, D]` in the compute dtype. Ids beyond the vocabulary read its last row."""
         return self.embed_table(tokens_BT).astype(self.dtype)

@@ -17,6 +17,9 @@ install_import_hook(["s2d_jax.acceptance", "s2d_jax.sampling"], "beartype.bearty
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing is what tests do most; it is quicker where programs do not note the line of each operation, and garbage waits longer.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(100_000, 50, 100)
 
 ROOT = Path(__file__).parent.parent
 _MOST_MEMORY_MAPS = 30_000

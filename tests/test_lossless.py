@@ -98,8 +98,9 @@ def _decoder(mode: Mode, target, draft) -> Decoder:
 
 @functools.cache
 def _models():
-    # A spread of 14 gives logits of standard deviation 1.5: distributions that differ, with confidences from .2 to .9.
-    return enumerable_model(seed=0, spread=14.0), enumerable_draft((1, 2, 3), seed=1, spread=14.0)
+    # At this spread logits have a standard deviation of 1.7: distributions differ, with confidences from .3 to .85.
+    target = enumerable_model(seed=0, spread=25.0)
+    return target, enumerable_draft((1, 2, 3), seed=1, spread=25.0)
 
 
 def _program(mode: Mode):
@@ -143,7 +144,7 @@ def _request(mode: Mode, decoder: Decoder) -> Request:
         # Room for one more, so that the first round may draft at its full length.
         max_length_B=jnp.full((BATCH,), len(PROMPT) + EMITTED + 1, jnp.int32),
         stop_ids_BN=jnp.full((BATCH, 1), -1, jnp.int32),
-        exit_threshold_E=jnp.array([0.55, 0.6, 0.0][: mode.num_exits]),
+        exit_threshold_E=jnp.array([0.85, 0.72, 0.0][: mode.num_exits]),
         max_rounds=jnp.int32(100),
         drafting=DraftingArrays.create(
             mode.config(), credits, decoder.drafter.width, mode.num_exits

@@ -14,6 +14,8 @@ import numpy as np
 from s2d_jax.config import DraftConfig, ExitParts, ModelConfig
 
 ENUMERABLE_VOCAB = 8
+# Half as wide as other tiny models: tens of thousands of their continuations are drawn.
+ENUMERABLE = {"embed_dim": 16, "ffw_dim": 24, "num_heads": 2, "num_kv_heads": 1}
 
 TINY_TEXTS = (
     "the quick brown fox jumps over the lazy dog",
@@ -182,12 +184,12 @@ def compilations():
 
 def enumerable_model(num_layers: int = 2, *, seed: int = 0, spread: float = 4.0):
     """A `Model` whose vocabulary of 8 lets every continuation of three tokens be enumerated."""
-    return tiny_model(ENUMERABLE_VOCAB, num_layers, seed=seed, spread=spread)
+    return tiny_model(ENUMERABLE_VOCAB, num_layers, seed=seed, spread=spread, **ENUMERABLE)
 
 
 def enumerable_draft(exit_layers: tuple[int, ...] = (1, 2), *, seed: int = 1, spread: float = 4.0):
     """A sorted `Draft` of vocabulary 8."""
-    return tiny_draft(ENUMERABLE_VOCAB, exit_layers, seed=seed, spread=spread)
+    return tiny_draft(ENUMERABLE_VOCAB, exit_layers, seed=seed, spread=spread, **ENUMERABLE)
 
 
 def tiny_tokenizer(vocab_size: int = 64, *, chat: bool = True, texts: tuple[str, ...] = TINY_TEXTS):

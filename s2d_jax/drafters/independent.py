@@ -79,7 +79,8 @@ class IndependentDrafter:
         def forward(chunk_BW, cache):
             return self._run(params, cache, chunk_BW)
 
-        _, cache = run_chunks(forward, cache, tokens_BC, end_B, width)
+        nothing_BD = self.model.no_states(len(end_B))
+        _, cache = run_chunks(forward, cache, nothing_BD, tokens_BC, end_B, width)
         return cache
 
     def grow(self, state, capacity):
