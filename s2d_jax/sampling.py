@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from s2d_jax.proposal import SamplingArrays
+from s2d_jax.config.sampling import SamplingParams
 
 # Non-negative floats order like their bit patterns, and a probability is at most 1.0 = 0x3F800000:
 # 30 halvings find a threshold exactly.
@@ -173,3 +177,34 @@ def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
 def _numbers(x: jax.Array) -> jax.Array:
     """int32 of the shape of `x`: the place of each entry in its vector."""
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+
+
+@flax.struct.dataclass
+class SamplingArrays:
+    """`SamplingParams` of every row, as arrays, so that changing them compiles nothing.
+
+    Attributes:
+        temperature_B: f32; 0 is greedy.
+        top_k_B: int32; 0 is off.
+        top_p_B: f32; 1 is off.
+        min_p_B: f32; 0 is off.
+    """
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+
+    @classmethod
+    def stack(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
+        """The parameters of a batch, one row each."""
+
+        def column(name, dtype):
+            return jnp.asarray(np.array([getattr(p, name) for p in params], dtype))
+
+        return cls(
+            temperature_B=column("temperature", np.float32),
+            top_k_B=column("top_k", np.int32),
+            top_p_B=column("top_p", np.float32),
+            min_p_B=column("min_p", np.float32),
+        )

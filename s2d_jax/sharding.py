@@ -11,7 +11,8 @@ import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from s2d_jax.config import ModelConfig, UserError
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -137,7 +138,7 @@ def params_sharding(config: ModelConfig, logical_axes: Any, mesh: Mesh) -> Any:
 
     Args:
         config: the model's shape, to check that every split axis divides evenly.
-        logical_axes: `s2d_jax.model.logical_axes(config)`.
+        logical_axes: `s2d_jax.model.params.logical_axes(config)`.
         mesh: from `make_mesh`.
 
     Raises:

@@ -12,7 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes that public signatures declare are checked on every call that a test makes.
-install_import_hook(["s2d_jax.acceptance", "s2d_jax.sampling"], "beartype.beartype")
+install_import_hook(["s2d_jax.decode.acceptance", "s2d_jax.sampling"], "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -104,7 +104,7 @@ def _forget_compiled_programs():
     yield
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_text().count("\n") > _MOST_MEMORY_MAPS:
-        from s2d_jax import compilation
+        from s2d_jax.decode import programs as compilation
 
         compilation._CACHE.clear()
         jax.clear_caches()

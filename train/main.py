@@ -8,11 +8,11 @@ import traceback
 import datasets
 import jax
 
-from s2d_jax.config import UserError
-from train.config_files import parse_command_line
-from train.distributed import end_all, ending_together, is_main_process, start_processes
-from train.loop import train
-from train.preemption import PREEMPTED_STATUS, Preempted
+from s2d_jax.errors import UserError
+from train.config.files import parse_command_line
+from train.run.preemption import PREEMPTED_STATUS, Preempted
+from train.run.processes import end_all, ending_together, is_main_process, start_processes
+from train.run.setup import train
 
 
 def main(arguments: list[str] | None = None) -> int:

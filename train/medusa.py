@@ -21,8 +21,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from s2d_jax.config import ModelConfig, UserError
-from s2d_jax.model import Params, Transformer, abstract_params, logical_axes
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
+from s2d_jax.model.params import Params, abstract_params, logical_axes
+from s2d_jax.model.transformer import Transformer
 from s2d_jax.sharding import (
     RULES,
     batch_sharding,
@@ -31,9 +33,9 @@ from s2d_jax.sharding import (
     partition_spec,
     replicated,
 )
-from train.config import OptimSection
-from train.optimizer import learning_rate, make_optimizer
-from train.step import Batch
+from train.config.sections import OptimSection
+from train.data.batch import Batch
+from train.step.optimizer import learning_rate, make_optimizer
 
 # Logical axes of the heads' parameters; heads are stacked on the first, which is not split.
 _HEAD_AXES = {"residual": ("head", "ffw", "embed"), "lm_head": ("head", "vocab", "embed")}

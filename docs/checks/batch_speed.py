@@ -7,14 +7,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from infer.questions import read_questions
-from s2d_jax import (
-    DecodeConfig,
-    SamplingParams,
-    SpeculativeDecoder,
-    load_draft,
-    load_model,
-)
+from s2d_jax import DecodeConfig, SamplingParams, SpeculativeDecoder, load_draft, load_model
+from s2d_jax.cli.prompts import read_questions
 
 BATCH = 8
 target, draft = load_model(sys.argv[1]), load_draft(sys.argv[2])

@@ -12,8 +12,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from infer.cli import screen
-from infer.plots import save_figure
+from s2d_jax.cli.figures import save_figure
+from s2d_jax.cli.screen import screen
 
 PANELS = (("agreement_per_exit", "held-out agreement"), ("mat_per_exit", "chain MAT implied by it"))
 STYLES = ("-", "--", ":", "-.")

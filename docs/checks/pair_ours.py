@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from infer.questions import read_questions
 from s2d_jax import (
     DecodeConfig,
     SamplingParams,
@@ -17,6 +16,7 @@ from s2d_jax import (
     read_vocabulary,
     with_trimmed_head,
 )
+from s2d_jax.cli.prompts import read_questions
 
 target, draft = load_model(sys.argv[1]), load_draft(sys.argv[2], weight_format=sys.argv[8])
 questions = read_questions(Path(sys.argv[3]))[: int(sys.argv[4])]

@@ -18,9 +18,9 @@ from s2d_jax import (
     load_draft,
     load_model,
 )
-from s2d_jax.exit_parts import init_exit_parts
-from s2d_jax.lora import init_lora
-from s2d_jax.model import truncated
+from s2d_jax.model.exit_parts import init_exit_parts
+from s2d_jax.model.lora import init_lora
+from s2d_jax.model.select_layers import truncated
 
 model, out = load_model(sys.argv[1]), Path(sys.argv[2])
 config, trunk = truncated(model.config, model.params, 12)

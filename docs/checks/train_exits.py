@@ -13,8 +13,8 @@ from rich.progress import track
 from rich.table import Table
 from train_step import RowStep, matmul_peak
 
-from infer.cli import screen
 from s2d_jax import load_model
+from s2d_jax.cli.screen import screen
 
 path, count = sys.argv[1], int(sys.argv[2])
 model = load_model(path)

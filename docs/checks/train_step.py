@@ -10,9 +10,9 @@ import numpy as np
 import train_row as row
 
 from s2d_jax import MeshConfig, Model, make_mesh
-from s2d_jax.model import truncated
-from s2d_jax.product_forms import plain
-from train.config import (
+from s2d_jax.model.products.forms import plain
+from s2d_jax.model.select_layers import truncated
+from train.config.sections import (
     Config,
     DataSection,
     DraftSection,
@@ -20,7 +20,8 @@ from train.config import (
     OptimSection,
     TrainSection,
 )
-from train.step import Batch, Trainer
+from train.data.batch import Batch
+from train.step.trainer import Trainer
 
 
 class RowStep:

@@ -41,14 +41,16 @@ import tyro
 from rich.progress import track
 from rich.table import Table
 
-from infer.cli import run_command_line, screen
-from infer.formats import short_name
-from infer.loading import load_listed_draft, load_target
-from infer.options import ComputeOptions, DraftingOptions
-from s2d_jax import SamplingParams, SpeculativeDecoder, compilation, use_compile_cache
-from s2d_jax.config import UserError
+from s2d_jax import SamplingParams, SpeculativeDecoder, use_compile_cache
+from s2d_jax.cli.command import run_command_line
+from s2d_jax.cli.loading import load_listed_draft, load_target
+from s2d_jax.cli.options import ComputeOptions, DraftingOptions
+from s2d_jax.cli.screen import screen
+from s2d_jax.cli.short_text import short_name
+from s2d_jax.decode import programs as compilation
+from s2d_jax.decode.timed_rounds import timed_rounds
+from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
-from s2d_jax.phases import timed_rounds
 
 PASSES, TABLE_ROWS = 4, 64
 SURE = 16.0  # nats

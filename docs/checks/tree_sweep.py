@@ -21,19 +21,20 @@ from matplotlib.figure import Figure
 from rich.progress import TextColumn
 from rich.table import Table
 
-from infer.cli import check_writable, counting_bar, eta, run_command_line, screen
-from infer.environment import environment
-from infer.formats import short_name
-from infer.loading import load_listed_draft, load_target
-from infer.measure import Sample, measure, round_shares
-from infer.methods import BASELINE, Method, build_methods, check_trees, parse_methods
-from infer.options import ComputeOptions, DraftingOptions, SamplingOptions, parse_numbers
-from infer.plots import save_figure
-from infer.questions import read_questions
+from infer.bench.measure import Sample, measure, round_shares
+from infer.bench.methods import BASELINE, Method, build_methods, check_trees, parse_methods
 from s2d_jax import SamplingParams, SpeculativeDecoder, use_compile_cache
-from s2d_jax.config import UserError
+from s2d_jax.cli.command import check_writable, run_command_line
+from s2d_jax.cli.environment import environment
+from s2d_jax.cli.figures import save_figure
+from s2d_jax.cli.loading import load_listed_draft, load_target
+from s2d_jax.cli.options import ComputeOptions, DraftingOptions, SamplingOptions, parse_numbers
+from s2d_jax.cli.prompts import read_questions
+from s2d_jax.cli.screen import counting_bar, eta, screen
+from s2d_jax.cli.short_text import short_name
+from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
-from s2d_jax.stats import sum_stats
+from s2d_jax.generation.stats import sum_stats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ Usage: trimmed_mat.py TARGET DRAFT QUESTIONS.jsonl NEW_TOKENS TEMPERATURE VOCABU
 import sys
 from pathlib import Path
 
-from infer.questions import read_questions
 from s2d_jax import (
     SamplingParams,
     SpeculativeDecoder,
@@ -15,6 +14,7 @@ from s2d_jax import (
     read_vocabulary,
     with_trimmed_head,
 )
+from s2d_jax.cli.prompts import read_questions
 
 target, draft = load_model(sys.argv[1]), load_draft(sys.argv[2])
 questions = read_questions(Path(sys.argv[3]))

@@ -6,10 +6,10 @@ Usage: untrained_draft.py TARGET OUT [EXITS]   (default 6,9,12)
 import sys
 
 from s2d_jax import load_model
-from s2d_jax.config import DraftConfig
-from s2d_jax.export import export_draft
-from s2d_jax.model import truncated
-from s2d_jax.pretrained import Draft
+from s2d_jax.config.draft import DraftConfig
+from s2d_jax.model.select_layers import truncated
+from s2d_jax.weights.export import export_draft
+from s2d_jax.weights.model import Draft
 
 target = load_model(sys.argv[1])
 exits = tuple(int(e) for e in (sys.argv[3] if len(sys.argv) > 3 else "6,9,12").split(","))

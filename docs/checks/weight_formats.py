@@ -17,9 +17,9 @@ import numpy as np
 from rich.progress import track
 
 from s2d_jax import load_model
-from s2d_jax.decoder import Target
-from s2d_jax.model import Transformer
-from s2d_jax.weight_formats import WEIGHT_FORMATS, weight_bytes
+from s2d_jax.decode.target import Target
+from s2d_jax.model.products.weight_formats import WEIGHT_FORMATS, weight_bytes
+from s2d_jax.model.transformer import Transformer
 
 PROMPTS = Path(__file__).parent.parent.parent / "configs" / "demo_prompts_train.jsonl"
 WINDOW, STEP = 256, 4

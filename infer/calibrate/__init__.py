@@ -1,0 +1,1 @@
+"""`python -m infer.calibrate`: how to decode with a target and a draft on this machine."""

@@ -1,0 +1,1 @@
+"""`python -m infer.trim`: a shorter vocabulary for a draft's head."""

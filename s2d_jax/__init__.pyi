@@ -1,0 +1,32 @@
+"""The public names; `__init__.py` loads each when it is first asked for."""
+
+from .config.decode import DecodeConfig as DecodeConfig
+from .config.draft import DraftConfig as DraftConfig
+from .config.draft import ExitParts as ExitParts
+from .config.model import ModelConfig as ModelConfig
+from .config.sampling import SamplingParams as SamplingParams
+from .config.tree import TreeShape as TreeShape
+from .decode.programs import use_compile_cache as use_compile_cache
+from .errors import UserError as UserError
+from .generation.conversation import Conversation as Conversation
+from .generation.decoder import SpeculativeDecoder as SpeculativeDecoder
+from .generation.stats import GenerationStats as GenerationStats
+from .generation.stream import Delta as Delta
+from .generation.stream import GenerationResult as GenerationResult
+from .generation.stream import Stream as Stream
+from .model.lora import LoraConfig as LoraConfig
+from .model.lora import merge_lora as merge_lora
+from .sharding import MeshConfig as MeshConfig
+from .sharding import make_mesh as make_mesh
+from .text.tokenizer import Tokenizer as Tokenizer
+from .weights.export import export_draft as export_draft
+from .weights.export import export_parts as export_parts
+from .weights.load import load_draft as load_draft
+from .weights.load import load_model as load_model
+from .weights.model import Draft as Draft
+from .weights.model import Model as Model
+from .weights.model import with_trimmed_head as with_trimmed_head
+from .weights.peft import load_peft as load_peft
+from .weights.prepare import prepare_for_decode as prepare_for_decode
+from .weights.vocabulary import DraftVocabulary as DraftVocabulary
+from .weights.vocabulary import read_vocabulary as read_vocabulary

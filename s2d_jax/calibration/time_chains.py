@@ -1,0 +1,154 @@
+"""Measures what the parts of a round cost, each inside the compiled loop that it runs in when decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.calibration.costs import Costs
+from s2d_jax.calibration.time_trees import tree_builders, tree_costs_of
+from s2d_jax.calibration.timing import Program, filled, head_program, prepared, timed
+from s2d_jax.config.costs import RoundCosts
+from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.decode.acceptance import accept_greedy, accept_sampled
+from s2d_jax.draft.drafter import Proposal
+from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.sampling import SamplingArrays, probabilities
+from s2d_jax.weights.model import Draft
+
+# Rounds per measurement, drafted tokens per round, and positions that a row is behind after plain rounds.
+ROUNDS, TOKENS, RETURN = 4, 4, 32
+
+
+def verify_program(target, width: int) -> Program:
+    """Seconds of a round of plain decoding whose target pass has `width` positions."""
+    decoder = SpeculativeDecoder(target, None, DecodeConfig(verify_width=width))
+    static, args, state = prepared(decoder, rounds=ROUNDS)
+    run = jax.jit(static.run).lower(*args[:2], state).compile()
+    return timed(lambda: run(*args[:2], state).rounds_B, ROUNDS)
+
+
+def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, Program]:
+    """Seconds of drafting a token, by the exit that is forced: `("step", exit, exits)`; and of a round that
+    first takes in what a row missed while it was plain: `("behind", exit, exits)`."""
+    # With costs the drafter computes what the rules that may end a chain need, as it will under a policy.
+    nothing = RoundCosts((0.0,) * len(exits), (1.0,) * (TOKENS + 1))
+    config = DecodeConfig(exits=exits, num_draft_tokens=TOKENS, costs=nothing)
+    decoder = SpeculativeDecoder(target, draft, config)
+    static, args, state = prepared(decoder, rounds=ROUNDS * (TOKENS + 1))
+    drafter = dataclasses.replace(static.drafter, return_width=RETURN)
+    params, request, tokens_BC, _ = args
+
+    @jax.jit
+    def rounds(params, request, tokens_BC, draft_state, behind):
+        length_B = state.length_B
+
+        def one(_, draft_state):
+            # One position waits, as after most rounds, or more.
+            draft_state = drafter.rewind(draft_state, length_B - 1 - behind)
+            count_B = jnp.full_like(length_B, TOKENS)
+            return drafter.propose(
+                *(params, draft_state, tokens_BC, length_B, count_B, request.key_B, request)
+            )[1]
+
+        return jax.lax.fori_loop(0, ROUNDS, one, draft_state)
+
+    ready = filled(state.draft_state, state.length_B - 1)
+
+    def program(thresholds, behind, count):
+        asked = request.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
+        inputs = (params["draft"], asked, tokens_BC, ready, jnp.int32(behind))
+        return timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
+
+    steps = ROUNDS * TOKENS
+    found: dict[tuple, Program] = {}
+    for index, exit in enumerate(exits):  # 1 is never passed, -1 always
+        thresholds = (*(1.0 for _ in exits[:index]), *(-1.0 for _ in exits[index:]))
+        found["step", exit, exits] = program(thresholds, 0, steps)
+    found["behind", exits[-1], exits] = program(thresholds, RETURN + 1, ROUNDS)
+    return found
+
+
+def judge_program(vocab_size: int, width: int, temperature: float) -> Program:
+    """Seconds of accepting: argmax when greedy, probabilities and coins when sampled."""
+    G = width - 1
+    row = SamplingArrays.stack([SamplingParams(temperature=temperature)])
+    drafted = jnp.full((1, G, vocab_size), 1.0 / vocab_size, jnp.float32)
+    proposal = Proposal(jnp.zeros((1, G), jnp.int32), jnp.full((1,), G, jnp.int32), drafted)
+    key_B = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
+
+    @jax.jit
+    def judge(logits_BTV, row, proposal):
+        def one(_, logits_BTV):
+            if temperature == 0:
+                _, token_B = accept_greedy(proposal, logits_BTV)
+            else:
+                probs_BTV = probabilities(logits_BTV, row)
+                _, token_B = accept_sampled(proposal, probs_BTV, key_B)
+            return logits_BTV.at[:, :, 0].add(token_B[:, None].astype(jnp.float32) * 1e-6)
+
+        return jax.lax.fori_loop(0, ROUNDS, one, logits_BTV)
+
+    logits_BTV = jnp.zeros((1, width, vocab_size), jnp.float32)
+    return timed(lambda: judge(logits_BTV, row, proposal), ROUNDS)
+
+
+def program_builders(
+    target, draft: Draft, widths: Sequence[int], temperatures: Sequence[float], *, trees: bool
+) -> list[Callable[[], dict[tuple, Program]]]:
+    """What compiles the programs that `costs_of` needs, each by its name; independent of each other."""
+    exits = draft.draft_config.exit_layers
+    builders: list[Callable[[], dict[tuple, Program]]] = []
+
+    def add(build, *names):
+        builders.append(lambda: {names: build()})
+
+    for width in widths:
+        add(functools.partial(verify_program, target, width), "verify", width)
+    chosen = [(exit,) for exit in exits] + ([exits] if len(exits) > 1 else [])
+    builders += [functools.partial(draft_programs, target, draft, used) for used in chosen]
+    add(functools.partial(head_program, draft), "head")
+    for temperature in {0.0, *temperatures}:
+        for width in widths:
+            build = functools.partial(judge_program, target.config.vocab_size, width, temperature)
+            add(build, "judge", width, temperature)
+    return builders + (tree_builders(target, draft) if trees else [])
+
+
+def costs_of(
+    seconds: dict,
+    draft: Draft,
+    widths: Sequence[int],
+    temperature: float,
+    chunk: int,
+    *,
+    trees: bool,
+) -> Costs:
+    """Puts the medians together. A sampled round is a greedy one with another way of accepting and of choosing drafts."""
+    exits = draft.draft_config.exit_layers
+
+    def judging(width):
+        return seconds["judge", width, temperature] - seconds["judge", width, 0.0]
+
+    drawing = judging(1)
+    alone = {exit: seconds["step", exit, (exit,)] + drawing for exit in exits}
+    through = {exit: seconds["step", exit, exits] + drawing for exit in exits}
+    catch_up = {
+        exit: max(seconds["behind", exit, (exit,)] - TOKENS * seconds["step", exit, (exit,)], 0.0)
+        / RETURN
+        for exit in exits
+    }
+    return Costs(
+        verify={width: seconds["verify", width] + judging(width) for width in widths},
+        head=seconds["head",] + drawing,
+        alone=alone,
+        through=through,
+        catch_up=catch_up,
+        chunk=chunk,
+        tree=tree_costs_of(seconds, draft, drawing) if trees else None,
+    )

@@ -1,0 +1,154 @@
+"""Measures what the parts of a round with a tree cost, each inside the compiled loop that it runs in when decoding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax.calibration.costs import TreeCosts
+from s2d_jax.calibration.timing import Program, filled, head_program, prepared, timed
+from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.tree import TreeShape
+from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.tree.drafter import TreeProposal
+from s2d_jax.tree.nodes import Tree
+from s2d_jax.weights.model import Draft
+
+# What is measured; what lies between is interpolated.
+MEASURED_NODES, MEASURED_TOP_KS = (8, 16, 60), (2, 10)
+# Levels of the trees that are grown, and of those that are verified; rounds per measurement.
+GROWN, VERIFIED, ROUNDS = 3, 4, 2
+
+
+def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
+    """Seconds of growing a tree, by its levels and the exit that is forced on them: `("grow", top_k, levels, exit)`."""
+    exits = draft.draft_config.exit_layers
+    config = DecodeConfig(exits=exits, tree=TreeShape(GROWN, top_k, 2 * top_k + 1))
+    decoder = SpeculativeDecoder(target, draft, config)
+    static, args, state = prepared(decoder, rounds=ROUNDS * (GROWN + 1))
+    drafter, (params, request, tokens_BC, _) = static.drafter, args
+    length_B = state.length_B
+
+    @jax.jit
+    def rounds(params, request, tokens_BC, draft_state, levels):
+        def one(_, carry):
+            draft_state, used = carry
+            # One position waits, as after most rounds.
+            draft_state = drafter.rewind(draft_state, length_B - 1)
+            proposal, draft_state = drafter.propose(
+                *(params, draft_state, tokens_BC, length_B, jnp.full_like(length_B, levels)),
+                *(request.key_B, request),
+            )
+            # All of the tree is used, or it would not be computed.
+            leaves = [jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(proposal.tree)]
+            return draft_state, used + sum(leaves)
+
+        return jax.lax.fori_loop(0, ROUNDS, one, (draft_state, jnp.float32(0.0)))[1]
+
+    ready = filled(state.draft_state, length_B - 1)
+    found: dict[tuple, Program] = {}
+    for index, exit in enumerate(exits):  # 1 is never passed, -1 always
+        thresholds = (*(1.0 for _ in exits[:index]), *(-1.0 for _ in exits[index:]))
+        asked = request.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
+        for levels in (1, GROWN):
+            inputs = (params["draft"], asked, tokens_BC, ready, jnp.int32(levels))
+            found["grow", top_k, levels, exit] = timed(functools.partial(rounds, *inputs), ROUNDS)
+    return found
+
+
+def verify_tree_program(target, draft: Draft, nodes: int) -> Program:
+    """Seconds of a round with a tree of `nodes`, growing it left out, when a path through all levels is accepted."""
+    shape = TreeShape(VERIFIED, max(MEASURED_TOP_KS), nodes)
+    decoder = SpeculativeDecoder(target, draft, DecodeConfig(tree=shape))
+    count = max(1, ROUNDS * MEASURED_NODES[0] // nodes)
+    static, args, state = prepared(decoder, rounds=count * (VERIFIED + 1))
+    state = state.replace(draft_state=filled(state.draft_state, state.length_B - 1))
+    proposal = _proposal(nodes, shape)
+
+    @jax.jit
+    def rounds(params, request, state, proposal):
+        def one(_, state):
+            verified, state = static.verify(params, request, state, proposal)
+            # The target agrees with all that was drafted.
+            logits_BMV = verified.logits_BTV.at[:, :, 0].set(1e9)
+            return static.accept(request, state, verified.replace(logits_BTV=logits_BMV))
+
+        return jax.lax.fori_loop(0, count, one, state)
+
+    return timed(lambda: rounds(*args[:2], state, proposal).rounds_B, count)
+
+
+def _proposal(nodes: int, shape: TreeShape) -> TreeProposal:
+    """A path through all levels, and further children of the root; the draft ran all of the path but its end."""
+    depth = np.minimum(np.arange(nodes), shape.depth)
+    depth[shape.depth + 1 :] = 1
+    on_path = np.arange(nodes) <= shape.depth
+    parent = np.where(on_path, np.maximum(np.arange(nodes) - 1, 0), 0)
+    slot = np.where(on_path & (depth < shape.depth), 1 + (depth - 1) * shape.top_k, -1)
+    slot[0] = 0
+    zeros_BM = jnp.zeros((1, nodes), jnp.int32)
+    tree = Tree(
+        tokens_BM=zeros_BM,
+        parent_BM=jnp.asarray(parent[None], jnp.int32),
+        depth_BM=jnp.asarray(depth[None], jnp.int32),
+        valid_BM=zeros_BM == 0,
+        slot_BM=jnp.asarray(slot[None], jnp.int32),
+        score_BM=jnp.zeros((1, nodes), jnp.float32),
+        exit_BM=zeros_BM,
+    )
+    return TreeProposal(tree, jnp.full((1,), shape.depth, jnp.int32), None)
+
+
+def tree_builders(target, draft: Draft) -> list[Callable[[], dict[tuple, Program]]]:
+    """What compiles the programs that `tree_costs_of` needs."""
+    builders: list[Callable[[], dict[tuple, Program]]] = []
+
+    def add(build, *names):
+        builders.append(lambda: {names: build()})
+
+    for nodes in MEASURED_NODES:
+        add(functools.partial(verify_tree_program, target, draft, nodes), "verify tree", nodes)
+    for top_k in MEASURED_TOP_KS:
+        builders.append(functools.partial(level_programs, target, draft, top_k))
+        add(functools.partial(head_program, draft, top_k), "head", top_k)
+    return builders
+
+
+def tree_costs_of(seconds: dict, draft: Draft, drawing: float) -> TreeCosts:
+    """Puts the medians together.
+
+    Args:
+        seconds: medians, by the names of the programs.
+        draft: that they were measured with.
+        drawing: what a token costs more when it is drawn. Children are not.
+    """
+    exits = draft.draft_config.exit_layers
+
+    def grown(top_k, levels, exit):
+        return seconds["grow", top_k, levels, exit]
+
+    level = {
+        top_k: {
+            exit: max(grown(top_k, GROWN, exit) - grown(top_k, 1, exit), 0.0) / (GROWN - 1)
+            for exit in exits
+        }
+        for top_k in MEASURED_TOP_KS
+    }
+    root = {
+        exit: sum(grown(top_k, 1, exit) for top_k in MEASURED_TOP_KS) / len(MEASURED_TOP_KS)
+        for exit in exits
+    }
+    return TreeCosts(
+        # A tree of more nodes bounds what one of fewer costs, whatever a noisy moment measured.
+        verify={
+            n: min(seconds["verify tree", m] for m in MEASURED_NODES if m >= n)
+            for n in MEASURED_NODES
+        },
+        visit=drawing,
+        level={1: root, **level},
+        head={1: seconds["head",], **{top_k: seconds["head", top_k] for top_k in MEASURED_TOP_KS}},
+    )

@@ -1,0 +1,122 @@
+"""Programs that are timed: how they are set up, and how often they are run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.decode.state import DecodeState
+from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.generation.stream import GenerationResult
+from s2d_jax.weights.model import Draft
+
+# Positions of context that the caches hold; readings of the head per measurement.
+CONTEXT, READINGS = 128, 16
+# A program that has taken so many seconds altogether is not run again, once it has been run often enough.
+PATIENCE, FEWEST_RUNS = 5.0, 5
+
+Program = Callable[[], float]
+
+
+def _empty_state(decoder, width: int, args: tuple) -> DecodeState:
+    """A state in mid-text whose caches hold zeros: what a round costs does not depend on what was written."""
+    shapes = jax.eval_shape(lambda *args: decoder.prefill(*args, width), *args)
+    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    length_B = jnp.full_like(state.length_B, CONTEXT)
+    return state.replace(
+        length_B=length_B,
+        target_cache=state.target_cache.advance_to(length_B - 1),
+        draft_length_B=args[1].drafting.first_B,
+        guard=state.guard.replace(credit_B=args[1].drafting.allowance_B),
+    )
+
+
+def prepared(decoder: SpeculativeDecoder, *, rounds: int):
+    """Static decoder, arguments and state of one row that goes on for `rounds` tokens."""
+    sampling = SamplingParams(max_new_tokens=rounds, ignore_eos=True)
+    static, width, args = decoder.prepare([[1] * CONTEXT], [sampling])
+    params, request, tokens_BC, length_B = args
+    # No token ends the row, whatever the zeros in the caches make of it.
+    request = request.replace(stop_ids_BN=jnp.full_like(request.stop_ids_BN, -1))
+    args = (params, request, tokens_BC, length_B)
+    return static, args, _empty_state(static, width, args)
+
+
+def filled(draft_state, length_B):
+    """The drafter's state with `length_B` positions computed in all of its caches."""
+
+    def fill(leaf):
+        return leaf.advance_to(length_B) if hasattr(leaf, "advance_to") else leaf
+
+    return jax.tree.map(fill, draft_state, is_leaf=lambda leaf: hasattr(leaf, "advance_to"))
+
+
+def head_program(draft: Draft, positions: int = 1) -> Program:
+    """Seconds of reading the draft's logits at some positions of its first exit, and their argmax."""
+    model, exit_layer = draft.drafting_transformer, draft.draft_config.exit_layers[0]
+
+    @jax.jit
+    def heads(params, h_BD):
+        def one(_, h_BD):
+            logits_BV = model.apply({"params": params}, h_BD, exit_layer, method="logits")
+            token_B = jnp.argmax(logits_BV, axis=-1)
+            return h_BD.at[:, 0].set(token_B.astype(draft.dtype))
+
+        return jax.lax.fori_loop(0, READINGS, one, h_BD)
+
+    h_BD = jnp.ones((positions, draft.config.embed_dim), draft.dtype)
+    return timed(lambda: heads(draft.params, h_BD), READINGS)
+
+
+def timed(run: Callable, count: int) -> Program:
+    jax.block_until_ready(run())  # compiles and warms up
+
+    def program() -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        return (time.perf_counter() - started) / count
+
+    return program
+
+
+def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
+    """Runs all programs in turn, `repeats` times, slow ones less often; the median seconds of each."""
+    seconds: dict = {name: [] for name in programs}
+    spent = dict.fromkeys(programs, 0.0)
+    for turn in range(repeats):
+        for name, program in programs.items():
+            if turn < FEWEST_RUNS or spent[name] < PATIENCE:
+                started = time.perf_counter()
+                seconds[name].append(program())
+                spent[name] += time.perf_counter() - started
+            on_run()
+    return {name: statistics.median(column) for name, column in seconds.items()}
+
+
+Item = TypeVar("Item")
+
+
+def rotated(items: Sequence[Item], by: int) -> tuple[Item, ...]:
+    """The items, `by` of them moved from the front to the back: so none always follows another."""
+    first = by % len(items)
+    return (*items[first:], *items[:first])
+
+
+def warm_run(
+    decoder: SpeculativeDecoder, prompt: list[int], params: SamplingParams
+) -> tuple[GenerationResult, float]:
+    """A run of compiled and warm programs, and the seconds that compiling them took.
+
+    A run that had to compile is the warm-up, and is repeated.
+    """
+    result = decoder.generate([prompt], [params], time_phases=True)
+    compile_seconds = result.stats.seconds["compile"]
+    if compile_seconds > 0:
+        result = decoder.generate([prompt], [params], time_phases=True)
+    return result, compile_seconds

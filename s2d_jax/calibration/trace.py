@@ -1,0 +1,53 @@
+"""What target and draft said at each position of recorded answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import numpy as np
+
+# The most children of a node that a trace can tell of.
+CHILDREN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The trace of one answer.
+
+    Attributes:
+        prompt: number of the prompt that it answers.
+        confidence: f64 `[E, T]`, of each exit before each token.
+        accepted: f64 `[E, T]`, the probability that the token was an accepted draft of this exit.
+        log_probs: f32 `[E, T, K]`, of each exit's K most probable tokens, before temperature and filters.
+        rank: int `[E, T]`, which of those K the token was; K if none.
+    """
+
+    prompt: int
+    confidence: np.ndarray
+    accepted: np.ndarray
+    log_probs: np.ndarray
+    rank: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Recorded answers of one target at one temperature.
+
+    Attributes:
+        exits: of the draft, one per row of each answer.
+        answers: what was recorded.
+        max_new_tokens: that each answer was allowed.
+    """
+
+    exits: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    max_new_tokens: int
+
+    def of_prompts(self, numbers: Collection[int]) -> Trace:
+        """Only the answers to these prompts."""
+        answers = tuple(answer for answer in self.answers if answer.prompt in numbers)
+        return dataclasses.replace(self, answers=answers)
+
+    def rows(self, exits: tuple[int, ...]) -> list[int]:
+        return [self.exits.index(exit) for exit in exits]

@@ -1,0 +1,213 @@
+"""Flags that `infer.generate` and `infer.bench` share, as dataclasses for tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from s2d_jax.config.costs import RoundCosts
+from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.config.tree import TreeShape
+from s2d_jax.errors import UserError
+
+# What shapes a tree, and what is said of chains only; a method `+tree` of infer.bench leaves the latter out.
+_OF_TREES = ("tree_depth", "tree_top_k", "tree_nodes", "tree_leaving", "tree_paths")
+_COSTS = ("draft_step_costs", "verify_costs", "guard", "narrow_widths")
+_OF_CHAINS = (
+    *("num_draft_tokens", "draft_length_rule", "max_draft_tokens", "min_confidence", "gain_rate"),
+    *_COSTS,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    min_p: float = 0.0
+    """Drop tokens below this fraction of the largest probability."""
+    seed: int = 0
+    """Prompt number i is sampled with seed + i, whichever batch it is in."""
+    max_new_tokens: int = 256
+    """At most this many tokens per answer."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End an answer before this text; may be repeated."""
+
+    def params(self, index: int = 0) -> SamplingParams:
+        """The sampling parameters of prompt number `index`. Raises UserError for a bad value."""
+        values = dataclasses.asdict(self)
+        return SamplingParams(**{**values, "seed": self.seed + index})
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftingOptions:
+    """How tokens are drafted."""
+
+    exits: str | None = None
+    """The draft's exits to use, such as 6,9,12; one exit is the fixed-exit policy. Default: all."""
+    exit_thresholds: str | None = None
+    """Confidence above which a token leaves, one per exit, the last 0, such as .5,.5,0."""
+    num_draft_tokens: int = 5
+    """Tokens drafted per round (at the start, with the heuristic rule)."""
+    draft_length_rule: Literal["fixed", "heuristic", "confidence", "expected_gain"] = "fixed"
+    """heuristic: +2 after a round that accepted everything, else -1. confidence: a token of low
+    confidence is the last of its round. expected_gain: on while another token pays (needs costs)."""
+    max_draft_tokens: int | None = None
+    """The most that a round may draft. Default: 10 for the heuristic, else num-draft-tokens."""
+    min_confidence: float = 0.4
+    """Where the confidence rule stops."""
+    gain_rate: float = 1.0
+    """Tokens that a plain round's time must bring, for expected_gain; 1 is plain decoding's rate."""
+    draft_step_costs: str | None = None
+    """Cost of drafting a token, per exit in use, in plain rounds, such as .2,.3,.4."""
+    verify_costs: str | None = None
+    """Cost of a round beside drafting, after 0, 1, 2, ... drafted tokens, such as 1,1.1,1.3."""
+    guard: bool = False
+    """Fall back to plain rounds where drafting does not pay (needs costs)."""
+    narrow_widths: str | None = None
+    """Further widths of a target pass for rounds with short chains, such as 1,3."""
+    policy: Literal["auto"] | None = None
+    """auto: as infer.calibrate found for this target, device and temperature."""
+    policy_file: str | None = None
+    """Where infer.calibrate --out wrote the policy; default: the draft's sorted_draft.json."""
+    draft_sampling: Literal["sample", "argmax"] = "sample"
+    """At temperatures above 0: draft a sample of the exit's distribution, or its mode. A tree draws
+    children without replacement, or takes the most probable ones."""
+    tree: bool = False
+    """Draft a tree of tokens in each round instead of a chain: several tokens to choose from at every depth,
+    verified in one pass. infer.bench: +tree behind a method."""
+    tree_depth: int = 4
+    """Levels of the tree below the last emitted token: as many as --num-draft-tokens of a chain to compare."""
+    tree_top_k: int = 10
+    """Tokens tried after a node, and nodes of a level that are drafted after."""
+    tree_nodes: int = 60
+    """Positions that the target verifies, the last emitted token included: the most probable ones of the tree.
+    Drawn children are counted before they are drawn: 41 of 60 at depth 4, top-k 10."""
+    tree_leaving: Literal["level", "node"] = "level"
+    """With several exits. level: all nodes of a level leave as soon as one of them is confident; node: each
+    for itself."""
+    tree_paths: str | None = None
+    """The same tree in every round: a JSON list of paths of ranks, such as [[0], [1], [0, 0]], where [1] is the
+    second most probable token and [0, 0] the most probable one after the most probable one. Sets depth, top-k
+    and nodes."""
+
+    def shape(self) -> TreeShape:
+        """The tree that the flags describe. Raises UserError for a bad value, or a file that holds no paths."""
+        if self.tree_paths is None:
+            size = (self.tree_depth, self.tree_top_k, self.tree_nodes)
+            return TreeShape(*size, leaving=self.tree_leaving)
+        for name in self._changed(("tree_depth", "tree_top_k", "tree_nodes")):
+            raise UserError(f"{_flag(name)} follows from --tree-paths; leave one of them out")
+        return TreeShape.static(read_paths(self.tree_paths), self.tree_leaving)
+
+    def with_tree(self, nodes: int | None = None) -> DraftingOptions:
+        """The same with a tree, of so many nodes if given, and without what is said of chains.
+
+        Raises:
+            UserError: for a number of nodes beside --tree-paths.
+        """
+        if nodes is not None and self.tree_paths is not None:
+            raise UserError(f"--tree-paths says which nodes a tree has; leave out :{nodes}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in _OF_CHAINS}
+        nodes = self.tree_nodes if nodes is None else nodes
+        return dataclasses.replace(self, **{**defaults, "tree": True, "tree_nodes": nodes})
+
+    def tree_flags(self) -> list[str]:
+        """The flags that shape a tree and were given."""
+        return [_flag(name) for name in self._changed(_OF_TREES)]
+
+    def cost_flags(self) -> list[str]:
+        """The flags that tell what the rounds of one way of drafting cost, and were given."""
+        return [_flag(name) for name in self._changed(_COSTS)]
+
+    def _changed(self, names: tuple[str, ...]) -> list[str]:
+        fields = [field for field in dataclasses.fields(self) if field.name in names]
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
+
+    def config(self, **changes) -> DecodeConfig:
+        """The decode configuration; `changes` replaces fields. Raises UserError for a bad value."""
+        if self.tree and (given := self._changed(("num_draft_tokens", "max_draft_tokens"))):
+            raise UserError(f"{_flag(given[0])} counts a chain's tokens; a tree has --tree-depth")
+        values = dataclasses.asdict(self)
+        values = {name: value for name, value in values.items() if name not in _OF_TREES}
+        values["tree"] = self.shape() if self.tree else None
+        values["exits"] = parse_numbers("exits", self.exits, int)
+        values["exit_thresholds"] = parse_numbers("exit-thresholds", self.exit_thresholds, float)
+        values["narrow_widths"] = parse_numbers("narrow-widths", self.narrow_widths, int)
+        steps = parse_numbers("draft-step-costs", values.pop("draft_step_costs"), float)
+        verify = parse_numbers("verify-costs", values.pop("verify_costs"), float)
+        if (steps is None) != (verify is None):
+            raise UserError("--draft-step-costs and --verify-costs go together; give both")
+        values["costs"] = None if steps is None else RoundCosts(steps, verify)
+        return DecodeConfig(**{**values, **changes})
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeOptions:
+    """How the numbers of the weights are kept."""
+
+    target_format: Literal["f32", "bf16", "int8"] = "f32"
+    """Of the target's weights; int8 takes a quarter of the memory of f32, and changes the target a little."""
+    draft_format: Literal["f32", "bf16", "int8"] = "f32"
+    """Of the draft's weights; the output stays the target's whatever it is."""
+    compile_cache: Path | None = None
+    """Keep compiled programs here, so that the next start is quick. Default: $JAX_COMPILATION_CACHE_DIR, if set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftOptions:
+    """How the draft is read."""
+
+    draft_vocabulary: str | None = None
+    """List of tokens that any draft's head is read over, from infer.trim; full: all tokens.
+    Default: the list in the draft's sorted_draft.json, if there is one."""
+
+
+def read_paths(file: str) -> list[list[int]]:
+    """The paths of a static tree from a JSON file. Raises UserError if it holds none."""
+    expected = "write a list of lists of ranks from 0, such as [[0], [1], [0, 0]]"
+    try:
+        paths = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--tree-paths {file} does not exist; {expected}") from None
+    except ValueError as error:
+        raise UserError(f"--tree-paths {file} is not JSON ({error}); {expected}") from None
+    if not isinstance(paths, list) or not all(isinstance(path, list) for path in paths):
+        raise UserError(f"--tree-paths {file} is not a list of paths; {expected}")
+    for rank in (rank for path in paths for rank in path):
+        if type(rank) is not int:
+            raise UserError(f"--tree-paths {file} has the rank {rank!r}; {expected}")
+    return paths
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_numbers(flag: str, text: str | None, number: type) -> tuple | None:
+    """Parses "6,9,12" into a tuple of `number`; None stays None. Raises UserError."""
+    if text is None:
+        return None
+    try:
+        return tuple(number(part) for part in text.split(","))
+    except ValueError:
+        example = "6,9,12" if number is int else "0.5,0.5,0"
+        raise UserError(
+            f"--{flag} {text!r} is not a list of numbers; write it like {example}"
+        ) from None
+
+
+def require_targets(targets: tuple[str, ...]) -> None:
+    """Raises UserError unless at least one target was given."""
+    if not targets:
+        raise UserError("no --target was given; give a model directory or a .gguf file")

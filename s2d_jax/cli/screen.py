@@ -1,0 +1,57 @@
+"""Progress bars and the terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def screen(*, stderr: bool = False) -> Console:
+    """A console of at most 100 columns, and of exactly 100 where there is no terminal."""
+    console = Console(stderr=stderr, highlight=False)
+    width = min(100, console.width) if console.is_terminal else 100
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+class CountingBar(Progress):
+    """A progress bar on stderr; where that is no terminal, a line now and then."""
+
+    _last_line = 0.0
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        now = time.perf_counter()
+        if self.console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        task = next(task for task in self.tasks if task.id == task_id)
+        left = "" if task.time_remaining is None else f", about {task.time_remaining:,.0f} s left"
+        line = f"{task.description} {task.completed:.0f} of {task.total:.0f}{left}"
+        self.console.print(line, markup=False, soft_wrap=True)
+
+
+def counting_bar(*shown: ProgressColumn) -> Progress:
+    """A progress bar on stderr that counts, with further columns behind it."""
+    return CountingBar(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *shown),
+        console=screen(stderr=True),
+        speed_estimate_period=600.0,  # seconds; one answer of a large model takes minutes
+    )
+
+
+def eta() -> tuple[TextColumn, TimeRemainingColumn]:
+    """Columns of a `counting_bar` that show the time left."""
+    return TextColumn("ETA"), TimeRemainingColumn()

@@ -1,0 +1,53 @@
+"""How one request is sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from s2d_jax.errors import UserError as UserError
+from s2d_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled. `temperature=0` is greedy.
+
+    Filters act in this order, as in Hugging Face generation: temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: >= 0; 0 takes the argmax.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set whose probability reaches it; 1 keeps all.
+        min_p: drop tokens below `min_p` times the largest probability; 0 keeps all.
+        max_new_tokens: at most this many tokens are emitted.
+        seed: the request's own random seed.
+        stop_token_ids: further ids that end the request, beside the model's own.
+        ignore_eos: go on after the model's own end-of-sequence tokens (for measurements).
+        stop: strings that end the request. The text ends before the first of them, the token ids with the one completing it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 128
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require(
+            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+            f"stop={self.stop!r} must be a tuple of texts that are not empty, such as ('\\n\\n',)",
+        )
+        require(
+            self.temperature >= 0, f"temperature={self.temperature} must be 0 or more; 0 is greedy"
+        )
+        require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 is off")
+        require(0 <= self.min_p < 1, f"min_p={self.min_p} must be in [0, 1); 0 is off")
+        require(
+            self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
+        )
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2**31)")

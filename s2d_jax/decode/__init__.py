@@ -1,0 +1,4 @@
+"""The jitted loop of rounds: propose, verify, accept, rewind; and its compiled programs.
+
+What happens on the host around the loop belongs to `generation`.
+"""

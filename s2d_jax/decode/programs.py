@@ -1,0 +1,139 @@
+"""Compiled programs, shared by all decoders of the process: a prefill per prompt width, a loop per capacity."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from s2d_jax.decode.loop import Decoder
+
+
+class Programs(NamedTuple):
+    """The two compiled programs of a call.
+
+    Attributes:
+        prefill: `(params, request, tokens_BC, length_B) -> DecodeState`.
+        run: `(params, request, state) -> DecodeState`; the state is donated.
+    """
+
+    prefill: Any
+    run: Any
+
+
+class RoundPrograms(NamedTuple):
+    """The three parts of a round, each as a program; states are donated.
+
+    Attributes:
+        propose: `(params, request, state) -> (proposal, state)`.
+        verify: `(params, request, state, proposal) -> (verified, state)`.
+        accept: `(request, state, verified) -> state`.
+    """
+
+    propose: Any
+    verify: Any
+    accept: Any
+
+
+_CACHE: dict[Any, Any] = {}
+
+
+def programs(decoder: Decoder, prompt_width: int, args: tuple) -> tuple[Programs, float]:
+    """The programs for `args = (params, request, tokens_BC, length_B)`, and the seconds spent compiling (0 if known).
+
+    The arguments are arrays, or `jax.ShapeDtypeStruct`s that say where the arrays will be.
+    """
+
+    def prefill(params, request, tokens_BC, length_B):
+        return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
+
+    (program, state), spent = _compiled(("prefill", decoder, prompt_width), prefill, args)
+    params, request, *_ = args
+    run, more = run_program(decoder, (params, request, state))
+    return Programs(program, run), spent + more
+
+
+def run_program(decoder: Decoder, inputs: tuple) -> tuple[Any, float]:
+    """`Programs.run` for `inputs = (params, request, state)`, and the seconds spent compiling."""
+    (program, _), spent = _compiled(("run", decoder), decoder.run, inputs, donate=2)
+    return program, spent
+
+
+def extend_program(decoder: Decoder, width: int, inputs: tuple) -> tuple[Any, float]:
+    """`Decoder.extend` for `(params, request, state, tokens_BC, length_B, kept_B)`; the state is donated."""
+
+    def extend(*arrays):
+        return decoder.extend(*arrays, width)
+
+    (program, _), spent = _compiled(("extend", decoder, width), extend, inputs, donate=2)
+    return program, spent
+
+
+def grow_program(decoder: Decoder, capacity: int, state) -> tuple[Any, float]:
+    """`state -> state` of this capacity, split over devices as before."""
+
+    def grow(state):
+        return decoder.grow(state, capacity)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    (program, _), spent = _compiled(("grow", decoder, capacity), grow, (state,), out=shardings)
+    return program, spent
+
+
+def round_programs(decoder: Decoder, inputs: tuple) -> tuple[RoundPrograms, float]:
+    """The parts of a round for `inputs = (params, request, state)`, and the seconds spent compiling."""
+    params, request, _ = inputs
+    (propose, (proposal, state)), first = _compiled(
+        ("propose", decoder), decoder.propose, inputs, donate=2
+    )
+    inputs = (params, request, state, proposal)
+    (verify, (verified, state)), second = _compiled(
+        ("verify", decoder), decoder.verify, inputs, donate=2
+    )
+    inputs = (request, state, verified)
+    (accept, _), third = _compiled(("accept", decoder), decoder.accept, inputs, donate=1)
+    return RoundPrograms(propose, verify, accept), first + second + third
+
+
+def use_compile_cache(directory: str | Path | None = None) -> None:
+    """Keeps compiled programs on disk, so that later processes load them instead of compiling.
+
+    Args:
+        directory: where; None takes the environment variable `JAX_COMPILATION_CACHE_DIR`, and does nothing if that is not set.
+            Programs are kept however quickly they compiled, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
+    """
+    directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not directory:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=None):
+    """The compiled function with the `ShapeDtypeStruct`s of its result, and the seconds spent compiling (0 if known)."""
+    key = (*key, _signature(inputs))
+    if key in _CACHE:
+        return _CACHE[key], 0.0
+    started = time.perf_counter()
+    jitted = jax.jit(
+        function, donate_argnums=donate, **({} if out is None else {"out_shardings": out})
+    )
+    lowered = jitted.lower(*inputs)
+    compiled = lowered.compile()
+    result = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+    _CACHE[key] = compiled, result
+    return _CACHE[key], time.perf_counter() - started
+
+
+def _signature(args: Any) -> tuple:
+    leaves, tree = jax.tree.flatten(args)
+    return (tree, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))

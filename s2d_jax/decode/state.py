@@ -1,0 +1,51 @@
+"""What a round carries to the next: `DecodeState`, and the target's verdict in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+from s2d_jax.draft.guard import GuardState
+from s2d_jax.model.kv_cache import KVCache
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What the loop carries; donated from call to call.
+
+    Attributes:
+        tokens_BC: int32, prompt then emitted tokens; at and beyond `length_B` anything.
+        length_B: int32, tokens of each row so far. The last one has not been through the target yet.
+        target_cache: holds `length_B - 1` positions of each row.
+        draft_state: the drafter's own.
+        done_B: bool, rows that have ended.
+        draft_length_B: int32, tokens that each row may draft in its next round.
+        rounds_B: int32, target passes of each row after prefill.
+        drafted_BG: int32, rounds that drafted at least 1, 2, ... G tokens.
+        accepted_BG: int32, rounds that accepted at least 1, 2, ... G tokens.
+        proposed_B: int32, tokens that were drafted and verified.
+        guard: what speculation has saved in each row.
+    """
+
+    tokens_BC: jax.Array
+    length_B: jax.Array
+    target_cache: KVCache
+    draft_state: Any
+    done_B: jax.Array
+    draft_length_B: jax.Array
+    rounds_B: jax.Array
+    drafted_BG: jax.Array
+    accepted_BG: jax.Array
+    proposed_B: jax.Array
+    guard: GuardState
+
+
+@flax.struct.dataclass
+class Verified:
+    """A round between the target's pass and its end."""
+
+    proposal: Any
+    logits_BTV: jax.Array
+    key_B: jax.Array

@@ -1,0 +1,71 @@
+"""What a drafter is: the protocol that the decode loop asks, and the proposal that it gets."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+
+from s2d_jax.draft.request import Request
+
+
+@flax.struct.dataclass
+class Proposal:
+    """A drafted chain per row.
+
+    Attributes:
+        tokens_BG: int32; entries at or beyond `num_draft_B` mean nothing.
+        num_draft_B: int32, drafted tokens of each row, 0..G.
+        draft_probs_BGV: f32, the distribution that each token was drawn from; None when tokens are not drawn, but are
+            certain given what came before (q is one-hot).
+    """
+
+    tokens_BG: jax.Array
+    num_draft_B: jax.Array
+    draft_probs_BGV: jax.Array | None
+
+    def first(self, count: int) -> Proposal:
+        """Only the first `count` drafted positions; no row has more."""
+        probs_BGV = None if self.draft_probs_BGV is None else self.draft_probs_BGV[:, :count]
+        return self.replace(tokens_BG=self.tokens_BG[:, :count], draft_probs_BGV=probs_BGV)
+
+
+class Drafter(Protocol):
+    """One way of drafting. Its state is a pytree that only it understands."""
+
+    @property
+    def width(self) -> int:
+        """G, the most tokens that it drafts in a round; 0 for none."""
+        ...
+
+    @property
+    def margin(self) -> int:
+        """How many positions beyond a row's length it may write to."""
+        ...
+
+    def init(self, params: Any, tokens_BC: jax.Array, length_B: jax.Array, prompt_width: int):
+        """The state after the first `length_B` of `tokens_BC`, computed `prompt_width` (static) at a time."""
+        ...
+
+    def extend(self, params: Any, state, tokens_BC, length_B: jax.Array, width: int):
+        """The state after the first `length_B` of `tokens_BC`, of which `state` holds some; counters start again at 0."""
+        ...
+
+    def grow(self, state, capacity: int):
+        """The same state with room for `capacity` positions in each row."""
+        ...
+
+    def propose(
+        self, params: Any, state, tokens_BC, length_B, num_draft_B, key_B, request: Request
+    ) -> tuple[Proposal, Any]:
+        """Drafts up to `num_draft_B` tokens after the first `length_B` of `tokens_BC`."""
+        ...
+
+    def rewind(self, state, length_B: jax.Array):
+        """Forgets all but the first `length_B` positions of each row."""
+        ...
+
+    def stats(self, state) -> dict[str, jax.Array]:
+        """Counters of this drafter, each `[B, ...]`."""
+        ...

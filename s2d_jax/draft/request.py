@@ -1,0 +1,40 @@
+"""What a drafter returns, and what it is asked with."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+
+from s2d_jax.draft.length import DraftingArrays
+from s2d_jax.sampling import SamplingArrays
+
+
+@flax.struct.dataclass
+class Request:
+    """What one call asks for, per row. Arrays only: nothing here compiles anything anew.
+
+    Attributes:
+        sampling: temperature and filters.
+        key_B: one random key per row.
+        max_length_B: int32, prompt plus new tokens at most.
+        stop_ids_BN: int32, token ids that end a row; -1 where there are fewer.
+        exit_threshold_E: f32, one per exit in use.
+        max_rounds: int32 scalar, rounds after which the loop lets the host look.
+        drafting: what decides how many tokens each row drafts.
+        vocabulary_K: int32, ascending: the ids that a draft with a trimmed head is read over; None for all.
+    """
+
+    sampling: SamplingArrays
+    key_B: jax.Array
+    max_length_B: jax.Array
+    stop_ids_BN: jax.Array
+    exit_threshold_E: jax.Array
+    max_rounds: jax.Array
+    drafting: DraftingArrays
+    vocabulary_K: jax.Array | None = None
+
+
+def is_stop(tokens: jax.Array, stop_ids_BN: jax.Array) -> jax.Array:
+    """bool, like `tokens` (`[B]` or `[B, T]`): whether each is one of its row's stop tokens."""
+    stops = stop_ids_BN if tokens.ndim == 1 else stop_ids_BN[:, None, :]
+    return (tokens[..., None] == stops).any(axis=-1)

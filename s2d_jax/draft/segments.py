@@ -1,0 +1,316 @@
+"""A sorted draft in parts: a token leaves at the first exit that is confident enough; deeper layers catch up later, exactly.
+
+The layers between two exits are a *segment*. Segment s has its own cache, whose length says how many positions it has computed;
+deeper never exceeds shallower. The state that enters segment s > 0 is kept for every position in a buffer, so when a token
+needs segment s, the positions that left earlier are run through it first, in chunks. Prefill is the same with wide chunks.
+
+Behind the text the positions may be the *slots* of a tree instead: level by level, in the order in which the draft runs them.
+Then a position's place in the text and what it may look at are told by `Slots`; all else stays the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.draft.length import confidence
+from s2d_jax.draft.logits import fit_draft_logits, num_entries
+from s2d_jax.model import tree_mask
+from s2d_jax.model.conditional import run_if
+from s2d_jax.model.kv_cache import KVCache, grow_axis, keep_path, read_window, write_window
+from s2d_jax.model.prefill import reached, states_at_end
+from s2d_jax.model.transformer import Transformer
+
+
+@flax.struct.dataclass
+class SortedState:
+    """What a sorted draft remembers.
+
+    Attributes:
+        segments: one cache per segment; its lengths are the positions that it has computed.
+        entries: the state before each segment but the first, `[B, S, D]`, valid below the length of the segment before it.
+        exit_counts_BE: int32, tokens that were run, by the exit they left at.
+        step_counts_BE: int32, steps (a step runs one token of a chain, or a level of a tree) by the deepest exit.
+        segment_passes_E: int32, how often each segment was run (prefill left out).
+    """
+
+    segments: tuple[KVCache, ...]
+    entries: tuple[jax.Array, ...]
+    exit_counts_BE: jax.Array
+    step_counts_BE: jax.Array
+    segment_passes_E: jax.Array
+
+
+@flax.struct.dataclass
+class Slots:
+    """The tree behind the text of each row.
+
+    Attributes:
+        length_B: int32, tokens of the text, the root included; slot i is position `length + i`.
+        ancestors_BSS: bool, which slots each slot descends from, itself included.
+        width: slots per level (static).
+    """
+
+    length_B: jax.Array
+    ancestors_BSS: jax.Array
+    width: int = flax.struct.field(pytree_node=False)
+
+    def place(self, start_B, width: int, capacity: int):
+        """Rotary positions and mask of the `width` positions from `start_B` on, in a cache of `capacity`."""
+        position_BT = start_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+        slot_BT = position_BT - self.length_B[:, None]
+        rotary_BT = jnp.where(
+            slot_BT < 0, position_BT, self.length_B[:, None] + slot_BT // self.width
+        )
+        at_BT1 = jnp.clip(slot_BT, 0, self.ancestors_BSS.shape[1] - 1)[:, :, None]
+        ancestors_BTS = jnp.take_along_axis(self.ancestors_BSS, at_BT1, axis=1)
+        in_tree_BTC = tree_mask.mask(ancestors_BTS, self.length_B, capacity)
+        each_C = jnp.arange(capacity, dtype=jnp.int32)
+        in_text_BTC = each_C[None, None, :] <= position_BT[:, :, None]
+        return rotary_BT, jnp.where((slot_BT < 0)[:, :, None], in_text_BTC, in_tree_BTC)
+
+
+@flax.struct.dataclass
+class Step:
+    """The tokens of one step on their way through the exits.
+
+    Attributes:
+        state: of the draft.
+        logits_BTK: f32, of the exit that each token left at.
+        exit_BT: int32, index of that exit.
+        undecided_BT: bool, tokens that have not left yet.
+    """
+
+    state: SortedState
+    logits_BTK: jax.Array
+    exit_BT: jax.Array
+    undecided_BT: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """A draft that can be left at several layers.
+
+    Attributes:
+        model: the draft.
+        exit_layers: ascending layer counts at which tokens may leave.
+        vocab_size: of the target; the draft's logits are cut or padded to it.
+        together: the tokens of a step leave as soon as one of them is confident; else each for itself.
+    """
+
+    model: Transformer
+    exit_layers: tuple[int, ...]
+    vocab_size: int
+    together: bool = False
+
+    def _bounds(self, s: int) -> tuple[int, int]:
+        return (0, *self.exit_layers)[s], self.exit_layers[s]
+
+    def init(self, params, tokens_BC, length_B, prompt_width) -> SortedState:
+        """As `Drafter.init`."""
+        c, (B, capacity) = self.model.config, tokens_BC.shape
+        segments = tuple(
+            KVCache.create(
+                *(stop - start, B, c.num_kv_heads, capacity, c.head_dim), dtype=self.model.dtype
+            )
+            for start, stop in map(self._bounds, range(len(self.exit_layers)))
+        )
+        entry = jnp.zeros((B, capacity, c.embed_dim), self.model.dtype)
+        counts_BE = jnp.zeros((B, len(self.exit_layers)), jnp.int32)
+        entries = (entry,) * (len(segments) - 1)
+        state = SortedState(segments, entries, counts_BE, counts_BE, counts_BE[0])
+        return self.extend(params, state, tokens_BC, length_B, prompt_width)
+
+    def extend(self, params, state: SortedState, tokens_BC, length_B, width) -> SortedState:
+        """As `Drafter.extend`."""
+        for s in range(len(state.segments)):
+            state, _ = self.catch_up(params, state, s, tokens_BC, length_B, width)
+        return state.replace(
+            exit_counts_BE=jnp.zeros_like(state.exit_counts_BE),
+            step_counts_BE=jnp.zeros_like(state.step_counts_BE),
+            segment_passes_E=jnp.zeros_like(state.segment_passes_E),
+        )
+
+    def grow(self, state: SortedState, capacity: int) -> SortedState:
+        """As `Drafter.grow`."""
+        return state.replace(
+            segments=tuple(cache.grow(capacity) for cache in state.segments),
+            entries=tuple(grow_axis(entry, capacity, axis=1) for entry in state.entries),
+        )
+
+    def catch_up(
+        self,
+        params,
+        state: SortedState,
+        s: int,
+        tokens_BC,
+        end_B,
+        width: int,
+        slots: Slots | None = None,
+        count: int = 1,
+    ):
+        """Runs segment `s` until it has computed `end_B` positions of each row, `width` at a time.
+
+        Args:
+            params: of the draft.
+            state: segment `s - 1` has computed at least `end_B` positions.
+            s: the segment.
+            tokens_BC: int32, what segment 0 reads.
+            end_B: int32; a row that has computed as many already keeps its length.
+            width: static chunk width.
+            slots: the tree behind the text; None if there is only text.
+            count: static; of how many positions the output is wanted.
+
+        Returns:
+            The state, and the output `[B, count, D]` of segment `s` at the last `count` positions before `end_B`; zeros
+            where they were not computed here.
+        """
+        start, stop = self._bounds(s)
+
+        def apply(method, *args):
+            return self.model.apply({"params": params}, *args, method=method)
+
+        def run_chunk(carry):
+            state, last_BTD = carry
+            cache = state.segments[s]
+            source = tokens_BC if s == 0 else state.entries[s - 1]
+            chunk = read_window(source, cache.length_B, width)
+            h_BWD = apply("embed", chunk) if s == 0 else chunk
+            where = () if slots is None else (slots.place(cache.length_B, width, source.shape[1]),)
+            h_BWD, written = apply("run_blocks", h_BWD, cache, start, stop, *where)
+            entries = list(state.entries)
+            if s < len(entries):
+                entries[s] = write_window(entries[s], h_BWD, cache.length_B, axis=1)
+            last_BTD = states_at_end(h_BWD, cache.length_B, end_B, last_BTD)
+            segments = list(state.segments)
+            segments[s] = written.advance_to(reached(cache.length_B, width, end_B))
+            state = state.replace(
+                segments=tuple(segments),
+                entries=tuple(entries),
+                segment_passes_E=state.segment_passes_E.at[s].add(1),
+            )
+            return state, last_BTD
+
+        def behind(carry):
+            return jnp.any(carry[0].segments[s].length_B < end_B)
+
+        shape = tokens_BC.shape[0], count, self.model.config.embed_dim
+        nothing_BTD = jnp.zeros(shape, self.model.dtype)
+        return jax.lax.while_loop(behind, run_chunk, (state, nothing_BTD))
+
+    def step(
+        self, params, state: SortedState, tokens_BC, end_B, live_BT, widths, request, slots=None
+    ) -> Step:
+        """Takes the last T positions before `end_B` through the exits. Segments that no row needs are skipped.
+
+        Args:
+            params, state, tokens_BC, slots: as for `catch_up`.
+            end_B: int32.
+            live_BT: bool, positions whose logits are wanted.
+            widths: static; positions that one pass takes in, of the first segment and of deeper ones.
+            request: thresholds and the listed tokens of a trimmed head.
+        """
+        (B, T), E = live_BT.shape, len(self.exit_layers)
+        on_their_way = Step(
+            state=state,
+            logits_BTK=jnp.zeros((B, T, num_entries(self.vocab_size, request)), jnp.float32),
+            exit_BT=jnp.zeros((B, T), jnp.int32),
+            undecided_BT=live_BT,
+        )
+        for s in range(E):
+
+            def try_exit(step, s=s):
+                inputs = tokens_BC, end_B, live_BT, widths[s > 0], request, slots
+                return self._try_exit(params, step, s, *inputs)
+
+            on_their_way = run_if(jnp.any(on_their_way.undecided_BT), try_exit, on_their_way)
+        state, exit_BT = on_their_way.state, on_their_way.exit_BT
+        left_BTE = jax.nn.one_hot(exit_BT, E, dtype=jnp.int32) * live_BT[:, :, None].astype(
+            jnp.int32
+        )
+        deepest_B = jnp.max(jnp.where(live_BT, exit_BT, -1), axis=1)
+        state = state.replace(
+            exit_counts_BE=state.exit_counts_BE + jnp.sum(left_BTE, axis=1),
+            step_counts_BE=state.step_counts_BE + jax.nn.one_hot(deepest_B, E, dtype=jnp.int32),
+        )
+        return on_their_way.replace(state=state)
+
+    def _try_exit(
+        self, params, step: Step, s, tokens_BC, end_B, live_BT, width, request, slots
+    ) -> Step:
+        """Takes the rows with undecided tokens through segment `s` and reads its exit; the confident ones stay."""
+        undecided_BT = step.undecided_BT
+        target_B = jnp.where(jnp.any(undecided_BT, axis=1), end_B, 0)
+        state, last_BTD = self.catch_up(
+            *(params, step.state, s, tokens_BC, target_B, width, slots), undecided_BT.shape[1]
+        )
+        logits_BTK = self.model.apply(
+            {"params": params}, last_BTD, self.exit_layers[s], method="logits"
+        )
+        logits_BTK = fit_draft_logits(logits_BTK, self.vocab_size, request)
+        last = s == len(self.exit_layers) - 1  # it always accepts
+        sure_BT = jnp.bool_(last) | (confidence(logits_BTK) > request.exit_threshold_E[s])
+        if self.together:
+            sure_BT = jnp.any(sure_BT & live_BT, axis=1, keepdims=True)
+        return Step(
+            state=state,
+            logits_BTK=jnp.where(undecided_BT[:, :, None], logits_BTK, step.logits_BTK),
+            exit_BT=jnp.where(undecided_BT, s, step.exit_BT),
+            undecided_BT=undecided_BT & ~sure_BT,
+        )
+
+    def rewind(self, state: SortedState, length_B) -> SortedState:
+        """As `Drafter.rewind`."""
+        return state.replace(segments=tuple(cache.rewind(length_B) for cache in state.segments))
+
+    def keep_path(self, state: SortedState, length_B, slot_BT) -> SortedState:
+        """Of the tree behind the text keeps one path, as text.
+
+        Args:
+            length_B: int32, tokens of the text, the root included.
+            slot_BT: int32, the path's slots in ascending order, 0 for its first entry, the root, and counted from it; -1 beyond
+                its end.
+        """
+        root_B, index_BT = length_B - 1, jnp.maximum(slot_BT, 0)
+        segments, entries = [], []
+        for cache in state.segments:
+            kept_BT = (slot_BT >= 0) & (root_B[:, None] + slot_BT < cache.length_B[:, None])
+            kept_B = root_B + jnp.sum(kept_BT, axis=1, dtype=jnp.int32)
+            # A segment that has not come to the root has no tree.
+            new_length_B = jnp.where(cache.length_B < length_B, cache.length_B, kept_B)
+            segments.append(cache.keep_path(root_B, index_BT).advance_to(new_length_B))
+        for entry in state.entries:
+            entries.append(keep_path(entry, root_B, index_BT, axis=1))
+        return state.replace(segments=tuple(segments), entries=tuple(entries))
+
+    def stats(self, state: SortedState) -> dict[str, jax.Array]:
+        """As `Drafter.stats`."""
+        return {
+            "exit_counts": state.exit_counts_BE,
+            "step_counts": state.step_counts_BE,
+            "segment_passes": state.segment_passes_E,
+        }
+
+
+class SegmentedDrafter:
+    """What drafters on `segments` have in common: the methods of `s2d_jax.draft.drafter.Drafter` that only pass on."""
+
+    segments: Segments
+
+    def init(self, params, tokens_BC, length_B, prompt_width):
+        return self.segments.init(params, tokens_BC, length_B, prompt_width)
+
+    def extend(self, params, state, tokens_BC, length_B, width):
+        return self.segments.extend(params, state, tokens_BC, length_B, width)
+
+    def grow(self, state, capacity):
+        return self.segments.grow(state, capacity)
+
+    def rewind(self, state, length_B):
+        return self.segments.rewind(state, length_B)
+
+    def stats(self, state) -> dict[str, jax.Array]:
+        return self.segments.stats(state)

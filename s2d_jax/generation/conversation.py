@@ -1,0 +1,90 @@
+"""Turns of a conversation: the caches of earlier turns serve the later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.errors import UserError
+from s2d_jax.generation.session import Session
+from s2d_jax.generation.stream import Delta, GenerationResult, Stream
+from s2d_jax.text.tokenizer import Tokenizer
+
+Message = dict[str, str]
+
+
+class Conversation:
+    """Generations on the same caches, of target and draft; `SpeculativeDecoder.conversation()` makes one.
+
+    `generate` and `stream` take whole prompts, as those of `SpeculativeDecoder` do, and compute only what follows the longest
+    prefix of token ids that the caches hold of each row. `ask` and `ask_stream` keep the messages of one conversation.
+
+    Args:
+        start: `(session, prompts, sampling, rounds_per_look=, keep=) -> Stream`.
+        tokenizer: of the target.
+
+    Attributes:
+        messages: of `ask` and `ask_stream`: questions and answers so far. May be given a system message first.
+    """
+
+    def __init__(self, start: Callable[..., Stream], tokenizer: Tokenizer | None):
+        self._start, self._tokenizer, self._session = start, tokenizer, Session()
+        self.messages: list[Message] = []
+
+    def generate(
+        self,
+        prompts,
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+    ) -> GenerationResult:
+        """As `SpeculativeDecoder.generate`; another number of prompts than before starts with empty caches."""
+        return self._start(self._session, prompts, sampling, keep=True).result
+
+    def stream(
+        self,
+        prompts,
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+        *,
+        rounds_per_look: int = 8,
+    ) -> Stream:
+        """As `SpeculativeDecoder.stream`. A stream that is closed leaves what it has computed to the next call."""
+        options = {"rounds_per_look": rounds_per_look, "keep": True}
+        return self._start(self._session, prompts, sampling, **options)
+
+    def ask(
+        self,
+        text: str,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+    ) -> GenerationResult:
+        """Adds a user's message, answers it through the chat template, and adds the answer.
+
+        Raises:
+            UserError: if the target has no tokenizer, or the conversation fills its context.
+        """
+        result = self.generate([self._with(text)], [sampling])
+        self._add(text, result)
+        return result
+
+    def ask_stream(
+        self,
+        text: str,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        *,
+        rounds_per_look: int = 8,
+    ) -> Iterator[Delta]:
+        """`ask`, giving out `Delta`s as they come; question and answer are added at the end, also when closed early."""
+        prompts = [self._with(text)]
+        with self.stream(prompts, [sampling], rounds_per_look=rounds_per_look) as stream:
+            try:
+                yield from stream
+            finally:
+                if stream.started:
+                    self._add(text, stream.result)
+
+    def _with(self, text: str) -> list[Message]:
+        if self._tokenizer is None:
+            raise UserError(f"{text[:40]!r} is text, but the target has no tokenizer; use generate")
+        return [*self.messages, {"role": "user", "content": text}]
+
+    def _add(self, text: str, result: GenerationResult) -> None:
+        answer = {"role": "assistant", "content": result.texts[0]}
+        self.messages += [{"role": "user", "content": text}, answer]

@@ -1,0 +1,83 @@
+"""What a session needs to know before its first round."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.decode.loop import Decoder
+from s2d_jax.draft.request import Request
+from s2d_jax.generation.buckets import bucket, chunk_width
+
+UNLIMITED = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one call asks for, and how large its caches are made.
+
+    Attributes:
+        decoder: static.
+        params: `{"target": ..., "draft": ...}`.
+        request: per-row parameters, on the device.
+        rows: the sampling parameters of each row.
+        exits: of the draft, for the statistics.
+        prompts: token ids of each row.
+        context: positions that the target can take.
+        prefill_chunk: positions that one pass over a prompt computes at most.
+        initial_room: new tokens that the caches have room for at first.
+        place: puts host arrays where the parameters are.
+    """
+
+    decoder: Decoder
+    params: Any
+    request: Request
+    rows: list[SamplingParams]
+    exits: tuple[int, ...]
+    prompts: list[list[int]]
+    context: int
+    prefill_chunk: int
+    initial_room: int
+    place: Callable[[Any], Any]
+
+    @property
+    def margin(self) -> int:
+        """Rounded up so that a width-matched reference has caches of the same capacity."""
+        return -(-self.decoder.margin // 64) * 64
+
+    @property
+    def final_capacity(self) -> int:
+        """Enough for every row at its limit."""
+        kept = [0] * len(self.prompts)
+        return self._room_for(kept, self.width(kept), UNLIMITED)
+
+    def width(self, kept: Sequence[int]) -> int:
+        """Positions of one pass over what is new in the prompts, of which the caches hold `kept` tokens."""
+        new = max(len(ids) - held for ids, held in zip(self.prompts, kept, strict=True))
+        return chunk_width(new, self.prefill_chunk)
+
+    def capacity(self, kept: Sequence[int], width: int) -> int:
+        """Room for the last chunk of the prompts to its end, and for the first new tokens."""
+        return self._room_for(kept, width, self.initial_room)
+
+    def _room_for(self, kept: Sequence[int], width: int, most_new: int) -> int:
+        longest = max(len(ids) for ids in self.prompts)
+        new = min(most_new, max(row.max_new_tokens for row in self.rows))
+        if any(kept):  # chunks end up to a width behind the prompt
+            begin, reached = longest, longest + width
+        else:  # at a multiple of the width: where in its bucket a prompt lies changes nothing, so programs are found again
+            begin = reached = -(-longest // width) * width
+        return bucket(max(reached, min(begin + new, self.context)) + self.margin)
+
+    def arrays(self, capacity: int) -> tuple[Any, Any]:
+        """`tokens_BC` with the prompts on the left, and `length_B`, on the device."""
+        tokens = np.zeros((len(self.prompts), capacity), np.int32)
+        for row, ids in enumerate(self.prompts):
+            tokens[row, : len(ids)] = ids
+        lengths = np.array([len(ids) for ids in self.prompts], np.int32)
+        return self.place((jnp.asarray(tokens), jnp.asarray(lengths)))

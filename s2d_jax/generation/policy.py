@@ -1,0 +1,206 @@
+"""Policies: how to decode with one target on one device, as calibration found it, and the file that keeps them.
+
+A policy is data. It is kept in the draft's `sorted_draft.json`, or in a file of its own for a draft that has none, under
+`"policies"`, and found again by the weights of target and draft, their dtypes, the device and the temperature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from s2d_jax.config.costs import RoundCosts
+from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.tree import TreeShape
+from s2d_jax.errors import UserError
+from s2d_jax.files import write_text
+from s2d_jax.formats.hub import SORTED_DRAFT
+from s2d_jax.machine import cpu_name, usable_cores
+from s2d_jax.weights.fingerprint import Fingerprint
+from s2d_jax.weights.model import Model
+
+# Of DecodeConfig: what a policy does not decide.
+_NOT_STORED = ("policy", "policy_file", "verify_width")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyKey:
+    """What a policy was measured for.
+
+    Attributes:
+        target, draft: fingerprints.
+        formats: dtypes of the weights, target/draft.
+        device: its kind; for a CPU the model and the number of cores.
+        temperature: 0 is greedy.
+    """
+
+    target: str
+    draft: str
+    formats: str
+    device: str
+    temperature: float
+
+    @classmethod
+    def of(cls, target: Model, draft: Model, temperature: float) -> PolicyKey:
+        formats = f"{weight_format(target)}/{weight_format(draft)}"
+        return cls(
+            fingerprint(target), fingerprint(draft), formats, device_kind(), float(temperature)
+        )
+
+    @property
+    def temperature_class(self) -> str:
+        return "greedy" if self.temperature == 0 else "sampled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How to decode.
+
+    Attributes:
+        key: what for.
+        config: settings of the decoder; None: do not speculate.
+        evidence: what the choice rests on: costs, trace, candidates predicted and measured, environment.
+    """
+
+    key: PolicyKey
+    config: DecodeConfig | None
+    evidence: Mapping[str, Any]
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of a model's shape and of a few weights of every tensor; 16 hexadecimal digits."""
+    found = Fingerprint(model.config)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        found.add(jax.tree_util.keystr(path), leaf)
+    return str(found)
+
+
+def weight_format(model: Model) -> str:
+    """The dtypes of a model's tensors, such as "float32"."""
+    return "+".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}))
+
+
+def device_kind() -> str:
+    """What the costs depend on. All CPUs call themselves "cpu" in JAX, so theirs is the model name and the cores in use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind} x {jax.device_count()}"
+    return f"{cpu_name()} x {usable_cores()}"
+
+
+def policy_file_of(draft: Model, given: str | Path | None) -> Path:
+    """Where the policies of `draft` are: the file that was given, else its own sorted_draft.json.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    if given is not None:
+        return Path(given).expanduser()
+    file = Path(draft.source).expanduser() / SORTED_DRAFT
+    if not file.is_file():
+        raise UserError(
+            f"{draft.source} has no {SORTED_DRAFT} to keep policies in; name a file of its own: policy_file (--policy-file)"
+        )
+    return file
+
+
+def read_policies(file: Path) -> list[Policy]:
+    """The policies in `file`; none if it does not exist yet.
+
+    Raises:
+        UserError: for a file that is not JSON, or a policy that cannot be read.
+    """
+    raw = _read(file).get("policies", [])
+    try:
+        return [_from_json(entry) for entry in raw]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: a policy cannot be read ({error}); calibrate the target again"
+        ) from error
+
+
+def write_policies(file: Path, new: Sequence[Policy]) -> None:
+    """Adds `new` to the policies in `file`, in place of those with the same key; the rest of the file is kept.
+
+    The file is replaced whole or not at all.
+    """
+    content = _read(file)
+    keys = {policy.key for policy in new}
+    kept = [policy for policy in read_policies(file) if policy.key not in keys]
+    content["policies"] = [_to_json(policy) for policy in (*kept, *new)]
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def find_policy(policies: Sequence[Policy], key: PolicyKey) -> Policy | None:
+    """The policy of this target, draft, formats and device whose temperature is of the same class (0, or above) and nearest."""
+    fields = ("target", "draft", "formats", "device", "temperature_class")
+    fitting = [
+        policy
+        for policy in policies
+        if all(getattr(policy.key, name) == getattr(key, name) for name in fields)
+    ]
+    distance = lambda policy: abs(policy.key.temperature - key.temperature)  # noqa: E731
+    return min(fitting, key=distance, default=None)
+
+
+def load_policy(target: Model, draft: Model, temperature: float, file: str | Path | None) -> Policy:
+    """The policy to decode with.
+
+    Args:
+        target, draft, temperature: what for.
+        file: where to look; None is the draft's own sorted_draft.json.
+
+    Raises:
+        UserError: if nothing was calibrated for this target, draft, device and class of temperature. Nothing is guessed.
+    """
+    path = policy_file_of(draft, file)
+    key = PolicyKey.of(target, draft, temperature)
+    policy = find_policy(read_policies(path), key)
+    if policy is None:
+        raise UserError(
+            f"{path} has no policy for {target.source} ({key.formats}, {key.device}, {key.temperature_class}); run "
+            f"python -m infer.calibrate --target {target.source} --draft {draft.source}"
+        )
+    return policy
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON ({error.msg}); remove it or repair it") from error
+
+
+def _to_json(policy: Policy) -> dict[str, Any]:
+    config = None
+    if policy.config is not None:
+        config = dataclasses.asdict(policy.config)
+        config = {name: value for name, value in config.items() if name not in _NOT_STORED}
+    return {
+        "key": dataclasses.asdict(policy.key),
+        "speculate": policy.config is not None,
+        "config": config,
+        "evidence": dict(policy.evidence),
+    }
+
+
+def _from_json(entry: Mapping[str, Any]) -> Policy:
+    config = None
+    if entry["config"] is not None:
+        values = {name: _tuples(value) for name, value in entry["config"].items()}
+        for name, kind in (("costs", RoundCosts), ("tree", TreeShape)):
+            if values.get(name) is not None:
+                values[name] = kind(**{k: _tuples(v) for k, v in values[name].items()})
+        config = DecodeConfig(**values)
+    return Policy(PolicyKey(**entry["key"]), config, entry["evidence"])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

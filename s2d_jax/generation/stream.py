@@ -1,0 +1,210 @@
+"""One call from its prompts to its result: a generation that can be watched while it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from s2d_jax.errors import UserError
+from s2d_jax.generation.plan import UNLIMITED, Plan
+from s2d_jax.generation.session import Look, Session
+from s2d_jax.generation.stats import GenerationStats, sum_stats
+from s2d_jax.text.detokenizer import RowText
+from s2d_jax.text.tokenizer import Tokenizer
+
+# Between these many rounds the host looks for stop strings.
+_ROUNDS_BETWEEN_LOOKS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """What one call generated.
+
+    Attributes:
+        texts: new text per row, special tokens left out; empty strings without a tokenizer.
+        token_ids: new tokens per row, the stop token included.
+        stats: summed over the rows.
+        row_stats: one per row.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    stats: GenerationStats
+    row_stats: list[GenerationStats]
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What is new in one row.
+
+    Attributes:
+        row: its number.
+        text: new text, of whole characters; may be empty while tokens have come.
+        token_ids: new tokens.
+        done: the row has ended.
+    """
+
+    row: int
+    text: str
+    token_ids: tuple[int, ...]
+    done: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What is timed beside the whole call.
+
+    Attributes:
+        prefill: wait after prefill; seconds `prefill` and `decode`.
+        rounds: run the parts of each round one by one; seconds `prefill`, `draft`, `verify`, `rest`.
+    """
+
+    prefill: bool = False
+    rounds: bool = False
+
+
+class Stream(Iterator[Delta]):
+    """The tokens of a running generation. Iterate over it; `close` it, or leave its `with` block, to stop decoding.
+
+    Args:
+        session: where it runs; what its caches hold of the prompts is not computed again.
+        plan: what is asked for.
+        tokenizer: of the target; None gives no text.
+        rounds: rounds between two looks; None looks at the end only, or for stop strings.
+        timing: what is timed.
+        keep: leave the caches in the session at the end.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        plan: Plan,
+        tokenizer: Tokenizer | None,
+        *,
+        rounds: Iterator[int] | None = None,
+        timing: Timing = Timing(),
+        keep: bool = False,
+    ):
+        self._session, self._plan, self._keep = session, plan, keep
+        self._texts = [RowText(tokenizer, row.stop) for row in plan.rows]
+        self._done = [False] * len(plan.rows)
+        self._seen = [len(ids) for ids in plan.prompts]
+        self._look: Look | None = None
+        self._result: GenerationResult | None = None
+        self._deltas = self._run(rounds, timing)
+
+    def __next__(self) -> Delta:
+        return next(self._deltas)
+
+    def close(self) -> None:
+        """Stops decoding. What was generated so far stays in `result`."""
+        self._deltas.close()
+        self._end()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a first token."""
+        return self._look is not None
+
+    @property
+    def result(self) -> GenerationResult:
+        """All that was generated: complete once the iteration has ended. Runs to the end if it has not.
+
+        Raises:
+            UserError: if the stream was closed before its first token.
+        """
+        if self._result is None:
+            for _ in self:
+                pass
+        if self._result is None:
+            raise UserError("the stream was closed before its first token; iterate first")
+        return self._result
+
+    def _run(self, rounds: Iterator[int] | None, timing: Timing) -> Iterator[Delta]:
+        try:
+            self._session.begin(self._plan, wait=timing.prefill or timing.rounds)
+            if rounds is not None:
+                yield from self._read(self._session.look())
+            elif any(row.stop for row in self._plan.rows):
+                rounds = itertools.repeat(_ROUNDS_BETWEEN_LOOKS)
+            else:
+                rounds = itertools.repeat(UNLIMITED)
+            while not all(self._done):
+                look = self._session.advance(
+                    next(rounds), phases=timing.rounds, wait=timing.prefill
+                )
+                yield from self._read(look)
+        finally:
+            self._end()
+
+    def _read(self, look: Look) -> list[Delta]:
+        """What is new since the last look. Rows that a stop string ended are told to the device."""
+        self._look, deltas = look, []
+        for row, text in enumerate(self._texts):
+            length, ended = int(look.state.length_B[row]), bool(look.state.done_B[row])
+            was_done, start = self._done[row], self._seen[row]
+            new_ids = look.state.tokens_BC[row, start:length].tolist()
+            self._seen[row] = length
+            new_text, kept_ids = text.feed(new_ids, ended)
+            self._done[row] = ended or text.stopped
+            if not was_done and (kept_ids or self._done[row]):
+                deltas.append(Delta(row, new_text, tuple(kept_ids), self._done[row]))
+        if not all(self._done) and any(text.stopped for text in self._texts):
+            self._session.end_rows(self._done)
+        return deltas
+
+    def _end(self) -> None:
+        if self._result is None and self._look is not None:
+            self._result = self._made_result()
+        if not self._keep:
+            self._session.release()
+
+    def _made_result(self) -> GenerationResult:
+        row_stats = [self._row_stats(row) for row in range(len(self._texts))]
+        texts = [text.text for text in self._texts]
+        token_ids = [text.token_ids for text in self._texts]
+        return GenerationResult(texts, token_ids, sum_stats(row_stats), row_stats)
+
+    def _row_stats(self, row: int) -> GenerationStats:
+        assert self._look is not None
+        state, counters, exits = self._look.state, self._look.counters, self._plan.exits
+        exit_counts = counters["exit_counts"][row] if exits else ()
+        text = self._texts[row]
+        return GenerationStats(
+            prompt_tokens=len(self._plan.prompts[row]),
+            emitted_tokens=len(text.token_ids),
+            target_forwards=int(state.rounds_B[row]),
+            plain_rounds=int(state.guard.plain_rounds_B[row]) if exits else 0,
+            draft_forwards=self._draft_forwards,
+            drafted_tokens=int(state.proposed_B[row]),
+            accepted_tokens=int(state.accepted_BG[row].sum()),
+            drafted_per_depth=tuple(state.drafted_BG[row].tolist()),
+            accepted_per_depth=tuple(state.accepted_BG[row].tolist()),
+            exit_histogram={e: int(n) for e, n in zip(exits, exit_counts, strict=True)},
+            seconds=self._session.seconds,
+            prefilled_tokens=self._session.prefilled[row],
+            overshoot_tokens=text.overshoot,
+        )
+
+    @property
+    def _draft_forwards(self) -> dict[int, int]:
+        assert self._look is not None
+        passes = np.asarray(self._look.counters.get("segment_passes", ()))
+        return {exit: int(n) for exit, n in zip(self._plan.exits, passes, strict=True)}
+
+
+def growing_rounds(most: int) -> Iterator[int]:
+    """1, 2, 4, ... up to `most`, which stays: the first words come soon, later the host asks less often."""
+    rounds = 1
+    while True:
+        yield min(rounds, most)
+        rounds *= 2

@@ -1,0 +1,100 @@
+"""Rotary positions and grouped-query attention."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.config.model import ModelConfig, RopeScaling
+from s2d_jax.model.kv_cache import write_window
+from s2d_jax.model.layers import Linear
+
+
+def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """f32 `[H/2]` rotation per position (Su et al. 2021, eq. 15), after Llama-3's scaling if any."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / jnp.float32(theta) ** exponent
+    if scaling is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_max_position / wavelength - low) / (high - low)
+    blend = jnp.clip(blend, 0.0, 1.0)  # 0: stretched by `factor`; 1: kept
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+def rope(x_BTNH: jax.Array, positions_BT: jax.Array, frequency: jax.Array) -> jax.Array:
+    """Rotates pairs `(x[i], x[i + H/2])` by `position * frequency[i]` (the Hugging Face pairing)."""
+    angle_BTH = positions_BT.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+def attention(q_BTNH, k_BKSH, v_BKSH, mask_BTS) -> jax.Array:
+    """Grouped-query attention; softmax in f32.
+
+    Args:
+        q_BTNH: queries, N a multiple of K.
+        k_BKSH, v_BKSH: keys and values.
+        mask_BTS: bool, True where a query may look.
+
+    Returns:
+        `[B, T, N * H]` in the dtype of the queries.
+    """
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    G = N // K
+    # The queries that share a key head are the rows (M = G * T) of one product per row and key head.
+    q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores_BKMS = jnp.einsum(
+        "BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32
+    ) / math.sqrt(H)
+    scores_BKGTS = scores_BKMS.reshape(B, K, G, T, S)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    weights_BKMS = weights_BKGTS.reshape(B, K, G * T, S)
+    mixed_BKMH = jnp.einsum(
+        "BKMS,BKSH->BKMH", weights_BKMS, v_BKSH, preferred_element_type=jnp.float32
+    )
+    mixed_BTKGH = mixed_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+    return mixed_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N * H)
+
+
+class Attention(nn.Module):
+    """Projections, rotary positions, grouped-query attention over the window or a cache, output projection."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.q_proj = Linear(c.embed_dim, q_dim, ("heads", "embed"), c.qkv_bias)
+        self.k_proj = Linear(c.embed_dim, kv_dim, ("kv_heads", "embed"), c.qkv_bias)
+        self.v_proj = Linear(c.embed_dim, kv_dim, ("kv_heads", "embed"), c.qkv_bias)
+        self.o_proj = Linear(q_dim, c.embed_dim, ("embed", "heads"))
+
+    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+        """Attends over the window itself, or over `cache = (k, v, start_B)` once the window is written into it from there on.
+
+        Writing first keeps the cache in place inside a loop. Returns the mixed values, and keys and values.
+        """
+        c = self.config
+        B, T, _ = x_BTD.shape
+        frequency = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
+        q_BTNH = self.q_proj(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
+        k_BTKH = self.k_proj(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
+        v_BTKH = self.v_proj(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
+        q_BTNH = rope(q_BTNH, positions_BT, frequency)
+        k = jnp.swapaxes(rope(k_BTKH, positions_BT, frequency), 1, 2)
+        v = jnp.swapaxes(v_BTKH, 1, 2)
+        if cache is not None:
+            k_cache, v_cache, start_B = cache
+            k = write_window(k_cache, k, start_B, axis=2)
+            v = write_window(v_cache, v, start_B, axis=2)
+        mixed = attention(q_BTNH, k.astype(x_BTD.dtype), v.astype(x_BTD.dtype), mask_BTS)
+        return self.o_proj(mixed), (k, v)

@@ -1,0 +1,135 @@
+"""Key/value caches with one length per row: append, advance, rewind; and per-row window access.
+
+Positions at or beyond a row's length hold garbage that the next append overwrites, so rewinding is clipping a length. Entries
+move only when the accepted path of a tree is put together.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from s2d_jax.model.conditional import run_if
+
+# Up to this many rows, one dynamic_update_slice per row is the fastest in-place write; beyond, a scatter compiles sooner.
+_UNROLLED_ROWS = 16
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of some consecutive layers.
+
+    Attributes:
+        keys: one `[B, K, S, H]` array per layer (rotary positions already applied).
+        values: one `[B, K, S, H]` array per layer.
+        length_B: int32 `[B]`, how many positions of each row are valid.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @classmethod
+    def create(
+        cls, num_layers, batch, num_kv_heads, capacity, head_dim, *, dtype, mesh=None
+    ) -> KVCache:
+        """An empty cache; with a `mesh`, K/V heads are split over its tensor axis."""
+
+        def zeros():
+            array = jnp.zeros((batch, num_kv_heads, capacity, head_dim), dtype)
+            if mesh is not None:
+                heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+                array = jax.lax.with_sharding_constraint(array, heads)
+            return array
+
+        return cls(
+            keys=tuple(zeros() for _ in range(num_layers)),
+            values=tuple(zeros() for _ in range(num_layers)),
+            length_B=jnp.zeros(batch, jnp.int32),
+        )
+
+    def positions(self, width: int) -> jax.Array:
+        """int32 `[B, width]`: the positions that the next `width` tokens of each row take."""
+        return self.length_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+
+    def rewind(self, length_B: jax.Array) -> KVCache:
+        """Clips every row to at most `length_B`."""
+        return self.replace(length_B=jnp.minimum(self.length_B, length_B))
+
+    def advance_to(self, length_B: jax.Array) -> KVCache:
+        """Declares the positions below `length_B` valid; the caller has written them."""
+        return self.replace(length_B=length_B)
+
+    def keep_path(self, start_B: jax.Array, index_BT: jax.Array) -> KVCache:
+        """Moves the entries at `start + index` to `start`, `start + 1`, ...; see `keep_path`. The length stays."""
+        keys, values = (
+            tuple(keep_path(x, start_B, index_BT, axis=2) for x in arrays)
+            for arrays in (self.keys, self.values)
+        )
+        return self.replace(keys=keys, values=values)
+
+    def grow(self, capacity: int) -> KVCache:
+        """The same cache with room for `capacity` positions."""
+        keys, values = (
+            tuple(grow_axis(x, capacity, axis=2) for x in arrays)
+            for arrays in (self.keys, self.values)
+        )
+        return self.replace(keys=keys, values=values)
+
+
+def grow_axis(array: jax.Array, size: int, *, axis: int) -> jax.Array:
+    """`array` with zeros behind it along `axis`, so that it has `size` entries there."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, widths)
+
+
+def write_window(buffer: jax.Array, window: jax.Array, start_B: jax.Array, *, axis: int):
+    """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis), in place."""
+    window = window.astype(buffer.dtype)
+    if buffer.shape[0] > _UNROLLED_ROWS:
+
+        def write_row(row, values, start):
+            return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)
+
+        return jax.vmap(write_row)(buffer, window, start_B)
+    if buffer.shape[0] == 1:
+
+        def write_only_row(buffer):
+            return jax.lax.dynamic_update_slice_in_dim(buffer, window, start_B[0], axis)
+
+        # For one row XLA would merge the write into each of its readers, and copy the cache for all but one of them.
+        # It does not look through a condition, and cannot know that this one always holds.
+        return run_if(start_B[0] >= 0, write_only_row, buffer)
+    zero = jnp.int32(0)
+    for row in range(buffer.shape[0]):
+        starts = [zero] * buffer.ndim
+        starts[0], starts[axis] = jnp.int32(row), start_B[row]
+        buffer = jax.lax.dynamic_update_slice(buffer, window[row : row + 1], starts)
+    return buffer
+
+
+def read_window(buffer: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
+    """`[B, width, ...]`: the entries of each row of `buffer` (`[B, S, ...]`) from `start_B` on."""
+
+    def read(row, start):
+        return jax.lax.dynamic_slice_in_dim(row, start, width)
+
+    return jax.vmap(read)(buffer, start_B)
+
+
+def keep_path(buffer: jax.Array, start_B: jax.Array, index_BT: jax.Array, *, axis: int):
+    """Copies the entries `start + index[t]` of each row of `buffer` to `start + t`, along `axis`, in place.
+
+    Args:
+        buffer: `[B, ...]`.
+        start_B: int32.
+        index_BT: int32, 0 or more.
+        axis: counted with the batch axis.
+    """
+    shape = [1] * buffer.ndim
+    shape[0], shape[axis] = index_BT.shape
+    kept = jnp.take_along_axis(buffer, (start_B[:, None] + index_BT).reshape(shape), axis=axis)
+    return write_window(buffer, kept, start_B, axis=axis)

@@ -1,0 +1,91 @@
+"""The pieces of a Llama/Qwen2 decoder block: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.model.products.linear import linear
+
+_kernel_init = nn.initializers.normal(0.02)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, in f32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    embed_dim: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale_D = self.param("scale", init, (self.embed_dim,))
+        x_f32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True)
+        normed = (x_f32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
+        return normed * jnp.expand_dims(scale_D.astype(x.dtype), tuple(range(x.ndim - 1)))
+
+
+class Linear(nn.Module):
+    """A weight `[out, in]`, with a bias where asked for; the result has the dtype of the input unless `out_dtype` is given.
+
+    Where the parameters hold low-rank factors beside the kernel (`s2d_jax.model.lora` puts them there, never `init`),
+    their product is added to it.
+    """
+
+    in_dim: int
+    out_dim: int
+    axes: tuple[str, str]
+    use_bias: bool = False
+    out_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(_kernel_init, self.axes)
+        kernel_OI = self.param("kernel", init, (self.out_dim, self.in_dim))
+        out = linear(x, kernel_OI, self.out_dtype)
+        if self.has_variable("params", "lora_a"):
+            a_RI, b_OR = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            out = out + linear(linear(x, a_RI), b_OR, self.out_dtype)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
+            bias_O = self.param("bias", zeros, (self.out_dim,)).astype(x.dtype)
+            out = out + jnp.expand_dims(bias_O, tuple(range(x.ndim - 1)))
+        return out
+
+
+class ExitAdapter(nn.Module):
+    """`h + up(silu(down(h / |h|))) * |h|`, a residual that scales with the state: `|h|` is its root mean square."""
+
+    embed_dim: int
+    rank: int
+    eps: float
+
+    def setup(self):
+        self.down = Linear(self.embed_dim, self.rank, ("rank", "embed"))
+        self.up = Linear(self.rank, self.embed_dim, ("embed", "rank"))
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        h_f32 = h.astype(jnp.float32)
+        size = jnp.sqrt(jnp.mean(h_f32 * h_f32, axis=-1, keepdims=True) + self.eps)
+        change = self.up(jax.nn.silu(self.down((h_f32 / size).astype(h.dtype))))
+        return h + change * size.astype(h.dtype)
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (SwiGLU; Shazeer 2020, eq. 6)."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.gate_proj = Linear(c.embed_dim, c.ffw_dim, ("ffw", "embed"))
+        self.up_proj = Linear(c.embed_dim, c.ffw_dim, ("ffw", "embed"))
+        self.down_proj = Linear(c.ffw_dim, c.embed_dim, ("embed", "ffw"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,57 @@
+"""A prompt of any length through a model of static width: chunk by chunk, behind its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.model.kv_cache import KVCache, read_window
+
+# forward(tokens [B, W], cache) -> (states [B, W, D], the cache with them written, its length unchanged)
+Forward = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
+
+
+def run_chunks(forward: Forward, cache: KVCache, nothing_BD, tokens_BC, end_B, width: int):
+    """Runs the model until the cache holds `end_B` positions of each row, `width` at a time.
+
+    A row that holds as many already stays where it is; what is written behind it is overwritten later.
+
+    Args:
+        forward: one pass over `width` positions.
+        cache: holds a prefix of each row of `tokens_BC`.
+        nothing_BD: zeros, of the model's width and dtype.
+        tokens_BC: int32; C must hold the last chunk to its end, `end_B + width` at most.
+        end_B: int32.
+        width: static.
+
+    Returns:
+        The state `[B, D]` at position `end_B - 1` (zeros in rows that did not move), and the cache.
+    """
+
+    def run_chunk(carry):
+        cache, last_B1D = carry
+        h_BWD, written = forward(read_window(tokens_BC, cache.length_B, width), cache)
+        last_B1D = states_at_end(h_BWD, cache.length_B, end_B, last_B1D)
+        return written.advance_to(reached(cache.length_B, width, end_B)), last_B1D
+
+    def behind(carry):
+        return jnp.any(carry[0].length_B < end_B)
+
+    cache, last_B1D = jax.lax.while_loop(behind, run_chunk, (cache, nothing_BD[:, None]))
+    return last_B1D[:, 0], cache
+
+
+def reached(length_B, width: int, end_B) -> jax.Array:
+    """int32 `[B]`: positions that each row holds after a chunk of `width` behind `length_B`: `end_B` at most, never fewer."""
+    return jnp.maximum(length_B, jnp.minimum(length_B + width, end_B))
+
+
+def states_at_end(h_BWD, length_B, end_B, last_BTD) -> jax.Array:
+    """`last_BTD`, with the states at the last T positions before `end_B` where the chunk behind `length_B` holds them."""
+    (_, W, _), T = h_BWD.shape, last_BTD.shape[1]
+    index_BT = (end_B - T - length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    inside_BT = (index_BT >= 0) & (index_BT < W)
+    found_BTD = jnp.take_along_axis(h_BWD, jnp.clip(index_BT, 0, W - 1)[:, :, None], axis=1)
+    return jnp.where(inside_BT[:, :, None], found_BTD, last_BTD)

@@ -1,0 +1,64 @@
+"""The product of mixed-precision training: bf16 activations with f32 master weights, and its gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.model.products.forms import plain
+
+# XLA's CPU library multiplies bf16 twice as fast as f32, but no product that contracts the first axis of its first operand.
+_TRANSPOSED_ROWS = 16
+
+
+@jax.custom_vjp
+def mixed_product(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """`x @ w.T`, the weight rounded to the dtype of `x`; sums in f32.
+
+    Its gradients are products of the same precision (Micikevicius et al. 2018, section 3): the gradient of the result is
+    rounded to the dtype of `x`, sums are in f32, and the gradient of the master weight stays f32. Differentiation of the
+    plain product would widen both operands instead.
+
+    Args:
+        x_MI: activations, bf16.
+        w_OI: a master weight, f32.
+
+    Returns:
+        f32 `[M, O]`.
+    """
+    return plain(x_MI, w_OI.astype(x_MI.dtype))
+
+
+def _forward(x_MI, w_OI):
+    return mixed_product(x_MI, w_OI), (x_MI, w_OI)
+
+
+def _backward(saved, dy_MO):
+    x_MI, w_OI = saved
+    dy_MO = dy_MO.astype(x_MI.dtype)
+    dx_MI = jnp.matmul(dy_MO, w_OI.astype(x_MI.dtype), preferred_element_type=jnp.float32)
+    dw_OI = jax.lax.platform_dependent(dy_MO, x_MI, cpu=_transposed_first, default=_contract_rows)
+    return dx_MI.astype(x_MI.dtype), dw_OI.astype(w_OI.dtype)
+
+
+mixed_product.defvjp(_forward, _backward)
+
+
+def _contract_rows(dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
+    """`dy.T @ x`, f32 `[O, I]`."""
+    rows = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(dy_MO, x_MI, rows, preferred_element_type=jnp.float32)
+
+
+def _transposed_first(dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
+    """The same, from a transposed copy of `dy`.
+
+    XLA sees through a plain transposition and widens the operands. It does not see through one that is cut in two with a
+    barrier, and then takes the bf16 product.
+    """
+    missing = -dy_MO.shape[0] % _TRANSPOSED_ROWS
+    dy_MO, x_MI = (jnp.pad(a, ((0, missing), (0, 0))) for a in (dy_MO, x_MI))
+    rows, channels = dy_MO.shape
+    blocks = dy_MO.reshape(rows // _TRANSPOSED_ROWS, _TRANSPOSED_ROWS, channels)
+    dy_OM = jax.lax.optimization_barrier(blocks.transpose(2, 0, 1)).reshape(channels, rows)
+    return jnp.matmul(dy_OM, x_MI, preferred_element_type=jnp.float32)

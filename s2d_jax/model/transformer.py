@@ -1,0 +1,189 @@
+"""The transformer: embed, run blocks [start, stop), read logits at any depth through the shared norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.config.draft import NO_PARTS, ExitParts
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.model.attention import Attention
+from s2d_jax.model.kv_cache import KVCache
+from s2d_jax.model.layers import MLP, ExitAdapter, Linear, RMSNorm
+from s2d_jax.model.products.linear import linear
+from s2d_jax.model.products.weight_formats import embed
+from s2d_jax.sharding import over_rows
+
+
+class Embed(nn.Module):
+    """The embedding table `[V, D]`, which a tied head reads as well."""
+
+    config: ModelConfig
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.embedding = self.param(
+            "embedding", init, (self.config.vocab_size, self.config.embed_dim)
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return embed(self.embedding, tokens)
+
+    def attend(self, h: jax.Array) -> jax.Array:
+        """`[..., D]` -> f32 `[..., V]`: the tied head."""
+        return linear(h, self.embedding, jnp.float32)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.attn_norm = RMSNorm(c.embed_dim, c.norm_eps)
+        self.attn = Attention(c)
+        self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def __call__(self, h_BTD, positions_BT, mask_BTS, cache=None):
+        mixed_BTD, written = self.attn(self.attn_norm(h_BTD), positions_BT, mask_BTS, cache)
+        h_BTD = h_BTD + mixed_BTD
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), written
+
+
+class Transformer(nn.Module):
+    """Llama or Qwen2. Weights are cast to `dtype` on use, so f32 masters can compute in bf16.
+
+    `Transformer(config).apply({"params": params}, ..., method="run_blocks")`
+
+    With `trimmed_head_size` K, logits are read through the K rows of each head that `pretrained.with_trimmed_head` gathered.
+    `parts` says which exits have a head or an adapter of their own.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    trimmed_head_size: int | None = None
+    parts: ExitParts = NO_PARTS
+
+    def setup(self):
+        c = self.config
+        self.embed_table = Embed(c, name="embed")
+        self.layers = [Block(c) for _ in range(c.num_layers)]
+        self.final_norm = RMSNorm(c.embed_dim, c.norm_eps)
+        size = c.vocab_size if self.trimmed_head_size is None else self.trimmed_head_size
+
+        def new_head():
+            return Linear(c.embed_dim, size, ("vocab", "embed"), out_dtype=jnp.float32)
+
+        # Keys are strings for Linen, which names the parameters `exit_heads_6` and the like.
+        own_heads = {str(exit): new_head() for exit in self.parts.heads}
+        if self.trimmed_head_size is not None:
+            self.trimmed_head, self.trimmed_exit_heads = new_head(), own_heads
+        else:
+            self.exit_heads = own_heads
+            if not c.tie_embeddings:
+                self.lm_head = new_head()
+        self.exit_adapters = {
+            str(exit): ExitAdapter(c.embed_dim, self.parts.adapter_rank, c.norm_eps)
+            for exit in self.parts.adapters
+        }
+
+    def no_states(self, batch: int) -> jax.Array:
+        """Zeros `[B, D]` in the compute dtype: where the state after some layer will stand."""
+        return jnp.zeros((batch, self.config.embed_dim), self.dtype)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """`[B, T]` int32 -> `[B, T, D]` in the compute dtype. Ids beyond the vocabulary read its last row."""
+        return self.embed_table(tokens_BT).astype(self.dtype)
+
+    def run_blocks(self, h_BTD, cache: KVCache, start: int, stop: int, place=None):
+        """Runs layers [start, stop) on the T positions that follow each row's cached length.
+
+        Args:
+            h_BTD: the state before layer `start`.
+            cache: of exactly these layers; its capacity S must hold `length_B + T`.
+            place: of a tree: rotary positions int32 `[B, T]`, and bool `[B, T, S]`, where each may look; None is a text, in
+                which each looks at all before it and itself.
+
+        Returns:
+            The state `[B, T, D]` after layer `stop - 1`, and the cache with the window written but its length unchanged.
+        """
+        if place is None:
+            positions_BT = cache.positions(h_BTD.shape[1])
+            capacity = cache.keys[0].shape[2]
+            each_S = jnp.arange(capacity, dtype=jnp.int32)
+            mask_BTS = each_S[None, None, :] <= positions_BT[:, :, None]
+        else:
+            positions_BT, mask_BTS = place
+        keys, values = [], []
+        for layer, k, v in zip(self.layers[start:stop], cache.keys, cache.values, strict=True):
+            h_BTD, (k, v) = layer(h_BTD, positions_BT, mask_BTS, (k, v, cache.length_B))
+            keys.append(k)
+            values.append(v)
+        return h_BTD, cache.replace(keys=tuple(keys), values=tuple(values))
+
+    def logits(self, h: jax.Array, exit_layer: int | None = None) -> jax.Array:
+        """`[..., D]` -> f32 `[..., V]` (`[..., K]` with a trimmed head): the final norm and a head.
+
+        Args:
+            h: the state after layer `exit_layer`.
+            exit_layer: whose adapter comes before the norm, and whose own head replaces the shared one, where `parts` has
+                them; None, or any other exit, takes what all exits share.
+        """
+        if exit_layer in self.parts.adapters:
+            h = self.exit_adapters[str(exit_layer)](h)
+        return self._head(exit_layer)(self.final_norm(h))
+
+    def _head(self, exit_layer: int | None) -> Callable[[jax.Array], jax.Array]:
+        whole = self.trimmed_head_size is None
+        if exit_layer in self.parts.heads:
+            return (self.exit_heads if whole else self.trimmed_exit_heads)[str(exit_layer)]
+        if not whole:
+            return self.trimmed_head
+        return self.embed_table.attend if self.config.tie_embeddings else self.lm_head
+
+    def exit_hiddens(
+        self, tokens_BT, *, exit_layers, positions_BT=None, segment_ids_BT=None, remat=False
+    ) -> tuple[jax.Array, ...]:
+        """The states `[B, T, D]` after each of `exit_layers` (ascending), without a cache.
+
+        Args:
+            tokens_BT: int32.
+            positions_BT: int32; 0..T-1 when absent.
+            segment_ids_BT: int32; a token attends to earlier tokens of its own segment only.
+            remat: recompute each block in the backward pass.
+        """
+        B, T = tokens_BT.shape
+        steps = jnp.arange(T, dtype=jnp.int32)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(steps[None], (B, T))
+        mask_BTS = jnp.broadcast_to((steps[None, :] <= steps[:, None])[None], (B, T, T))
+        if segment_ids_BT is not None:
+            mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+        def run(layer, h):
+            return over_rows(layer(h, positions_BT, mask_BTS)[0])
+
+        h_BTD, exits = over_rows(self.embed(tokens_BT)), {}
+        for depth, layer in enumerate(self.layers[: max(exit_layers)], start=1):
+            h_BTD = nn.remat(run)(layer, h_BTD) if remat else run(layer, h_BTD)
+            exits[depth] = h_BTD
+        return tuple(exits[depth] for depth in exit_layers)
+
+    def __call__(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None) -> jax.Array:
+        """f32 logits `[B, T, V]` of the full depth, without a cache."""
+        (h_BTD,) = self.exit_hiddens(
+            tokens_BT,
+            exit_layers=(self.config.num_layers,),
+            positions_BT=positions_BT,
+            segment_ids_BT=segment_ids_BT,
+        )
+        if self.is_initializing():  # the parts exist once they are used
+            for exit in self.parts.exits:
+                self.logits(h_BTD, exit)
+        return self.logits(h_BTD)

@@ -1,0 +1,22 @@
+"""Which nodes of a tree a node attends to."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def mask(ancestors_BTM: jax.Array, start_B: jax.Array, capacity: int) -> jax.Array:
+    """bool `[B, T, C]`: what nodes may look at in a cache of C positions that has the tree's window of M from `start_B` on.
+
+    Args:
+        ancestors_BTM: bool, who among the window's M nodes is an ancestor of each of T nodes, or the node itself.
+        start_B: int32; everything before it is text that all nodes see.
+        capacity: static.
+    """
+    M = ancestors_BTM.shape[2]
+    in_window_BC = jnp.arange(capacity, dtype=jnp.int32)[None, :] - start_B[:, None]
+    at_B1C = jnp.clip(in_window_BC, 0, M - 1)[:, None, :]
+    in_tree_BTC = jnp.take_along_axis(ancestors_BTM, at_B1C, axis=2)
+    inside_BC = (in_window_BC >= 0) & (in_window_BC < M)
+    return (in_window_BC < 0)[:, None, :] | (inside_BC[:, None, :] & in_tree_BTC)

@@ -1,0 +1,94 @@
+"""Rounds that draft and verify a tree instead of a chain."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.decode.loop import Decoder, append_next
+from s2d_jax.decode.state import DecodeState, Verified
+from s2d_jax.draft.request import Request
+from s2d_jax.model import tree_mask
+from s2d_jax.model.conditional import run_if
+from s2d_jax.tree import acceptance as tree_acceptance
+from s2d_jax.tree import nodes as trees
+from s2d_jax.tree.drafter import TreeDrafter, TreeProposal
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeDecoder(Decoder):
+    """Decoding with a `TreeDrafter`. The target's pass is over the tree, of which the accepted path stays in the caches."""
+
+    drafter: TreeDrafter
+
+    @property
+    def margin(self) -> int:
+        return max(self.drafter.growth.nodes, self.drafter.margin)
+
+    def _window(self, state: DecodeState, proposal: TreeProposal):
+        tree = proposal.tree
+        above_BMM = trees.ancestors(tree.parent_BM, self.drafter.width)
+        capacity = state.tokens_BC.shape[1]
+        mask_BMC = tree_mask.mask(above_BMM, state.length_B - 1, capacity)
+        return tree.tokens_BM, (trees.positions(tree.depth_BM, state.length_B), mask_BMC)
+
+    def _needed_width(self, proposal: TreeProposal) -> jax.Array:
+        drafts = jnp.any(proposal.num_draft_B > 0)
+        return jnp.where(drafts, self.drafter.growth.nodes, 1)
+
+    def _charged(self, steps_BE: jax.Array) -> jax.Array:
+        """Every level counts as one at the deepest exit of the round: a level that goes there takes earlier ones along."""
+        E = steps_BE.shape[1]
+        deepest_B = E - 1 - jnp.argmax(steps_BE[:, ::-1] > 0, axis=1)
+        levels_B1 = jnp.sum(steps_BE, axis=1, keepdims=True)
+        return levels_B1 * jax.nn.one_hot(deepest_B, E, dtype=steps_BE.dtype)
+
+    def _num_proposed(self, proposal: TreeProposal) -> jax.Array:
+        return jnp.sum(proposal.tree.valid_BM, axis=1, dtype=jnp.int32) - 1
+
+    def _judge(self, request: Request, state: DecodeState, verified: Verified):
+        tree, depth = verified.proposal.tree, self.drafter.width
+        node_B, next_token_B = self._accepted(request, verified)
+        num_accepted_B = _at(tree.depth_BM, node_B[:, None])[:, 0]
+        path_BT = trees.path(tree.parent_BM, tree.depth_BM, node_B, depth)
+        tokens_BG = _at(tree.tokens_BM, path_BT[:, 1:])
+        emitted_BT = append_next(tokens_BG, num_accepted_B, next_token_B)
+        return emitted_BT, num_accepted_B, self._keep_path(state, tree, path_BT, num_accepted_B)
+
+    def _accepted(self, request: Request, verified: Verified):
+        proposal, logits_BMV = verified.proposal, verified.logits_BTV
+        if self.greedy:
+            return tree_acceptance.accept_greedy(proposal.tree, logits_BMV)
+        inputs = logits_BMV, request.sampling, verified.key_B
+        if proposal.draft_probs_BSK is None:
+            return tree_acceptance.accept_target_only(proposal.tree, *inputs)
+        return tree_acceptance.accept_without_replacement(
+            proposal.tree, proposal.draft_probs_BSK, *inputs, request.vocabulary_K
+        )
+
+    def _keep_path(self, state: DecodeState, tree: trees.Tree, path_BT, num_accepted_B):
+        """Moves the accepted path together in both caches. Nothing moves in rounds that accept nothing."""
+        root_B, depth_1T = (
+            state.length_B - 1,
+            jnp.arange(path_BT.shape[1], dtype=jnp.int32)[None, :],
+        )
+        slot_BT = _at(tree.slot_BM, path_BT)
+        on_path_BT = depth_1T <= num_accepted_B[:, None]
+        # Slots ascend along the path; the first that is missing ends it.
+        slot_BT = jnp.where(on_path_BT, slot_BT, -1)
+
+        def move(caches):
+            target_cache, draft_state = caches
+            target_cache = target_cache.keep_path(root_B, path_BT)
+            return target_cache, self.drafter.keep_path(draft_state, state.length_B, slot_BT)
+
+        target_cache, draft_state = run_if(
+            jnp.any(num_accepted_B > 0), move, (state.target_cache, state.draft_state)
+        )
+        return state.replace(target_cache=target_cache, draft_state=draft_state)
+
+
+def _at(values_BM, index_BT) -> jax.Array:
+    return jnp.take_along_axis(values_BM, index_BT, axis=1)

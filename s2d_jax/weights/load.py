@@ -1,0 +1,162 @@
+"""Weights in: a Hugging Face directory, a hub id, a GGUF file or an exported draft becomes a `Model`, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from s2d_jax.config.draft import NO_PARTS, DraftConfig, ExitParts
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
+from s2d_jax.formats.hub import EXIT_PARTS, SORTED_DRAFT, locate
+from s2d_jax.formats.names import WeightName, get_weight, part_names, set_weight
+from s2d_jax.formats.safetensors import SafetensorsFiles
+from s2d_jax.model.lora import merged_kernel
+from s2d_jax.model.params import Params, abstract_params, logical_axes
+from s2d_jax.model.products.weight_formats import check_weight_format, compute_dtype
+from s2d_jax.sharding import params_sharding
+from s2d_jax.text.tokenizer import Tokenizer
+from s2d_jax.weights.model import Draft, Model, with_trimmed_head
+from s2d_jax.weights.peft import read_peft
+from s2d_jax.weights.prepare import load_weight, platform_of
+from s2d_jax.weights.sorted_draft import Base, base_fingerprint, read_sorted_draft
+from s2d_jax.weights.stored import check_shapes, describe_model, open_model, tokenizer_in
+
+
+def load_model(
+    path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
+) -> Model:
+    """Reads a Llama or Qwen2 model.
+
+    Args:
+        path: a directory with config.json and safetensors, a hub id such as `org/name`, or a `.gguf` file.
+        weight_format: "f32", "bf16" or "int8"; each tensor is converted as it is read, so memory stays near the final size.
+        mesh: places every tensor by `s2d_jax.sharding`; None leaves them on the default device.
+
+    Raises:
+        UserError: if the path holds no supported, complete model, or the format is unknown.
+    """
+    check_weight_format(weight_format)
+    return _load(locate(path), str(path), weight_format, mesh)
+
+
+def _load(local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
+    stored = open_model(local)
+    params = _read_params(stored.config, stored.tensors(), weight_format, mesh)
+    return Model(stored.config, params, stored.tokenizer, source)
+
+
+def load_draft(
+    path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
+) -> Draft:
+    """Reads an exported sorted draft, whole or on a base; any other model becomes a draft whose only exit is its last layer.
+
+    Args:
+        path, weight_format, mesh: as for `load_model`. Low-rank adapters are folded into their kernels before these are
+            converted.
+
+    Raises:
+        UserError: as `load_model`, and if an exit is deeper than the draft, its vocabulary is of another tokenizer, or its base
+            is missing or another model.
+    """
+    check_weight_format(weight_format)
+    local, source = locate(path), str(path)
+    file = local / SORTED_DRAFT
+    if not file.exists():
+        model = _load(local, source, weight_format, mesh)
+        return Draft(*_fields(model), DraftConfig((model.config.num_layers,)))
+    described = read_sorted_draft(file)
+    if described.base is None:
+        model = _load(local, source, weight_format, mesh)
+    else:
+        model = _load_on_base(local, source, described.base, weight_format, mesh)
+    described.draft_config.check_depth(model.config.num_layers)
+    parts = described.draft_config.parts
+    if parts.exits:
+        tensors = _tensors_of_parts(local / EXIT_PARTS, model.config, parts)
+        added = _read_params(model.config, tensors, weight_format, mesh, parts)
+        model = dataclasses.replace(model, params=model.params | added)
+    draft = Draft(*_fields(model), described.draft_config)
+    return with_trimmed_head(draft, described.vocabulary)
+
+
+def _fields(model: Model) -> tuple[ModelConfig, Params, Tokenizer | None, str]:
+    return model.config, model.params, model.tokenizer, model.source
+
+
+def _read_params(
+    config: ModelConfig,
+    tensors: Iterable[tuple[WeightName, np.ndarray]],
+    weight_format: str,
+    mesh: jax.sharding.Mesh | None,
+    parts: ExitParts = NO_PARTS,
+) -> Params:
+    """Converts and places one tensor after another, so that only one is held twice."""
+    placement = None if mesh is None else params_sharding(config, logical_axes(config, parts), mesh)
+    params: Params = {}
+    dtype = compute_dtype(weight_format, platform_of(mesh))
+    for name, array in tensors:
+        sharding = None if placement is None else get_weight(placement, name)
+        set_weight(params, name, load_weight(array, weight_format, dtype, sharding))
+    return params
+
+
+def _tensors_of_parts(file: Path, config: ModelConfig, parts: ExitParts):
+    """The tensors of own heads and adapters, as `_read_params` takes them."""
+    if not file.exists():
+        raise UserError(f"{file} does not exist, but {SORTED_DRAFT} names exit parts; export again")
+    source, names = SafetensorsFiles([file]), part_names(parts)
+    expected = abstract_params(config, parts=parts)
+    check_shapes(source, names, lambda name: name.hf, expected, str(file))
+    return ((name, source.read(name.hf)) for name in names)
+
+
+def _load_on_base(
+    local: Path, source: str, base: Base, weight_format: str, mesh: jax.sharding.Mesh | None
+) -> Model:
+    """The trunk of a draft that was exported without it."""
+    try:
+        stored = open_model(locate(base.path))
+    except UserError as error:
+        raise UserError(
+            f"the base of {local} cannot be read: {error} (or correct base.path in its {SORTED_DRAFT})"
+        ) from error
+    layers = base.checked_layers(stored.config.num_layers)
+    config = dataclasses.replace(stored.config, num_layers=len(layers))
+    factors = read_peft(local, config) if base.lora else {}
+    seen = base_fingerprint(config)
+
+    def tensors():
+        for name, array in stored.tensors(layers):
+            seen.add(".".join(name.ours), array)
+            if name.ours in factors:
+                array = np.asarray(merged_kernel(array.astype(np.float32), *factors[name.ours]))
+            yield name, array
+
+    params = _read_params(config, tensors(), weight_format, mesh)
+    if str(seen) != base.fingerprint:
+        raise UserError(
+            f"{base.path} is not the model that {local} was trained on (fingerprint {seen}, {base.fingerprint} is expected); "
+            f"correct base.path in its {SORTED_DRAFT}"
+        )
+    return Model(config, params, tokenizer_in(local) or stored.tokenizer, source)
+
+
+def read_description(path: str | Path) -> tuple[ModelConfig, Tokenizer | None]:
+    """A model's or draft's shape and tokenizer, without its weights.
+
+    Raises:
+        UserError: if the path holds no supported model.
+    """
+    local = locate(path)
+    file = local / SORTED_DRAFT
+    base = read_sorted_draft(file).base if file.exists() else None
+    if base is None:
+        return describe_model(local)
+    config, tokenizer = describe_model(locate(base.path))
+    layers = base.checked_layers(config.num_layers)
+    return dataclasses.replace(config, num_layers=len(layers)), tokenizer_in(local) or tokenizer

@@ -1,0 +1,219 @@
+"""Models in files, Hugging Face's or GGUF: what shape they have, and their tensors one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
+from s2d_jax.files import read_json
+from s2d_jax.formats.eos_ids import merged_ids, saved_eos_token_ids
+from s2d_jax.formats.gguf import GGUFFile
+from s2d_jax.formats.gguf_config import ROPE_FACTORS, config_from_gguf
+from s2d_jax.formats.hf_config import config_from_hf
+from s2d_jax.formats.hub import SORTED_DRAFT
+from s2d_jax.formats.names import EMBEDDING, LM_HEAD, WeightName, get_weight, weight_names
+from s2d_jax.formats.safetensors import SafetensorsFiles
+from s2d_jax.model.params import Params, abstract_params
+from s2d_jax.text.tokenizer import TOKENIZER_FILES, Tokenizer
+
+
+class WeightSource(Protocol):
+    """Tensors by name: `shapes` says what there is, `read` gives one as NumPy."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class GGUFWeights:
+    """The tensors of a GGUF file, with the rows of q and k in the order of Hugging Face."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig):
+        self._file = file
+        self._heads_of = {}
+        if config.family == "llama":
+            self._heads_of = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+        self.shapes = {
+            name: info.shape for name, info in file.tensors.items() if name != ROPE_FACTORS
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in f32, rows of q and k in Hugging Face's order."""
+        weight = self._file.tensor(name)
+        num_heads = self._heads_of.get(name.split(".")[-2])
+        return weight if num_heads is None else unpermute_rope_rows(weight, num_heads)
+
+
+def unpermute_rope_rows(weight_OI: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undoes llama.cpp's interleaving of the two halves of each head's rows.
+
+    GGUF files of the Llama architecture rotate neighbouring rows `(0, 1), (2, 3), ...`; Hugging Face and this library
+    rotate row `i` with row `i + H/2`.
+
+    >>> unpermute_rope_rows(np.array([[0], [2], [1], [3]]), num_heads=1).ravel().tolist()
+    [0, 1, 2, 3]
+    """
+    halves = weight_OI.reshape(num_heads, -1, 2, *weight_OI.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight_OI.shape)
+
+
+def check_shapes(
+    source: WeightSource,
+    names: tuple[WeightName, ...],
+    name_of: Callable[[WeightName], str],
+    expected: Params,
+    where: str,
+) -> None:
+    """Raises UserError unless `source` holds tensors of these names and of the `expected` shapes, and no others."""
+    wanted = {name_of(name): tuple(get_weight(expected, name).shape) for name in names}
+    if missing := [name for name in wanted if name not in source.shapes]:
+        raise UserError(
+            f"{where} lacks {len(missing)} tensors, the first is {missing[0]}; fetch the complete model"
+        )
+    if unexpected := sorted(set(source.shapes) - set(wanted)):
+        raise UserError(
+            f"{where} holds {len(unexpected)} tensors that its architecture does not have, the first is {unexpected[0]}; "
+            "such a model is not supported"
+        )
+    for name, shape in wanted.items():
+        if source.shapes[name] != shape:
+            raise UserError(
+                f"{where}: tensor {name} has shape {source.shapes[name]}, the config asks for {shape}; correct the config"
+            )
+
+
+def _safetensors_paths(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not (weight_map and isinstance(weight_map, dict)):
+            raise UserError(f"{index} lacks weight_map, which names the files; fetch it again")
+        names = sorted(set(weight_map.values()))
+        paths = [directory / name for name in names]
+        if absent := [path.name for path in paths if not path.exists()]:
+            raise UserError(
+                f"{directory} lacks {', '.join(absent)}, named in {index.name}; fetch the complete model"
+            )
+        return paths
+    single = directory / "model.safetensors"
+    if single.exists():
+        return [single]
+    convert = (
+        "convert them once where torch is installed, with AutoModelForCausalLM.from_pretrained(MODEL)"
+        ".save_pretrained(NEW), copy the tokenizer's files to NEW, and give NEW"
+    )
+    if found := sorted(path.name for path in directory.glob("pytorch_model*.bin*")):
+        raise UserError(f"{directory} holds only PyTorch .bin weights ({found[0]}); {convert}")
+    raise UserError(
+        f"{directory} holds no model.safetensors; give a Hugging Face directory with it. If the model has "
+        f".bin weights only, {convert}"
+    )
+
+
+def _drop_redundant(source: SafetensorsFiles, config: ModelConfig, where: str) -> None:
+    """Forgets tensors that repeat what the config says: RoPE tables of old files, a tied head."""
+    for name in [name for name in source.shapes if name.endswith(".rotary_emb.inv_freq")]:
+        del source.shapes[name]
+    if config.tie_embeddings and LM_HEAD.hf in source.shapes and EMBEDDING.hf in source.shapes:
+        if not np.array_equal(source.read(LM_HEAD.hf), source.read(EMBEDDING.hf)):
+            raise UserError(
+                f"{where}: tie_word_embeddings is true but {LM_HEAD.hf} differs from the embedding; "
+                "set it to false in config.json"
+            )
+        del source.shapes[LM_HEAD.hf]
+
+
+def _config_file(directory: Path) -> Path:
+    if not (directory / "config.json").exists():
+        ggufs = sorted(path.name for path in directory.glob("*.gguf"))
+        remedy = f"give the path of {ggufs[0]}" if ggufs else "give a Hugging Face directory"
+        if (directory / SORTED_DRAFT).exists():
+            remedy = "it is a draft without its trunk, so give it as a draft (load_draft, --draft)"
+        raise UserError(f"{directory} has no config.json; {remedy}")
+    return directory / "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A model whose weights are still in files.
+
+    Attributes:
+        config: its shape; what ends a sequence includes the tokenizer's stop tokens.
+        tokenizer: None where there is none.
+        source: its tensors.
+        name_of: what a tensor is called there.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    source: WeightSource
+    name_of: Callable[[WeightName], str]
+
+    def tensors(self, layers: Sequence[int] | None = None) -> Iterator[tuple[WeightName, Any]]:
+        """Every tensor of the model, or of the model of some of its layers, by its name in that model: a NumPy array."""
+        config = self.config
+        if layers is not None:
+            config = dataclasses.replace(config, num_layers=len(layers))
+        for name in weight_names(config, layers):
+            yield name, np.asarray(self.source.read(self.name_of(name)))
+
+
+def describe_model(path: Path) -> tuple[ModelConfig, Tokenizer | None]:
+    """Shape and tokenizer of the model at a path that exists, as `open_model` finds them.
+
+    Raises:
+        UserError: if there is no supported model.
+    """
+    return _describe_directory(path) if path.is_dir() else _describe_gguf(GGUFFile(path))
+
+
+def _describe_directory(directory: Path) -> tuple[ModelConfig, Tokenizer | None]:
+    config = config_from_hf(read_json(_config_file(directory)))
+    config = dataclasses.replace(config, eos_token_ids=saved_eos_token_ids(directory))
+    tokenizer = tokenizer_in(directory)
+    return _with_stop_tokens(config, tokenizer), tokenizer
+
+
+def _describe_gguf(file: GGUFFile) -> tuple[ModelConfig, Tokenizer | None]:
+    config, tokenizer = config_from_gguf(file), Tokenizer.from_gguf(file)
+    return _with_stop_tokens(config, tokenizer), tokenizer
+
+
+def tokenizer_in(directory: Path) -> Tokenizer | None:
+    """The tokenizer in a directory; None where there is none."""
+    has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
+    return Tokenizer.from_directory(directory) if has_tokenizer else None
+
+
+def _with_stop_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    if tokenizer is None:
+        return config
+    eos = merged_ids(config.eos_token_ids, tokenizer.stop_token_ids)
+    return dataclasses.replace(config, eos_token_ids=eos)
+
+
+def open_model(path: Path) -> StoredModel:
+    """The model at a path that exists: a directory with config.json and safetensors, or a `.gguf` file.
+
+    Raises:
+        UserError: if it is not supported, incomplete, or its tensors do not have the shapes of its config.
+    """
+    if path.is_dir():
+        config, tokenizer = _describe_directory(path)
+        files = SafetensorsFiles(_safetensors_paths(path))
+        _drop_redundant(files, config, str(path))
+        stored = StoredModel(config, tokenizer, files, lambda name: name.hf)
+    else:
+        file = GGUFFile(path)
+        config, tokenizer = _describe_gguf(file)
+        stored = StoredModel(config, tokenizer, GGUFWeights(file, config), lambda name: name.gguf)
+    expected = weight_names(config), stored.name_of, abstract_params(config)
+    check_shapes(stored.source, *expected, str(path))
+    return stored

@@ -1,0 +1,182 @@
+"""The tokens that a draft's head is read over: how the list is kept, chosen and judged.
+
+A draft that never proposes a token outside the list has q = 0 there, so any list leaves the target's output as it is; a list
+that misses tokens which the target writes only costs acceptance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
+from s2d_jax.files import read_json
+from s2d_jax.formats.names import EXIT_HEADS, get_weight, shared_head
+from s2d_jax.model.params import Params
+from s2d_jax.model.products.weight_formats import take_rows
+from s2d_jax.sharding import mesh_of, replicated
+from s2d_jax.text.tokenizer import Tokenizer
+
+TRIMMED_HEAD = "trimmed_head"
+# An exit's own head `exit_heads_6` becomes `trimmed_exit_heads_6`.
+TRIMMED = "trimmed_"
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftVocabulary:
+    """A list of tokens for a draft's head.
+
+    Attributes:
+        ids_K: int32, ascending.
+        tokens_sha256: hash of the listed tokens' strings, to refuse the list of another tokenizer; None where it is not known.
+        provenance: JSON-able facts: what the list was made from, and what it covers.
+
+    Raises:
+        UserError: for an empty list, ids below 0, or ids that do not ascend.
+    """
+
+    ids_K: np.ndarray
+    tokens_sha256: str | None = None
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        ids_K = np.asarray(self.ids_K, np.int64).reshape(-1)
+        if ids_K.size == 0:
+            raise UserError("the draft vocabulary is empty; list at least one token id")
+        if ids_K.min() < 0 or ids_K.max() >= 2**31:
+            wrong = ids_K.min() if ids_K.min() < 0 else ids_K.max()
+            raise UserError(f"the draft vocabulary lists id {wrong}; ids are 0 to {2**31 - 1}")
+        if (descents := np.flatnonzero(np.diff(ids_K) <= 0)).size:
+            at = descents[0]
+            raise UserError(
+                f"the draft vocabulary lists id {ids_K[at + 1]} after {ids_K[at]}; list every id once, in ascending order"
+            )
+        object.__setattr__(self, "ids_K", ids_K.astype(np.int32))
+
+    @classmethod
+    def of_tokenizer(
+        cls, ids: Iterable[int], tokenizer: Tokenizer, provenance: Mapping[str, Any]
+    ) -> DraftVocabulary:
+        """The list of these ids, bound to the tokens that they stand for."""
+        listed = cls(np.array(sorted(ids), np.int64))
+        return cls(listed.ids_K, _hash_of_tokens(listed.ids_K, tokenizer), provenance)
+
+    @property
+    def size(self) -> int:
+        """K, the number of listed tokens."""
+        return len(self.ids_K)
+
+    def check(self, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+        """Raises UserError for ids that a model of `vocab_size` lacks, or for a list made for another tokenizer."""
+        if (last := int(self.ids_K[-1])) >= vocab_size:
+            raise UserError(
+                f"the draft vocabulary lists id {last}, the draft has {vocab_size} tokens; make the list with this draft"
+            )
+        if self.tokens_sha256 is None or tokenizer is None:
+            return
+        if _hash_of_tokens(self.ids_K, tokenizer) != self.tokens_sha256:
+            raise UserError(
+                f"the draft vocabulary of {self.size} tokens was made for another tokenizer; make the list with this draft"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads. Ids are written as ranges, at most seven bytes each below a million."""
+        return {
+            "size": self.size,
+            "ids": _to_ranges(self.ids_K),
+            "tokens_sha256": self.tokens_sha256,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str | Path) -> DraftVocabulary:
+        """The list in the JSON value `raw`, which was found in the file `where`.
+
+        Raises:
+            UserError: if it is not one.
+        """
+        try:
+            ids_K = _from_ranges(raw["ids"], raw["size"])
+            return cls(ids_K, raw.get("tokens_sha256"), raw.get("provenance", {}))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{where} holds no readable draft vocabulary ({error}); make it with python -m infer.trim"
+            ) from None
+
+
+def read_vocabulary(path: str | Path) -> DraftVocabulary:
+    """The list in a file that `python -m infer.trim --out FILE.json` wrote.
+
+    Raises:
+        UserError: if there is no such file, or no list in it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a file that python -m infer.trim --out wrote")
+    return DraftVocabulary.from_json(read_json(path), path)
+
+
+def _hash_of_tokens(ids_K: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Of the listed tokens only: padding at the end of a vocabulary has other names from file to file."""
+    token_of = {i: token for token, i in tokenizer.vocabulary().items()}
+    text = "\0".join(token_of.get(int(i), "") for i in ids_K)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _to_ranges(ids_K: np.ndarray) -> str:
+    """Ascending ids as text.
+
+    >>> _to_ranges(np.array([0, 1, 2, 5, 7, 8]))
+    '0-2,5,7-8'
+    """
+    starts = np.flatnonzero(np.diff(ids_K, prepend=-2) != 1)
+    stops = np.append(starts[1:], len(ids_K)) - 1
+    pairs = zip(ids_K[starts].tolist(), ids_K[stops].tolist(), strict=True)
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs)
+
+
+def _from_ranges(text: str, size: int) -> np.ndarray:
+    """Undoes `_to_ranges` for a list of `size` ids. Raises ValueError."""
+    if not _RANGES.fullmatch(text):
+        raise ValueError(f"ids {text[:30]!r} must look like 0-99,120,130-140")
+    bounds = [part.partition("-") for part in text.split(",")]
+    ranges = [range(int(first), int(last or first) + 1) for first, _, last in bounds]
+    # Before they are written out: one wrong digit could fill the memory.
+    if (listed := sum(map(len, ranges))) != size:
+        raise ValueError(f"{listed} ids for size {size}")
+    return np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+
+
+def trimmed_params(
+    config: ModelConfig, params: Params, vocabulary: DraftVocabulary | None
+) -> Params:
+    """`params` with the listed rows of every head gathered beside the whole tables; None takes such rows away.
+
+    The shared head is the embedding where it is tied; the whole embedding still looks tokens up.
+    """
+    whole = {name: value for name, value in params.items() if not name.startswith(TRIMMED)}
+    if vocabulary is None:
+        return whole
+    heads = {TRIMMED_HEAD: get_weight(params, shared_head(config))}
+    own = (name for name in whole if name.startswith(EXIT_HEADS))
+    heads |= {TRIMMED + name: whole[name]["kernel"] for name in own}
+    mesh, ids_K, trimmed = mesh_of(params), jnp.asarray(vocabulary.ids_K), {}
+    for name, head_VD in heads.items():
+        head_KD = take_rows(head_VD, ids_K)
+        if mesh is not None:
+            # K need not divide by the mesh.
+            head_KD = jax.device_put(head_KD, replicated(mesh))
+        trimmed[name] = {"kernel": head_KD}
+    return whole | trimmed

@@ -1,0 +1,182 @@
+"""A target split over a tensor axis decodes the same tokens, and the same round compiles for real TPU topologies."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_params, with_noise
+
+from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.draft import DraftConfig
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.decode.programs import programs
+from s2d_jax.errors import UserError
+from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.model.params import abstract_params, logical_axes
+from s2d_jax.sharding import MeshConfig, make_mesh, params_sharding
+from s2d_jax.weights.model import Draft, Model
+from s2d_jax.weights.prepare import prepare_for_decode
+
+PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50]]
+
+
+def _sharded(model: Model, mesh) -> Model:
+    shardings = params_sharding(model.config, logical_axes(model.config), mesh)
+    return dataclasses.replace(model, params=jax.device_put(model.params, shardings))
+
+
+@pytest.fixture(scope="module")
+def target() -> Model:
+    config = tiny_config(num_layers=2, num_heads=8, num_kv_heads=8, ffw_dim=64)
+    return Model(config, tiny_params(config, spread=14.0), None, "tiny")
+
+
+@pytest.fixture(scope="module")
+def draft(target) -> Draft:
+    noisy = with_noise(target.params, 0.04, seed=4)
+    return Draft(target.config, noisy, None, "noisy", DraftConfig((1, 2), (0.6, 0.0)))
+
+
+OTHERS = pytest.mark.exhaustive("each value of every axis is in the rest")
+
+
+@pytest.mark.parametrize(
+    ("use_draft", "temperature", "tensor"),
+    [
+        (True, 0.0, 8),
+        (True, 1.0, 2),
+        (False, 0.0, 2),
+        pytest.param(True, 0.0, 2, marks=OTHERS),
+        pytest.param(True, 1.0, 8, marks=OTHERS),
+        pytest.param(False, 0.0, 8, marks=OTHERS),
+        pytest.param(False, 1.0, 2, marks=OTHERS),
+        pytest.param(False, 1.0, 8, marks=OTHERS),
+    ],
+)
+def test_tokens_equal_those_of_one_device(target, draft, tensor, temperature, use_draft):
+    drafting = draft if use_draft else None
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=30)
+    one = SpeculativeDecoder(target, drafting).generate(PROMPTS, sampling)
+    mesh = make_mesh(MeshConfig(tensor=tensor))
+    many = SpeculativeDecoder(_sharded(target, mesh), drafting).generate(PROMPTS, sampling)
+    assert many.token_ids == one.token_ids
+    assert many.stats.exit_histogram == one.stats.exit_histogram
+
+
+def test_caches_of_a_sharded_target_grow_and_serve_the_next_turn(target, draft):
+    mesh = make_mesh(MeshConfig(tensor=8))
+    config = DecodeConfig(initial_room=8)
+    decoder = SpeculativeDecoder(_sharded(target, mesh), draft, config)
+    conversation, sampling = decoder.conversation(), SamplingParams(max_new_tokens=60)
+    assert decoder.prepare(PROMPTS, sampling)[2][2].shape == (2, 128)  # 156 positions are needed
+    first = conversation.generate(PROMPTS, sampling)
+    later = [[*p, *ids, 3] for p, ids in zip(PROMPTS, first.token_ids, strict=True)]
+    second = conversation.generate(later, sampling)
+    one = SpeculativeDecoder(target, draft, config)
+    assert first.token_ids == one.generate(PROMPTS, sampling).token_ids
+    assert second.token_ids == one.generate(later, sampling).token_ids
+    assert [row.prefilled_tokens for row in second.row_stats] == [2, 2]
+
+
+def test_the_cache_is_split_on_heads_and_never_gathered(target, draft):
+    mesh = make_mesh(MeshConfig(tensor=8))
+    decoder = SpeculativeDecoder(_sharded(target, mesh), draft)
+    static, width, args = decoder.prepare(PROMPTS, SamplingParams(max_new_tokens=30))
+    (prefill, run), _ = programs(static, width, args)
+    cache = prefill.output_shardings.target_cache
+    assert all(s.spec[1] == "tensor" for s in (*cache.keys, *cache.values))
+    c, text = target.config, run.as_text()
+    assert f"f32[2,1,128,{c.head_dim}]" in text  # one of eight heads a device
+    target_gathers = re.findall(rf"= f32\[2,8,128,{c.head_dim}\]\S* all-gather", text)
+    assert not target_gathers
+
+
+def test_heads_that_do_not_divide_are_refused():
+    config = tiny_config(num_heads=6, num_kv_heads=3)
+    with pytest.raises(UserError, match=r"num_heads=6 does not divide by mesh axis tensor=8"):
+        params_sharding(config, logical_axes(config), make_mesh(MeshConfig(tensor=8)))
+
+
+def test_a_mesh_of_too_many_devices_is_refused():
+    with pytest.raises(UserError, match=r"needs 16 devices, 8 are present; make an axis smaller"):
+        make_mesh(MeshConfig(tensor=16))
+
+
+LLAMA2_7B = ModelConfig(
+    *("llama", 32_000, 4096, 11_008, 32, 32, 32, 128, 1e-5, 10_000.0, 4096),
+    eos_token_ids=(2,),
+)
+
+
+@pytest.fixture
+def tpu_mesh(monkeypatch):
+    """Eight chips of a v5p slice, known to the compiler only."""
+    pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
+    from jax.experimental import topologies
+
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }.items():
+        monkeypatch.setitem(os.environ, name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
+    return make_mesh(MeshConfig(tensor=8), topology.devices)
+
+
+def test_llama2_7b_compiles_for_a_v5p_topology(tpu_mesh):
+    """The jitted round of a LLaMA-2-7B target with a 12-layer sorted draft, ahead of time, without weights."""
+
+    shardings = params_sharding(LLAMA2_7B, logical_axes(LLAMA2_7B), tpu_mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        *(abstract_params(LLAMA2_7B, jnp.bfloat16), shardings),
+    )
+    target = Model(LLAMA2_7B, params, None, "LLaMA-2-7B")
+    draft_config = dataclasses.replace(LLAMA2_7B, num_layers=12)
+    draft_params = abstract_params(draft_config, jnp.bfloat16)
+    draft = Draft(draft_config, draft_params, None, "draft", DraftConfig((6, 9, 12)))
+    decoder = SpeculativeDecoder(target, draft)
+    (_, run), _ = programs(*decoder.prepare([[1] * 100], SamplingParams(max_new_tokens=128)))
+
+    text = run.as_text()
+    assert "all-reduce" in text
+    memory = run.memory_analysis()
+    weights = sum(np.prod(x.shape) * 2 for x in jax.tree.leaves(params)) / 8
+    assert weights < memory.argument_size_in_bytes < 95e9
+    assert memory.temp_size_in_bytes < 1e9
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+def test_weight_formats_compile_for_a_v5p_topology(tpu_mesh, weight_format):
+    """The round of a few wide layers: plain dots on sharded weights, and no second copy of them in another type."""
+    config = dataclasses.replace(LLAMA2_7B, num_layers=4)
+    shardings = params_sharding(config, logical_axes(config), tpu_mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        *(abstract_params(config, jnp.bfloat16), shardings),
+    )
+    target = prepare_for_decode(Model(config, params, None, "LLaMA-2"), weight_format)
+    draft_config = dataclasses.replace(config, num_layers=2)
+    draft = Model(draft_config, abstract_params(draft_config, jnp.bfloat16), None, "draft")
+    assert target.dtype == jnp.bfloat16
+    decoder = SpeculativeDecoder(target, draft)
+    (_, run), _ = programs(*decoder.prepare([[1] * 100], SamplingParams(max_new_tokens=128)))
+
+    text, memory = run.as_text(), run.memory_analysis()
+    assert "all-reduce" in text
+    kernel = {"bf16": "bf16", "int8": "s8"}[weight_format] + "[1376,4096]"
+    assert kernel in text  # an eighth of up_proj
+    weights = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target.params)) / 8
+    print(
+        f"{weight_format}: weights {weights / 1e6:.0f} MB, temp {memory.temp_size_in_bytes / 1e6:.0f} MB"
+    )
+    assert memory.temp_size_in_bytes < weights / 2

@@ -1,0 +1,340 @@
+"""The configuration of a run: frozen sections that refuse bad values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import yaml
+
+from s2d_jax.config.draft import DraftConfig, ExitParts
+from s2d_jax.errors import UserError
+from s2d_jax.sharding import MeshConfig
+
+Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless `condition`."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model that the draft starts from, and how it is computed."""
+
+    path: str
+    """Hugging Face directory or hub id, or a .gguf file."""
+    num_layers: int | None = None
+    """The draft is the first this many layers; None takes the whole model."""
+    layers: tuple[int, ...] = ()
+    """Or these layers of it, counted from 0, such as 0 2 4 ... 22."""
+    lora_rank: int = 0
+    """Low-rank adapters of this rank on every matrix of the layers; 0 has none."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Activations and products; master weights, loss and optimizer stay f32."""
+    remat: bool = True
+    """Recompute each layer in the backward pass: less memory, a third more work."""
+
+    def __post_init__(self):
+        require(bool(self.path), "model.path is empty; give a model directory, hub id or .gguf")
+        require(
+            self.num_layers is None or self.num_layers >= 1,
+            f"model.num_layers={self.num_layers} must be at least 1, or None for the whole model",
+        )
+        require(
+            self.num_layers is None or not self.layers,
+            f"model.num_layers={self.num_layers} and model.layers={self.layers} both choose layers; give one",
+        )
+        require(
+            not self.layers or min(self.layers) >= 0,
+            f"model.layers={self.layers} must be 0 or more: layers are counted from 0",
+        )
+        require(self.lora_rank >= 0, f"model.lora_rank={self.lora_rank} must be 0 (none) or more")
+
+    @property
+    def depth(self) -> int | None:
+        """Layers of the draft, as far as the configuration alone tells."""
+        return len(self.layers) or self.num_layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftSection:
+    """Where the draft can be left."""
+
+    exit_layers: tuple[int, ...] = (6, 9, 12)
+    """Layer counts after which the shared norm and head read the state."""
+    exit_weights: tuple[float, ...] = ()
+    """Weight of each exit's loss, one per exit; empty means equal."""
+    exit_thresholds: tuple[float, ...] = ()
+    """Default confidence thresholds stored with the draft; empty means 0.5, ..., 0."""
+    exit_heads: tuple[int, ...] = ()
+    """Exits that get a head of their own, which starts as a copy of the shared one."""
+    exit_adapters: tuple[int, ...] = ()
+    """Exits that get a residual low-rank adapter before the shared norm."""
+    adapter_rank: int = 256
+    """Width of those adapters."""
+    vocabulary: str | None = None
+    """List of tokens from infer.trim: the heads are read, and trained, over these only."""
+
+    def __post_init__(self):
+        self.draft_config()
+        weights = self.loss_weights
+        require(
+            len(weights) == len(self.exit_layers),
+            f"draft.exit_weights={weights} has {len(weights)} values for {len(self.exit_layers)} "
+            f"exits {self.exit_layers}; give one per exit",
+        )
+        require(
+            min(weights) >= 0 and sum(weights) > 0,
+            f"draft.exit_weights={weights} must be 0 or more and not all 0",
+        )
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """One weight per exit."""
+        return self.exit_weights or (1.0,) * len(self.exit_layers)
+
+    @property
+    def parts(self) -> ExitParts:
+        """What exits have of their own."""
+        rank = self.adapter_rank if self.exit_adapters else 0
+        return ExitParts(self.exit_heads, self.exit_adapters, rank)
+
+    def draft_config(self) -> DraftConfig:
+        """The exits, thresholds and exits' own parts in the form that is stored with the draft."""
+        return DraftConfig(self.exit_layers, self.exit_thresholds, self.parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveSection:
+    """What every exit learns: the next token, a teacher's distribution, or a mix of both."""
+
+    ce_weight: float = 1.0
+    """Of the cross-entropy to the next token."""
+    distill_weight: float = 0.0
+    """Of the divergence from the teachers."""
+    divergence: Literal["forward_kl", "reverse_kl", "tvd"] = "forward_kl"
+    """Between a teacher's distribution and an exit's."""
+    teachers: tuple[str, ...] = ()
+    """Targets of the same vocabulary, as model directories, hub ids or .gguf; the mean over them is taken."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the teachers' weights and products."""
+    teacher_top_k: int = 0
+    """Store this many of each teacher's probabilities per token before training; 0 runs the teachers in every step."""
+
+    def __post_init__(self):
+        for name in ("ce_weight", "distill_weight", "teacher_top_k"):
+            value = getattr(self, name)
+            require(value >= 0, f"objective.{name}={value} must be 0 or more")
+        require(
+            self.ce_weight + self.distill_weight > 0,
+            "objective.ce_weight and objective.distill_weight are both 0; nothing would be learned, so raise one",
+        )
+        require(
+            (self.distill_weight > 0) == bool(self.teachers),
+            f"objective.distill_weight={self.distill_weight} and objective.teachers={self.teachers} "
+            "go together; give both or neither",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchSection:
+    """How acceptance is measured while training, on the held-out rows."""
+
+    target: str | None = None
+    """Model whose argmax the exits should meet; None takes the first teacher, or else the answers themselves."""
+    draft_tokens: int = 5
+    """Tokens drafted per round in the implied mean acceptance length."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well (needs the tensorboard extra)."""
+
+    def __post_init__(self):
+        require(
+            self.draft_tokens >= 1, f"watch.draft_tokens={self.draft_tokens} must be at least 1"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Conversations, and how they become rows."""
+
+    paths: tuple[str, ...]
+    """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or a directory of save_to_disk, told apart by content."""
+    weights: tuple[float, ...] = ()
+    """How often each row of each source is seen per epoch: 2.5 is twice, and half of them once more; empty means 1."""
+    cache_dir: str | None = None
+    """Packed rows are kept here for later runs. Default: $S2D_DATA_CACHE, else ~/.cache/s2d-jax/data."""
+    max_length: int = 2048
+    """Tokens per packed row; longer conversations are truncated and counted."""
+    held_out_fraction: float = 0.01
+    """Share of the rows kept for evaluation; 0 keeps none."""
+    num_proc: int = 1
+    """Processes that tokenize."""
+
+    def __post_init__(self):
+        require(len(self.paths) > 0, "data.paths is empty; give at least one conversation file")
+        require(
+            len(self.weights) in (0, len(self.paths)),
+            f"data.weights={self.weights} has {len(self.weights)} values for {len(self.paths)} paths; give one per path",
+        )
+        require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"data.weights={self.weights} must be above 0; leave out the path of a source that is not wanted",
+        )
+        require(self.max_length >= 2, f"data.max_length={self.max_length} must be at least 2")
+        require(
+            0 <= self.held_out_fraction < 1,
+            f"data.held_out_fraction={self.held_out_fraction} must be in [0, 1)",
+        )
+        require(self.num_proc >= 1, f"data.num_proc={self.num_proc} must be at least 1")
+
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """One weight per path."""
+        return self.weights or (1.0,) * len(self.paths)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """AdamW under a cosine schedule with linear warm-up. The defaults are the paper's."""
+
+    learning_rate: float = 2e-5
+    """Peak rate."""
+    final_fraction: float = 0.0
+    """The cosine ends at this share of the peak."""
+    warmup_fraction: float = 0.04
+    """Share of the run in which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """Applied to matrices, not to norms and biases."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    """The gradient's global norm is clipped to this."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            value = getattr(self, name)
+            require(value > 0, f"optim.{name}={value} must be above 0")
+        for name in ("final_fraction", "warmup_fraction", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim.{name}={value} must be in [0, 1)")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How long, how large the steps, and what is written when. The defaults are the paper's."""
+
+    run_dir: str = "runs/soft"
+    """Receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
+    resume: bool = False
+    """Go on from the newest checkpoint of run_dir."""
+    batch_size: int = 128
+    """Packed rows per step, over all devices."""
+    accumulate: int = 1
+    """Each step is computed in this many equal parts: less memory, the same gradient."""
+    epochs: float = 3.0
+    """Passes over the rows; max_steps overrides it."""
+    max_steps: int | None = None
+    """Stop after this many steps."""
+    max_minutes: float | None = None
+    """Stop after this many minutes (compilation apart); the schedule then follows whichever is further, steps or time."""
+    learn: tuple[Part, ...] = ()
+    """What is trained; the rest is frozen. Empty: the small parts where there are any, else the whole model."""
+    loss_chunk: int = 256
+    """Positions per row whose logits are held at once."""
+    seed: int = 0
+    """Orders the rows and chooses those held out."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between evaluations on the held-out rows."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; there is one at the end as well."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+
+    def __post_init__(self):
+        require(bool(self.run_dir), "train.run_dir is empty; give a directory")
+        for name in (
+            *("batch_size", "accumulate", "loss_chunk", "log_every"),
+            *("eval_every", "checkpoint_every", "keep_checkpoints"),
+        ):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name}={value} must be at least 1")
+        for name in ("epochs", "max_steps", "max_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name}={value} must be above 0")
+        require(0 <= self.seed < 2**31, f"train.seed={self.seed} must be in [0, 2**31)")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} does not divide into "
+            f"train.accumulate={self.accumulate} parts; choose a divisor",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run. Every field can be overridden: `--optim.learning-rate 1e-4`."""
+
+    model: ModelSection
+    data: DataSection
+    draft: DraftSection = DraftSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optim: OptimSection = OptimSection()
+    mesh: MeshConfig = MeshConfig()
+    watch: WatchSection = WatchSection()
+    train: TrainSection = TrainSection()
+
+    def __post_init__(self):
+        if self.model.depth is not None:
+            self.check_exits(self.model.depth)
+        present = self._small_parts()
+        for part in self.train.learn:
+            require(
+                part == "trunk" or part in present,
+                f"train.learn={self.train.learn} names {part}, which this draft does not have; "
+                "set model.lora_rank, draft.exit_heads or draft.exit_adapters",
+            )
+        shards = self.mesh.data * self.mesh.fsdp
+        part = self.train.batch_size // self.train.accumulate
+        require(
+            part % shards == 0,
+            f"train.batch_size={self.train.batch_size} / train.accumulate={self.train.accumulate} "
+            f"= {part} rows do not divide over mesh.data x mesh.fsdp = {shards}; choose a multiple",
+        )
+
+    def _small_parts(self) -> tuple[Part, ...]:
+        sizes: dict[Part, object] = {
+            "lora": self.model.lora_rank,
+            "exit_heads": self.draft.exit_heads,
+            "exit_adapters": self.draft.exit_adapters,
+        }
+        return tuple(part for part, size in sizes.items() if size)
+
+    @property
+    def learned_parts(self) -> tuple[Part, ...]:
+        """What is trained."""
+        return self.train.learn or self._small_parts() or ("trunk",)
+
+    def check_exits(self, num_layers: int) -> None:
+        """Raises UserError unless the deepest exit is the draft's last layer: deeper layers would never learn anything."""
+        self.draft.draft_config().check_depth(num_layers)
+        deepest = self.draft.exit_layers[-1]
+        require(
+            deepest == num_layers,
+            f"draft.exit_layers={self.draft.exit_layers} ends before the draft's {num_layers} layers; "
+            f"add exit {num_layers}, or set model.num_layers to {deepest}",
+        )
+
+    def to_yaml(self) -> str:
+        """Every field, in the form that `load_config` reads."""
+        plain = dataclasses.asdict(self, dict_factory=_plain_dict)
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _plain_dict(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}

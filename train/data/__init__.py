@@ -1,0 +1,1 @@
+"""From files of conversations to batches: tokens, masks, packing, mixtures, and the cache of rows."""

@@ -1,0 +1,325 @@
+"""What training takes in memory, a sorted draft against Medusa heads: `python -m train.memory [--target NAME_OR_DIR ...]`.
+
+The real steps are compiled ahead of time for shapes alone: there are no weights, and no accelerator is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from jax.sharding import Mesh
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
+from s2d_jax.files import read_json, write_text
+from s2d_jax.formats.hf_config import config_from_hf
+from s2d_jax.sharding import MESH_AXES, MeshConfig, make_mesh
+from train.config.files import parse_flags
+from train.config.sections import Config, DataSection, DraftSection, ModelSection, TrainSection
+from train.medusa import MedusaConfig, MedusaTrainer
+from train.memory.systems import medusa_step, soft_step
+from train.plan.chips import tpu_devices
+from train.plan.step_memory import StepMemory, StepToCompile, measure
+from train.step.trainer import Trainer
+
+_LLAMA_7B = ModelConfig(
+    family="llama",
+    vocab_size=32000,
+    embed_dim=4096,
+    ffw_dim=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    norm_eps=1e-5,
+    rope_theta=10_000.0,
+    max_context=4096,
+)
+# The shapes of the seeds' table; those of any other model are read from its config.json.
+MODELS: dict[str, ModelConfig] = {
+    "vicuna-7b": _LLAMA_7B,
+    "vicuna-13b": dataclasses.replace(
+        _LLAMA_7B, embed_dim=5120, ffw_dim=13824, num_layers=40, num_heads=40, num_kv_heads=40
+    ),
+    "llama-2-70b": dataclasses.replace(
+        _LLAMA_7B, embed_dim=8192, ffw_dim=28672, num_layers=80, num_heads=64, num_kv_heads=8
+    ),
+}
+# arXiv 2407.01955; MB. The paper does not say on how many devices.
+PUBLISHED = {
+    ("SoFT draft", None): "92,744",
+    ("Medusa", "vicuna-7b"): "113,416",
+    ("Medusa", "vicuna-13b"): "152,616",
+    ("Medusa", "llama-2-70b"): "out of memory",
+}
+CAPACITIES = (80e9, 95e9)
+_TPU = "v5p:2x2x2"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Memory of each device while a sorted draft, or Medusa heads of a target, are trained. The defaults are the paper's
+    batch and length, and one row on a device at a time."""
+
+    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """vicuna-7b, vicuna-13b, llama-2-70b, or a directory with a config.json; may be repeated. Default: all three."""
+    draft: str = "vicuna-7b"
+    """The model whose first layers are the draft: a name or a directory, as above."""
+    exit_layers: tuple[int, ...] = (6, 9, 12)
+    """The draft's exits; it is as deep as the last."""
+    heads: int = 5
+    """Medusa heads."""
+    topology: str = "auto"
+    """What to compile for: cpu (devices of this machine, however few cores it has), or a TPU topology such as v5p:2x2x2,
+    which needs the libtpu package and no TPU. auto takes v5p:2x2x2 where libtpu is, else cpu."""
+    mesh: MeshConfig = MeshConfig(fsdp=8)
+    batch_size: int = 128
+    """Packed rows per step, over all devices."""
+    length: int = 2048
+    """Tokens per row."""
+    accumulate: int = 16
+    """Each step is computed in this many equal parts."""
+    loss_chunk: int = 256
+    """Positions per row whose logits are held at once."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Activations and products. What is trained is float32."""
+    target_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """The frozen target's weights."""
+    remat: bool = True
+    """Recompute the draft's layers in the backward pass. Nothing flows back into a frozen target."""
+    quick: bool = True
+    """Let the TPU compiler spend little on speed: it is several times as fast, and temporaries come out a little different."""
+    out: Path | None = None
+    """Write memory.json and memory.md into this directory."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; returns the exit status. A mistake of the user's is one line on stderr and status 2."""
+    try:
+        run(
+            parse_flags(
+                Args, sys.argv[1:] if arguments is None else arguments, "python -m train.memory"
+            )
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; check the path, its permissions and the disk", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: Args) -> list[StepMemory]:
+    """Compiles the steps, prints the table, and writes it where `out` says.
+
+    Raises:
+        UserError: for an unknown model or topology, or values that do not go together.
+    """
+    if args.out is not None and args.out.is_file():
+        raise UserError(f"--out {args.out} is a file; give a directory")
+    topology = args.topology
+    if topology == "auto":
+        topology = _TPU if importlib.util.find_spec("libtpu") else "cpu"
+    if topology != "cpu" and args.quick:
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    try:
+        mesh = make_mesh(args.mesh, _devices(topology, math.prod(args.mesh.shape)))
+    except AssertionError as error:  # how JAX refuses chips whose cores are devices of their own
+        raise UserError(f"--topology {topology} makes no mesh: {error}") from None
+    steps = plan(args, mesh)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    rows = _measure_all(steps, mesh.size, console)
+    console.print(_table(args, rows, _caption(args, topology)))
+    if args.out is not None:
+        write_text(args.out / "memory.json", json.dumps(_json(args, topology, rows), indent=2))
+        write_text(args.out / "memory.md", _markdown(args, rows, _caption(args, topology)))
+    return rows
+
+
+def plan(args: Args, mesh: Mesh) -> list[StepToCompile]:
+    """The steps of the table: the draft's, then the heads' of each target.
+
+    Raises:
+        UserError: for an unknown model, or values that do not go together.
+    """
+    depth = args.exit_layers[-1] if args.exit_layers else 0
+    config = Config(
+        model=ModelSection(
+            path=args.draft, num_layers=depth, compute_dtype=args.compute_dtype, remat=args.remat
+        ),
+        data=DataSection(paths=("none are read",), max_length=args.length),
+        draft=DraftSection(exit_layers=args.exit_layers),
+        mesh=args.mesh,
+        train=TrainSection(
+            batch_size=args.batch_size, accumulate=args.accumulate, loss_chunk=args.loss_chunk
+        ),
+    )
+    medusa = MedusaConfig(
+        num_heads=args.heads,
+        target_dtype=args.target_dtype,
+        compute_dtype=args.compute_dtype,
+        batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        loss_chunk=args.loss_chunk,
+    )
+    model = shape_of(args.draft)
+    config.draft.draft_config().check_depth(model.num_layers)
+    draft = dataclasses.replace(model, num_layers=depth)
+    trainers = {
+        name: MedusaTrainer(medusa, shape_of(name), mesh) for name in args.target or tuple(MODELS)
+    }
+    return [
+        soft_step(Trainer(config, draft, mesh)),
+        *(medusa_step(trainer, name, args.length) for name, trainer in trainers.items()),
+    ]
+
+
+def shape_of(name: str) -> ModelConfig:
+    """The shape of a model of `MODELS`, or of a directory with a config.json.
+
+    Raises:
+        UserError: if it is neither, or of an architecture that is not supported.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"model {name!r} is unknown; give {', '.join(MODELS)}, or a directory with a config.json"
+        )
+    return config_from_hf(read_json(file))
+
+
+def _devices(topology: str, count: int) -> list[Any]:
+    """Devices to compile for.
+
+    Raises:
+        UserError: if libtpu is absent, or does not know the topology.
+    """
+    if topology == "cpu":
+        # Too late in a process that has used its devices, as tests have; a mesh then says what is missing.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+        return jax.devices("cpu")
+    return list(tpu_devices(topology))
+
+
+def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> list[StepMemory]:
+    """Under a bar, or with a line for each step where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    rows: list[StepMemory] = []
+    with Progress(
+        *columns,
+        *(TextColumn("ETA"), TimeRemainingColumn()),
+        console=console,
+        transient=True,
+        speed_estimate_period=3600.0,  # seconds; a program of many layers compiles for minutes
+        disable=not console.is_terminal,
+    ) as bar:
+        # A backward pass is about three forward passes to compile, too.
+        work = [step.num_layers * (1 if step.frozen else 4) for step in steps]
+        task = bar.add_task("", total=sum(work))
+        for step, amount in zip(steps, work, strict=True):
+            label = f"compiling {step.system}, {step.target or 'any target'}"
+            bar.update(task, description=label)
+            rows.append(measure(step, devices))
+            bar.advance(task, amount)
+            done = f"{label}: {rows[-1].compile_seconds:.0f} s"
+            console.print(done, markup=False, highlight=False)
+    return rows
+
+
+_HEADINGS = (
+    *("step", "target", "frozen", "trained", "optim.", "temp.", "peak", "total"),
+    *("fits 80/95", "paper, MB"),
+)
+
+
+def _cells(row: StepMemory, args: Args) -> tuple[str, ...]:
+    """One row of the table, in the order of `_HEADINGS`."""
+    defaults = Args()
+    is_papers = row.target or (args.draft, args.exit_layers) == (
+        defaults.draft,
+        defaults.exit_layers,
+    )
+
+    def giga(size: int | None) -> str:
+        return "-" if size is None else f"{size / 1e9:,.2f}"
+
+    return (
+        *(row.system, Path(row.target).name if row.target else "any"),
+        *(giga(row.frozen), giga(row.trained), giga(row.optimizer), giga(row.temporaries)),
+        *(giga(row.peak), "-" if row.peak is None else f"{row.devices * row.peak / 1e9:,.1f}"),
+        "/".join("yes" if row.fits(size) else "no" for size in CAPACITIES),
+        PUBLISHED.get((row.system, row.target), "") if is_papers else "",
+    )
+
+
+def _caption(args: Args, topology: str) -> str:
+    mesh = " x ".join(
+        f"{axis} {size}" for axis, size in zip(MESH_AXES, args.mesh.shape, strict=True) if size > 1
+    )
+    what = f"XLA's {'CPU' if topology == 'cpu' else 'TPU'} compiler, {topology}"
+    return (
+        "GB (1e9 bytes) on each device; total: on all; paper: for how many devices it does not say. "
+        f"Compiled by {what}, mesh {mesh or 'of one device'}. "
+        f"{args.batch_size} rows of {args.length} tokens a step in {args.accumulate} parts, {args.compute_dtype}; "
+        f"frozen weights {args.target_dtype}; {args.heads} Medusa heads."
+    )
+
+
+def _table(args: Args, rows: list[StepMemory], caption: str) -> Table:
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="left" if index < 2 else "right")
+    for row in rows:
+        table.add_row(*_cells(row, args))
+    return table
+
+
+def _markdown(args: Args, rows: list[StepMemory], caption: str) -> str:
+    lines = [_HEADINGS, ("---",) * len(_HEADINGS), *(_cells(row, args) for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{caption}\n"
+
+
+def _json(args: Args, topology: str, rows: list[StepMemory]) -> dict[str, Any]:
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items()}
+    return {
+        "options": {**options, "topology": topology},
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def _prepare_process() -> None:
+    """Nothing runs here: an accelerator of this machine is left alone."""
+    jax.config.update("jax_platforms", "cpu")
+    # For a CPU, XLA otherwise orders work for its threads: every layer's temporaries would exist at once.
+    flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
+
+
+if __name__ == "__main__":
+    _prepare_process()
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""How the objective reads exits and teachers at some positions: heads, lists of tokens, distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax.config.draft import ExitParts
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.formats.names import EXIT_ADAPTERS, EXIT_HEADS, get_weight, shared_head
+from s2d_jax.model.params import Params
+from s2d_jax.model.transformer import Transformer
+from s2d_jax.weights.vocabulary import TRIMMED, TRIMMED_HEAD
+from train.config.sections import ObjectiveSection
+from train.data.batch import TopK
+from train.objective.divergences import at_tokens, cross_entropy, divergence, restricted, with_rest
+from train.objective.labels import Labels, TokenValues
+from train.objective.trainable import join
+
+_OWN = (EXIT_HEADS, EXIT_ADAPTERS)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """Reads the draft's exits, and the teachers, for the objective.
+
+    Attributes:
+        model: the draft's shape.
+        dtype: of its products.
+        exit_layers, parts: where it is read, and what exits have of their own.
+        objective: what the exits learn.
+        teachers: shapes of the teachers that run in every step.
+        vocabulary_K: int32, the list of tokens that heads are read over; None for all.
+    """
+
+    model: ModelConfig
+    dtype: Any
+    exit_layers: tuple[int, ...]
+    parts: ExitParts = ExitParts()
+    objective: ObjectiveSection = ObjectiveSection()
+    teachers: tuple[ModelConfig, ...] = ()
+    vocabulary_K: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig, dtype: Any = jnp.float32) -> Reading:
+        """Reads the last layer of any model through its head."""
+        return cls(model, dtype, (model.num_layers,))
+
+    @property
+    def transformer(self) -> Transformer:
+        """The draft; its head is over the list where there is one."""
+        size = None if self.vocabulary_K is None else len(self.vocabulary_K)
+        return Transformer(self.model, self.dtype, trimmed_head_size=size, parts=self.parts)
+
+    def head_params(self, params: Params) -> Params:
+        """What `logits` needs of the draft's parameters, with the listed rows of the heads where there is a list."""
+        table = shared_head(self.model).ours[0]
+        own = {name: value for name, value in params.items() if name.startswith(_OWN)}
+        if self.vocabulary_K is None:
+            return {"final_norm": params["final_norm"], table: params[table], **own}
+        heads = {TRIMMED_HEAD: get_weight(params, shared_head(self.model))}
+        for name in [name for name in own if name.startswith(EXIT_HEADS)]:
+            heads[TRIMMED + name] = own.pop(name)["kernel"]
+        ids_K = jnp.asarray(self.vocabulary_K)
+        rows = {
+            name: {"kernel": jnp.take(head_VD, ids_K, axis=0, mode="clip")}
+            for name, head_VD in heads.items()
+        }
+        return {"final_norm": params["final_norm"], **own, **rows}
+
+    def exit_hiddens(self, params: Params, batch, *, remat: bool = False) -> tuple[jax.Array, ...]:
+        """The states `[B, T, D]` at the exits, of a `train.data.batch.Batch`."""
+        return self.transformer.apply(
+            {"params": params},
+            batch.tokens_BT,
+            exit_layers=self.exit_layers,
+            positions_BT=batch.positions_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+            remat=remat,
+            method="exit_hiddens",
+        )  # pyright: ignore[reportReturnType]
+
+    def teacher(self, index: int) -> Reading:
+        """Reads a running teacher."""
+        return Reading.of(self.teachers[index], jnp.dtype(self.objective.teacher_dtype))
+
+    def losses(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
+        """The `TokenFunction` of training: `loss`, `ce`, `correct`, and with teachers `divergence`, each `[E, B, C]`.
+
+        Args:
+            learned, fixed: two halves of the head parameters; fixed also holds those of the teachers.
+        """
+        objective = self.objective
+        head = join(learned, fixed["head"])
+        targets_BC, listed_BC = self._indices(labels.targets_BT)
+        read = zip(labels.teachers, fixed["teachers"], strict=True)
+        teachers = [self._distribution(i, *pair) for i, pair in enumerate(read)]
+        logits_BECK = self._exit_logits(head, h_EBCD)
+        total_BEC = jax.nn.logsumexp(logits_BECK, axis=-1)
+        ce_BEC = cross_entropy(logits_BECK, targets_BC[:, None, :])
+        # No token has a smaller one. An argmax takes XLA's CPU backend ten times as long as a maximum.
+        best_BEC = ce_BEC <= total_BEC - jnp.max(logits_BECK, axis=-1)
+        ce_BEC = jnp.where(listed_BC[:, None, :], ce_BEC, 0.0)
+        correct_BEC = (listed_BC[:, None, :] & best_BEC).astype(jnp.float32)
+        values = {"loss": objective.ce_weight * ce_BEC, "ce": ce_BEC, "correct": correct_BEC}
+        if teachers:
+            log_q_BECK = logits_BECK - total_BEC[..., None]
+            apart_BEC = sum(self._apart(of, log_q_BECK) for of in teachers) / len(teachers)
+            values["divergence"] = apart_BEC
+            values["loss"] = values["loss"] + objective.distill_weight * apart_BEC
+        return {name: jnp.swapaxes(value_BEC, 0, 1) for name, value_BEC in values.items()}
+
+    def _apart(self, teacher, log_q_BECK: jax.Array) -> jax.Array:
+        """How far each exit is from a teacher, f32 `[B, E, C]`."""
+        exits = [
+            divergence(self.objective.divergence, *teacher(log_q_BECK[:, e]))
+            for e in range(len(self.exit_layers))
+        ]
+        return jnp.stack(exits, axis=1)
+
+    def watched(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
+        """The `TokenFunction` of evaluation, `[E, B, C]`: `ce`, `confidence`, and `best`, the token drafted (int32)."""
+        values: dict[str, list[jax.Array]] = {"ce": [], "confidence": [], "best": []}
+        targets_BC, listed_BC = self._indices(labels.targets_BT)
+        for exit_layer, h_BCD in zip(self.exit_layers, h_EBCD, strict=True):
+            logits_BCK = self.logits(learned, h_BCD, exit_layer)
+            log_q_BCK = jax.nn.log_softmax(logits_BCK, axis=-1)
+            best_BC = jnp.argmax(logits_BCK, axis=-1).astype(jnp.int32)
+            if self.vocabulary_K is not None:
+                best_BC = jnp.asarray(self.vocabulary_K)[best_BC]
+            values["ce"].append(jnp.where(listed_BC, cross_entropy(logits_BCK, targets_BC), 0.0))
+            values["confidence"].append(jnp.exp(jnp.max(log_q_BCK, axis=-1)))
+            values["best"].append(best_BC)
+        return {name: jnp.stack(value) for name, value in values.items()}
+
+    def logits(self, head: Params, h_BCD: jax.Array, exit_layer: int) -> jax.Array:
+        """f32 `[B, C, K]` of an exit."""
+        return self.transformer.apply(
+            {"params": head}, h_BCD, exit_layer=exit_layer, method="logits"
+        )
+
+    def _exit_logits(self, head: Params, h_EBCD: jax.Array) -> jax.Array:
+        """f32 `[B, E, C, K]`; what exits share is multiplied at once, for larger products are faster.
+
+        The batch comes first: it is split over devices, and stays so when all but the last axis become one.
+        """
+        if not self.parts.exits:
+            return self.logits(head, jnp.swapaxes(h_EBCD, 0, 1), self.exit_layers[-1])
+        each = zip(self.exit_layers, h_EBCD, strict=True)
+        return jnp.stack([self.logits(head, h_BCD, exit_layer) for exit_layer, h_BCD in each], 1)
+
+    def _indices(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where the head's entries have these tokens, and whether they have them at all."""
+        if self.vocabulary_K is None:
+            return ids, jnp.ones_like(ids, dtype=bool)
+        index_V = np.full(self.model.vocab_size, -1, np.int32)
+        index_V[self.vocabulary_K] = np.arange(len(self.vocabulary_K), dtype=np.int32)
+        found = jnp.take(jnp.asarray(index_V), ids, mode="fill", fill_value=-1)
+        return jnp.maximum(found, 0), found >= 0
+
+    def _distribution(self, index: int, values: Any, head: Params):
+        """A function from the draft's `log_q_BCK` to `(log_p, log_q)` over the same outcomes."""
+        if isinstance(values, TopK):
+            return self._of_top_k(values)
+        teacher = self.teacher(index)
+        logits_BCV = teacher.logits(head, values, teacher.exit_layers[0])
+        if self.vocabulary_K is not None:
+            logits_BCV = jnp.take(logits_BCV, jnp.asarray(self.vocabulary_K), axis=-1, mode="clip")
+
+        def both(log_q_BCK):
+            # Models of one tokenizer pad their tables differently; the common entries are the tokens.
+            common = min(logits_BCV.shape[-1], log_q_BCK.shape[-1])
+            cut = (jax.nn.log_softmax(x[..., :common], axis=-1) for x in (logits_BCV, log_q_BCK))
+            return tuple(cut)
+
+        return both
+
+    def _of_top_k(self, stored: TopK):
+        index_BCk, known_BCk = self._indices(stored.ids_BTK)
+        log_p_BCk = with_rest(stored.log_probs_BTK)
+        if self.vocabulary_K is not None:
+            log_p_BCk = restricted(log_p_BCk, known_BCk)
+
+        def both(log_q_BCK):
+            log_q_BCk = jnp.where(known_BCk, at_tokens(log_q_BCK, index_BCk), -jnp.inf)
+            return log_p_BCk, with_rest(log_q_BCk)
+
+        return both

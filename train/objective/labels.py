@@ -1,0 +1,29 @@
+"""What the positions of a batch are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+
+# Values of some positions by name, each [E, B, C] with one entry per exit; "loss" is what training minimises.
+TokenValues = dict[str, jax.Array]
+# (learned, fixed, h_EBCD, labels of [B, C]) -> values of these positions
+TokenFunction = Callable[[Any, Any, jax.Array, "Labels"], TokenValues]
+
+
+@flax.struct.dataclass
+class Labels:
+    """What the positions of a batch are to learn.
+
+    Attributes:
+        targets_BT: int32, the next token of each position.
+        weights_BT: f32, 0 where a position does not count.
+        teachers: for each teacher arrays `[B, T, ...]`: what its distribution is read from.
+    """
+
+    targets_BT: jax.Array
+    weights_BT: jax.Array
+    teachers: tuple[Any, ...] = ()

@@ -1,0 +1,126 @@
+"""The sorted loss: what every exit is to learn, at the positions that count, without ever holding all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from train.objective.counted_positions import _Walk
+from train.objective.labels import Labels, TokenFunction, TokenValues
+
+
+def sorted_loss(
+    token_values: TokenFunction,
+    learned: Any,
+    fixed: Any,
+    exit_hiddens: tuple[jax.Array, ...],
+    labels: Labels,
+    *,
+    exit_weights: tuple[float, ...],
+    chunk: int,
+    through_hiddens: bool = True,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The SoFT objective: the weighted mean over exits of the summed loss of the tokens that count.
+
+        loss = sum_e w_e * sum_t loss(head(norm(h_e,t))) / sum_e w_e
+
+    With cross-entropy and equal weights this is the unweighted mean of Sorted Fine-Tuning (Valipour et al. 2023, arXiv
+    2309.08968), as S2D trains its draft (arXiv 2407.01955). Only positions that count are read: each row's are brought
+    together and taken `chunk` at a time, so logits exist for that many positions of each row. Their gradient is taken at
+    once, in the forward pass, so that no logits are stored or computed twice.
+
+    Args:
+        token_values: the loss of some positions, and what else is to be summed up. It must not look across positions.
+        learned: the parameters that `token_values` is differentiated by.
+        fixed: what else it takes.
+        exit_hiddens: one `[B, T, D]` state per exit.
+        labels: of all positions.
+        exit_weights: one per exit, not all 0.
+        chunk: positions per row whose logits are held at once.
+        through_hiddens: the states depend on something learned. Where they do not, their gradient is not computed.
+
+    Returns:
+        The f32 loss, summed over counted tokens, and the sums f32 `[E]` of all values, which carry no gradient.
+    """
+    shares = tuple(weight / sum(exit_weights) for weight in exit_weights)
+
+    def chunk_loss(learned, h_EBCD, fixed, labels):
+        values = token_values(learned, fixed, h_EBCD, labels)
+        sums = {
+            name: jnp.sum(value_EBC * labels.weights_BT[None], axis=(1, 2))
+            for name, value_EBC in values.items()
+        }
+        return jnp.sum(sums["loss"] * jnp.asarray(shares, jnp.float32)), sums
+
+    def forward(learned, hiddens, fixed, labels):
+        return _value_and_gradients(
+            chunk_loss, learned, hiddens, fixed, labels, chunk, through_hiddens=through_hiddens
+        )
+
+    @jax.custom_vjp
+    def loss(learned, hiddens, fixed, labels):
+        return forward(learned, hiddens, fixed, labels)[0]
+
+    def backward(gradients, cotangents):
+        scale = cotangents[0]
+        scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+        return (*scaled, None, None)
+
+    loss.defvjp(forward, backward)
+    return loss(learned, exit_hiddens, fixed, labels)
+
+
+def _value_and_gradients(
+    chunk_loss, learned, hiddens, fixed, labels: Labels, chunk: int, *, through_hiddens: bool
+):
+    """`(loss, sums)` over all chunks, and the gradients of the loss by `learned` and the states (None if not asked for)."""
+    walk = _Walk.over(labels.weights_BT, chunk)
+    argnums = (0, 1) if through_hiddens else (0,)
+    gradient = jax.value_and_grad(chunk_loss, argnums=argnums, has_aux=True)
+
+    def step(i, carry):
+        total, sums, learned_grad, hidden_grad_EBSD = carry
+        h_EBCD, piece = walk.take(i, hiddens), walk.labels(i, labels)
+        (value, found), grads = gradient(learned, h_EBCD, fixed, piece)
+        if through_hiddens:
+            hidden_grad_EBSD = walk.put(i, hidden_grad_EBSD, grads[1])
+        add = jax.tree.map(jnp.add, (total, sums, learned_grad), (value, found, grads[0]))
+        return *add, hidden_grad_EBSD
+
+    first = (learned, walk.take(0, hiddens), fixed, walk.labels(0, labels))
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
+    start = (*zeros(jax.eval_shape(chunk_loss, *first)), zeros(learned))
+    hidden_grad = walk.empty(hiddens) if through_hiddens else None
+    *found, hidden_grad = jax.lax.fori_loop(0, walk.chunks, step, (*start, hidden_grad))
+    total, sums, learned_grad = found
+    if through_hiddens:
+        hidden_grad = walk.put_back(hidden_grad, len(hiddens))
+    return (total, sums), (learned_grad, hidden_grad)
+
+
+def values_of_positions(
+    token_values: TokenFunction,
+    params: Any,
+    exit_hiddens: tuple[jax.Array, ...],
+    labels: Labels,
+    *,
+    chunk: int,
+) -> TokenValues:
+    """The values of every position that counts, `[E, B, T, ...]`; 0 at the others."""
+    walk = _Walk.over(labels.weights_BT, chunk)
+
+    def piece_of(i):
+        return token_values(params, None, walk.take(i, exit_hiddens), walk.labels(i, labels))
+
+    def step(i, found):
+        return jax.tree.map(lambda all_, new: walk.put(i, all_, new), found, piece_of(i))
+
+    def empty(x):
+        E, B, _, *rest = x.shape
+        return jnp.zeros((E, B, walk.padded_length, *rest), x.dtype)
+
+    start = jax.tree.map(empty, jax.eval_shape(piece_of, 0))
+    found = jax.lax.fori_loop(0, walk.chunks, step, start)
+    return jax.tree.map(lambda x: jnp.stack(walk.put_back(x, len(x))), found)

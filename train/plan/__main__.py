@@ -1,0 +1,262 @@
+"""`python -m train.plan --config FILE --topology v5p:2x2x2`: what a training step needs on each chip, without weights or chips.
+
+The real step is compiled ahead of time for a TPU topology (libtpu is enough, no TPU is needed) or for fake CPU devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
+from s2d_jax.files import read_json
+from s2d_jax.formats.hf_config import config_from_hf
+from s2d_jax.sharding import make_mesh
+from s2d_jax.weights.checkpoints import placed
+from s2d_jax.weights.load import read_description
+from train.config.files import parse_command_line
+from train.config.sections import Config
+from train.plan.chips import tpu_devices
+from train.plan.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
+from train.step.trainer import Trainer
+
+_COLLECTIVE = re.compile(
+    r"^\s*(?:ROOT )?%\S+ = (?P<result>.*?) "
+    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
+    re.MULTILINE,
+)
+_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """Instructions of one kind in the compiled step; those inside a loop count once.
+
+    Attributes:
+        count: how many.
+        bytes: of their results on one chip, in sum.
+    """
+
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on one chip, and what the chips send each other.
+
+    Attributes:
+        devices: chips of the mesh.
+        params, optimizer, batch: arguments of the step, from their shardings.
+        arguments: the same as the compiler counts them, with its padding.
+        temporaries: activations, gradients and whatever else exists during the step only.
+        collectives: by kind.
+    """
+
+    devices: int
+    params: int
+    optimizer: int
+    batch: int
+    arguments: int
+    temporaries: int
+    collectives: dict[str, Collectives]
+
+    @property
+    def total(self) -> int:
+        """The state is updated in place, so arguments and temporaries are all."""
+        return self.arguments + self.temporaries
+
+
+def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
+    """Compiles the training step for `mesh`, whose devices need not exist.
+
+    Args:
+        config: the run.
+        model_config: the draft's shape.
+        mesh: from `make_mesh`.
+
+    Raises:
+        UserError: if the shape does not divide over the mesh, or the step does not fit the chips' memory.
+    """
+    trainer = Trainer(config, model_config, mesh)
+    state = placed(trainer.abstract_state(), trainer.state_sharding)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding),
+        shapes_of_batch(config.train.batch_size, config.data.max_length),
+    )
+    try:
+        compiled = trainer.compile_step(state, batch)
+    except jax.errors.JaxRuntimeError as error:
+        needed = bytes_needed(str(error))
+        if needed is None:
+            raise
+        raise UserError(
+            f"the step needs {needed / 1e9:.1f} GB on each of {mesh.size} chips, more than they have; "
+            "raise mesh.fsdp or train.accumulate"
+        ) from None
+    memory = compiled.memory_analysis()
+    assert memory is not None  # CPU, GPU and TPU all tell
+    return Plan(
+        devices=mesh.size,
+        params=bytes_per_device(state.params),
+        optimizer=bytes_per_device(state.opt_state),
+        batch=bytes_per_device(batch),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        collectives=count_collectives(compiled.as_text()),
+    )
+
+
+def count_collectives(hlo: str) -> dict[str, Collectives]:
+    """The collectives in the text of a compiled program, by kind.
+
+    >>> count_collectives("%x = f32[8,4]{1,0} all-gather(f32[4,4] %y), dimensions={0}")
+    {'all-gather': Collectives(count=1, bytes=128)}
+    """
+    found: dict[str, Collectives] = {}
+    for match in _COLLECTIVE.finditer(hlo):
+        shapes = _SHAPE.findall(match["result"])
+        sizes = [_size(bits, dims) for _, bits, dims in shapes]
+        # A start returns what it was given, too; its result is the last and largest.
+        size = max(sizes, default=0) if "-start(" in match[0] else sum(sizes)
+        before = found.get(match["kind"], Collectives(0, 0))
+        found[match["kind"]] = Collectives(before.count + 1, before.bytes + size)
+    return dict(sorted(found.items()))
+
+
+def _size(bits: str, dims: str) -> int:
+    return math.prod(int(n) for n in dims.split(",") if n) * (int(bits) if bits else 8) // 8
+
+
+def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> ModelConfig:
+    """The shape of the draft without reading weights.
+
+    It comes from `shape_file`, a Hugging Face config.json; else from the model, where it is on this machine; else from
+    `shapes/NAME.json` beside the config, NAME being the last part of `model.path`.
+
+    Raises:
+        UserError: if none of them is there, or the exits do not fit.
+    """
+    path = Path(config.model.path)
+    beside = config_file.parent / "shapes" / f"{path.name}.json"
+    if shape_file is None and not path.exists() and beside.exists():
+        shape_file = beside
+    if shape_file is not None:
+        if not shape_file.is_file():
+            raise UserError(f"--shape {shape_file} does not exist; give a model's config.json")
+        shape = config_from_hf(read_json(shape_file))
+    elif path.exists():
+        shape = read_description(path)[0]
+    else:
+        raise UserError(
+            f"model.path={path} is not on this machine; give its config.json as --shape FILE"
+        )
+    depth = config.model.depth or shape.num_layers
+    config.check_exits(depth)
+    if depth > shape.num_layers:
+        raise UserError(
+            f"model.num_layers={depth} exceeds the {shape.num_layers} layers of {path}; lower it"
+        )
+    return dataclasses.replace(shape, num_layers=depth)
+
+
+def _table(plan: Plan, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("on each chip")
+    table.add_column("GB", justify="right")
+    for name, size in (
+        ("parameters, f32", plan.params),
+        ("optimizer state", plan.optimizer),
+        ("batch", plan.batch),
+        ("temporaries: activations, gradients", plan.temporaries),
+        ("in all, padding included", plan.total),
+    ):
+        table.add_row(name, f"{size / 1e9:.2f}")
+    table.add_section()
+    for kind, found in plan.collectives.items():
+        table.add_row(f"{found.count} x {kind}, results", f"{found.bytes / 1e9:.2f}")
+    return table
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.plan",
+        description=__doc__,
+        epilog="Every other flag is one of python -m train.main, such as --mesh.fsdp 16.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="as for train.main")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", help="of TPU chips, such as v5p:2x2x2 (8 chips)")
+    where.add_argument("--devices", type=int, help="so many fake CPU devices instead")
+    parser.add_argument("--slices", type=int, default=1, help="TPU slices of that topology")
+    parser.add_argument("--shape", type=Path, help="config.json of a model that is not here")
+    parser.add_argument("--json", type=Path, help="writes the same figures to this file")
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the plan of a run; returns the exit status, 2 for a mistake of the user's."""
+    options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
+    # A cached program for chips that are not there cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+    console = Console()
+    try:
+        config = parse_command_line(
+            ["--config", str(options.config), *overrides], "python -m train.plan"
+        )
+        shape = draft_shape(config, options.config, options.shape)
+        if options.topology:
+            devices = tpu_devices(options.topology, options.slices)
+            place = (
+                f"{options.slices} x {options.topology}" if options.slices > 1 else options.topology
+            )
+        else:
+            devices, place = _fake_devices(options.devices), f"{options.devices} CPU devices"
+        mesh = make_mesh(config.mesh, devices)
+        with console.status(f"compiling for {mesh.size} devices"):
+            plan = make_plan(config, shape, mesh)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    section = config.train
+    console.print(
+        _table(
+            plan,
+            f"{options.config.name} on {place}: {section.batch_size} rows of {config.data.max_length} tokens "
+            f"in {section.accumulate} part(s)",
+        )
+    )
+    if options.json:
+        options.json.write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+    return 0
+
+
+def _fake_devices(count: int) -> list:
+    if count < 1:
+        raise UserError(f"--devices {count} must be at least 1")
+    with contextlib.suppress(RuntimeError):  # too late where something was computed already
+        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+    if len(jax.devices("cpu")) < count:
+        raise UserError(
+            f"--devices {count} exceeds the {len(jax.devices('cpu'))} that JAX began with; set JAX_NUM_CPU_DEVICES={count}"
+        )
+    return jax.devices("cpu")[:count]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Chips that are not there: what a program is compiled for ahead of time."""
+
+from __future__ import annotations
+
+import os
+
+from s2d_jax.errors import UserError
+
+# What libtpu would ask the machine; it only has to be there. Several processes may compile at a time: none takes a chip.
+_NO_TPU_HERE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+
+def tpu_devices(topology: str, slices: int = 1) -> list:
+    """Chips that only the compiler knows.
+
+    Args:
+        topology: such as "v5p:2x2x2" for 8 chips.
+        slices: how many such slices, with a slower network between them.
+
+    Raises:
+        UserError: without libtpu, or for a topology that it does not know.
+    """
+    from jax.experimental import topologies
+
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    more = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
+    except ImportError:
+        raise UserError(
+            f"--topology {topology} needs libtpu: pip install 'jax[tpu]', or compile for fake CPU devices"
+        ) from None
+    except Exception as error:
+        words = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--topology {topology} is not known to libtpu ({words}); give one such as v5p:2x2x2"
+        ) from None

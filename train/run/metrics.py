@@ -1,0 +1,88 @@
+"""Metrics in files: JSON lines and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from s2d_jax.errors import UserError
+from s2d_jax.files import write_text
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class MetricsFile:
+    """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`.
+
+    Only an `active` one touches the file: the main process's. `tensorboard` names a directory that gets the same numbers.
+    """
+
+    def __init__(
+        self, path: Path, *, last_step: int, active: bool = True, tensorboard: Path | None = None
+    ):
+        self._file = self._board = None
+        if not active:
+            return
+        if tensorboard is not None:
+            self._board = TensorBoardFile(tensorboard, resumed_after=last_step)
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A killed run may leave half a line at the end.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+        write_text(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends `row` at once, so that it can be followed while the run goes on."""
+        if self._file is not None:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            self._board.write(row)
+
+    def close(self) -> None:
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
+
+
+class TensorBoardFile:
+    """Writes the numbers of the metrics file for TensorBoard: `loss_per_exit/6` for an exit, `held_out/...` for held-out rows.
+
+    Raises:
+        UserError: if tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: Path, *, resumed_after: int):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "watch.tensorboard=True needs tensorboardX; python -m pip install 's2d-jax[tensorboard]'"
+            ) from None
+        # What an earlier process wrote beyond its last checkpoint is hidden.
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_after + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds the numbers of one row."""
+        prefix = "held_out/" if "held_out" in row else ""
+        for name, value in row.items():
+            values = value if isinstance(value, dict) else {None: value}
+            for layer, number in values.items():
+                if name not in ("step", "held_out") and number is not None:
+                    tag = prefix + (name if layer is None else f"{name}/{layer}")
+                    self._writer.add_scalar(tag, number, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def losses(row: dict[str, Any]) -> str:
+    """`loss 2.31 (6: 2.60, 9: 2.25, 12: 2.08)`."""
+    exits = ", ".join(f"{layer}: {loss:.3f}" for layer, loss in row["loss_per_exit"].items())
+    return f"loss {row['loss']:.3f} ({exits})"
