@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from infer_tiny import failing_run, run, save_tiny_models
-from test_draft_length import EXITS, GREEDY, PROMPTS, draft, target  # noqa: F401 (fixtures)
+from noisy_pair import EXITS, GREEDY, PROMPTS, draft, target  # noqa: F401 (fixtures)
 from tiny_trace import COSTS, certain, coins
 
 from infer.bench import __main__ as bench

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import copies_of_what_is_kept, noisy_draft, tiny_model
+from noisy_pair import EXITS, GREEDY, PROMPTS
+from tiny import copies_of_what_is_kept, tiny_model
 
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
@@ -23,9 +24,6 @@ from s2d_jax.generation import decoder as generation
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.weights.model import Draft, Model
 
-PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50], [33, 4, 21, 60, 2], [1]]
-GREEDY = SamplingParams(max_new_tokens=30)
-EXITS = (1, 2)
 COSTS = RoundCosts((0.1, 0.25), (1.0, 1.3, 1.3, 1.4, 1.4, 1.5))
 RULES = {
     "confidence": DecodeConfig(draft_length_rule="confidence", min_confidence=0.6),
@@ -35,17 +33,6 @@ RULES = {
         draft_length_rule="expected_gain", costs=COSTS, guard=True, narrow_widths=(1, 3)
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def target() -> Model:
-    return tiny_model(num_layers=2, spread=14.0)
-
-
-@pytest.fixture(scope="module")
-def draft(target) -> Draft:
-    """The target with noise: often right, sometimes wrong."""
-    return noisy_draft(target, EXITS, (0.4, 0.0))
 
 
 @pytest.fixture(scope="module")

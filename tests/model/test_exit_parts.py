@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exported import MAX_ABS, VOCABULARY, exit_logits, files_in, hf_load, make_draft
 from hf_tiny import expect_user_error, hf_logits, random_tokens
 from reference_transformer import all_depths, logits
-from test_export import MAX_ABS, VOCABULARY, exit_logits, files_in, hf_load, make_draft
 from tiny import adapted, noisy_draft, tiny_config, tiny_model, tiny_params, with_parts
 
 from s2d_jax.calibration.record import record_trace

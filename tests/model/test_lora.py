@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from exported import MAX_ABS, VOCABULARY, exit_logits, files_in, hf_load, make_draft
 from hf_tiny import CASES, expect_user_error, hf_logits, random_tokens
-from test_export import MAX_ABS, VOCABULARY, exit_logits, files_in, hf_load, make_draft
 from tiny import adapted, tiny_config, tiny_model, tiny_params, tiny_tokenizer, with_parts
 
 from infer.export import Args, export

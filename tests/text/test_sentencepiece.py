@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
-
 import pytest
-import sentencepiece
+from hard_texts import TEXTS
 from hf_tiny import expect_user_error
-from test_tokenizer import TEXTS, assert_survives_saving
+from sentencepiece_model import write_sentencepiece_model
+from test_tokenizer import assert_survives_saving
 
 from s2d_jax.text.tokenizer import Tokenizer
-
-
-def write_sentencepiece_model(directory):
-    """Vicuna's and LLaMA-2's original form: tokenizer.model and small JSON files, no tokenizer.json."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=700,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
-    (directory / "config.json").write_text('{"model_type": "llama"}')
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **special}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def test_a_directory_with_only_a_sentencepiece_model(tmp_path):

@@ -18,7 +18,7 @@ from chat_templates import (
     tokenizer_with,
 )
 from hf_tiny import expect_user_error
-from test_sentencepiece import write_sentencepiece_model
+from sentencepiece_model import write_sentencepiece_model
 
 from s2d_jax.formats.gguf import GGUFFile
 from s2d_jax.text.tokenizer import Tokenizer

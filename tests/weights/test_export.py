@@ -7,7 +7,6 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,61 +16,20 @@ import pytest
 import torch
 import transformers
 from disk import tokenizer_refused
-from hf_tiny import CASES, expect_user_error, hf_logits, hf_model, random_tokens, write_gguf
-from tiny import tiny_config, tiny_params, tiny_tokenizer
+from exported import MAX_ABS, VOCABULARY, exit_logits, files_in, hf_load, make_draft
+from hf_tiny import expect_user_error, hf_logits, hf_model, random_tokens, write_gguf
+from tiny import tiny_config, tiny_params
 
 from s2d_jax.config.draft import DraftConfig
 from s2d_jax.formats.safetensors import save_safetensors
 from s2d_jax.model.select_layers import truncated
-from s2d_jax.model.transformer import Transformer
 from s2d_jax.weights import export
 from s2d_jax.weights.export import exit_directory, export_draft
 from s2d_jax.weights.load import load_draft, load_model
 from s2d_jax.weights.model import Draft
 
-MAX_ABS = 2e-4
-EXITS = DraftConfig((1, 2, 4), (0.6, 0.5, 0.0))
-VOCABULARY = 270  # of the tiny tokenizer: every byte and a few merges
 # One case of each family, head and RoPE; test_pretrained has more.
 NAMES = ["llama tied", "llama wide heads", "llama3 short scaling", "qwen2", "qwen2 tied"]
-
-
-def make_draft(name: str = "llama", dtype=jnp.float32) -> Draft:
-    """A random sorted draft of one of the CASES, four layers deep, with a tokenizer."""
-    tokenizer = tiny_tokenizer(VOCABULARY)
-    stop_ids = tokenizer.stop_token_ids
-    config = dataclasses.replace(
-        CASES[name], vocab_size=VOCABULARY, bos_token_id=0, eos_token_ids=stop_ids
-    )
-    params = jax.tree.map(lambda x: x.astype(dtype), tiny_params(config, spread=5.0))
-    return Draft(config, params, tokenizer, "tiny", EXITS)
-
-
-def hf_load(directory: Path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    return model.eval()
-
-
-def exit_logits(draft: Draft, exits: Sequence[int | None], tokens_BT: np.ndarray) -> dict:
-    """By exit; None is the full depth with what all exits share. One program computes all."""
-    model = Transformer(draft.config, parts=draft.draft_config.parts)
-    layers = sorted({depth or draft.config.num_layers for depth in exits})
-
-    @jax.jit
-    def run(variables, tokens):
-        hiddens = model.apply(variables, tokens, exit_layers=tuple(layers), method="exit_hiddens")
-        states = dict(zip(layers, hiddens, strict=True))
-        return [
-            model.apply(variables, states[depth or layers[-1]], depth, method="logits")
-            for depth in exits
-        ]
-
-    found = jax.device_get(run({"params": draft.params}, jnp.asarray(tokens_BT)))
-    return dict(zip(exits, found, strict=True))
-
-
-def files_in(directory: Path) -> set[str]:
-    return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("name", NAMES)
