@@ -227,18 +227,19 @@ DRAFTING = [
     ),
     Fault(
         "bonus-token-unread",
-        "a whole draft does not read the last drafted token after a round that accepted all",
-        "s2d_jax/draft/independent.py",
-        "behind_B = (state.cache.length_B < length_B - 1) & (num_draft_B > 0)",
-        "behind_B = (state.cache.length_B < length_B - 2) & (num_draft_B > 0)",
+        "a draft takes a token for read that it has not read, where two wait",
+        "s2d_jax/model/prefill.py",
+        "jnp.minimum(length_B + width, end_B)",
+        "jnp.minimum(length_B + width + 1, end_B)",
         "decode/test_decoder.py -k its_own_draft",
     ),
     Fault(
         "returning-draft-behind",
-        "a draft that returns after plain rounds misses one of their tokens",
-        "s2d_jax/draft/independent.py",
-        "cache = self._take_in(params, state.cache, tokens_BC, end_B, self.return_width)",
-        "cache = self._take_in(params, state.cache, tokens_BC, end_B - 1, self.return_width)",
+        "a draft that returns after plain rounds has not read their tokens",
+        "s2d_jax/draft/sorted.py",
+        "state, _ = segments.catch_up(params, state, 0, tokens_BC, end_B, self.return_width)",
+        "state = state.replace(segments=(state.segments[0].advance_to(jnp.maximum(state.segments[0].length_B, "
+        "end_B)), *state.segments[1:]))",
         "draft/test_draft_length.py -k has_caught_up",
     ),
     Fault(

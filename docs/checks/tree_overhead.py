@@ -51,6 +51,7 @@ from s2d_jax.decode import programs as compilation
 from s2d_jax.decode.timed_rounds import timed_rounds
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
+from s2d_jax.model.place import Place
 
 PASSES, TABLE_ROWS = 4, 64
 SURE = 16.0  # nats
@@ -106,11 +107,10 @@ def without_models(static):
     """The decoder with silent models, and their parameters."""
     segments = static.drafter.segments
     silent = dataclasses.replace(segments, model=Silent(segments.model))
-    return dataclasses.replace(
-        static,
-        target=dataclasses.replace(static.target, model=Silent(static.target.model)),
-        drafter=dataclasses.replace(static.drafter, segments=silent),
-    )
+    drafter = dataclasses.replace(static.drafter, segments=silent)
+    target = dataclasses.replace(static.target, model=Silent(static.target.model))
+    verifier = dataclasses.replace(static.verifier, drafter=drafter)
+    return dataclasses.replace(static, target=target, drafter=drafter, verifier=verifier)
 
 
 def tables(vocab_size: int, draft_size: int, ids_K) -> dict:
@@ -171,7 +171,7 @@ class Rounds:
         state = jax.block_until_ready(program(*inputs))
         spent = time.perf_counter() - started
         self._check(state)
-        if silent and static.greedy:
+        if silent and static.verifier.greedy:
             deepest = int(state.accepted_BG[0, -1])
             assert deepest == self.rounds, f"{deepest} rounds accepted a whole path"
         return spent / self.rounds
@@ -210,7 +210,7 @@ class Rounds:
         capacity = cache.keys[0].shape[2]
         position_BT = jnp.broadcast_to(cache.length_B[:, None], (1, width))
         seen_C = jnp.arange(capacity) <= cache.length_B[0]
-        return position_BT, jnp.broadcast_to(seen_C, (1, width, capacity))
+        return Place(position_BT, jnp.broadcast_to(seen_C, (1, width, capacity)))
 
     def _target(self) -> Program:
         target, M = self.static.target, self.growth.nodes

@@ -204,7 +204,7 @@ def make_rows(
 def verified_width(decoder: SpeculativeDecoder, temperature: float) -> int:
     """Positions of a target pass; trees of drawn children have fewer than were asked for."""
     row = SamplingParams(temperature=temperature)
-    return decoder.prepare([[0]], row)[0].widths[-1]
+    return decoder.prepare([[0]], row)[0].verifier.widths[-1]
 
 
 def mean_speed(samples: Sequence[Sample], speed: Callable[[Sample], float]) -> float:

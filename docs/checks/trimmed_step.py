@@ -39,7 +39,7 @@ def compiled(draft):
         def one(_, carry):
             state, token_B = carry
             proposal, state = drafter.propose(
-                *(params, state, tokens_BC, length_B, num_draft_B, request.key_B, request)
+                params, state, tokens_BC, length_B, num_draft_B, request.key_B, request, {}
             )
             return drafter.rewind(state, length_B - 1), token_B + proposal.tokens_BG[:, -1]
 

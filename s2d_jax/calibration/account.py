@@ -37,7 +37,7 @@ class Account:
         """`guard.charge` and `guard.settle` of a round with these draft steps."""
         self.credit += EARNED_PER_TOKEN * num_emitted
         if steps:
-            if self.has_tree:  # as `TreeDecoder` charges them
+            if self.has_tree:  # as `TreeVerifier.charged`
                 steps = [max(steps)] * len(steps)
             spent = sum(self.costs.draft_step[exit] for exit in steps)
             spent += self.plain_run * self.costs.catch_up

@@ -53,7 +53,7 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
             draft_state = drafter.rewind(draft_state, length_B - 1 - behind)
             count_B = jnp.full_like(length_B, TOKENS)
             return drafter.propose(
-                *(params, draft_state, tokens_BC, length_B, count_B, request.key_B, request)
+                params, draft_state, tokens_BC, length_B, count_B, request.key_B, request, {}
             )[1]
 
         return jax.lax.fori_loop(0, ROUNDS, one, draft_state)

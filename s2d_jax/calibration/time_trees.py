@@ -40,8 +40,14 @@ def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
             # One position waits, as after most rounds.
             draft_state = drafter.rewind(draft_state, length_B - 1)
             proposal, draft_state = drafter.propose(
-                *(params, draft_state, tokens_BC, length_B, jnp.full_like(length_B, levels)),
-                *(request.key_B, request),
+                params,
+                draft_state,
+                tokens_BC,
+                length_B,
+                jnp.full_like(length_B, levels),
+                request.key_B,
+                request,
+                {},
             )
             # All of the tree is used, or it would not be computed.
             leaves = [jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(proposal.tree)]

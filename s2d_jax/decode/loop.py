@@ -11,40 +11,37 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.decode.acceptance import accept_greedy, accept_sampled
 from s2d_jax.decode.state import DecodeState, Verified
 from s2d_jax.decode.target import Target
+from s2d_jax.decode.verifier import Verifier
 from s2d_jax.draft.drafter import Drafter
 from s2d_jax.draft.guard import GuardState, affordable_length, charge, settle
 from s2d_jax.draft.length import next_length
 from s2d_jax.draft.request import Request, is_stop
 from s2d_jax.model.conditional import at_width
-from s2d_jax.model.kv_cache import grow_axis, write_window
+from s2d_jax.model.kv_cache import KVCache, grow_axis, write_window
 from s2d_jax.model.prefill import run_chunks
 from s2d_jax.sampling import fold_in, probabilities, sample, split
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The compiled shape of decoding with chains (`TreeDecoder` is that with trees): every field is static.
+    """The compiled shape of decoding: every field is static.
 
     Attributes:
         target: the verifying model.
         drafter: how tokens are drafted.
-        greedy: every row has temperature 0, so no probabilities are computed.
-        widths: how many positions a target pass may compute, ascending; the last is the drafter's width and one. A round takes
-            the smallest that holds its longest chain.
+        verifier: how what it drafts is verified: chains or trees.
     """
 
     target: Target
     drafter: Drafter
-    greedy: bool
-    widths: tuple[int, ...]
+    verifier: Verifier
 
     @property
     def margin(self) -> int:
         """Positions that a round may write beyond the last token that will be kept."""
-        return max(self.drafter.width + 1, self.drafter.margin)
+        return max(self.verifier.widths[-1], self.drafter.margin)
 
     def prefill(self, params, request: Request, tokens_BC, length_B, prompt_width: int):
         """Runs the prompts through target and draft, and emits the first token of each row.
@@ -59,10 +56,11 @@ class Decoder:
         Returns:
             The first `DecodeState`.
         """
+        inputs = tokens_BC, length_B, prompt_width
         cache = self.target.new_cache(*tokens_BC.shape)
-        draft_state = self.drafter.init(params["draft"], tokens_BC, length_B, prompt_width)
-        inputs = (tokens_BC, length_B, prompt_width)
-        return self._first_state(params, request, cache, draft_state, *inputs)
+        last_BD, cache = self._read_prompt(params, cache, *inputs)
+        draft_state = self.drafter.init(params["draft"], *inputs, cache.states)
+        return self._first_state(params, request, tokens_BC, length_B, last_BD, cache, draft_state)
 
     def extend(self, params, request: Request, state, tokens_BC, length_B, kept_B, width: int):
         """The same as `prefill` for prompts whose first `kept_B` tokens the caches of `state` already hold.
@@ -73,18 +71,24 @@ class Decoder:
             kept_B: int32, less than `length_B` and `state.length_B`.
             width: static; positions that one pass computes.
         """
+        inputs = tokens_BC, length_B, width
         cache = state.target_cache.rewind(kept_B)
+        last_BD, cache = self._read_prompt(params, cache, *inputs)
         draft_state = self.drafter.rewind(state.draft_state, kept_B)
-        inputs = (tokens_BC, length_B, width)
-        draft_state = self.drafter.extend(params["draft"], draft_state, *inputs)
-        return self._first_state(params, request, cache, draft_state, *inputs)
+        draft_state = self.drafter.extend(params["draft"], draft_state, *inputs, cache.states)
+        return self._first_state(params, request, tokens_BC, length_B, last_BD, cache, draft_state)
 
-    def _first_state(self, params, request, cache, draft_state, tokens_BC, length_B, width):
-        """The target's pass over the prompt behind `cache`, and what follows from it."""
-        last_BD, cache = run_chunks(
-            *(lambda *args: self.target.forward(params["target"], *args), cache),
-            *(self.target.model.no_states(len(length_B)), tokens_BC, length_B, width),
-        )
+    def _read_prompt(self, params, cache: KVCache, tokens_BC, length_B, width: int):
+        """The target's passes over what of the prompt `cache` does not hold: the last token's state `[B, D]`, and the cache."""
+
+        def forward(chunk_BW, cache):
+            return self.target.forward(params["target"], chunk_BW, cache)
+
+        nothing_BD = self.target.model.no_states(len(length_B))
+        return run_chunks(forward, cache, nothing_BD, tokens_BC, length_B, width)
+
+    def _first_state(self, params, request, tokens_BC, length_B, last_BD, cache, draft_state):
+        """The state after the first emitted token, which follows from the prompt's last state."""
         logits_B1V = self.target.logits(params["target"], last_BD[:, None])
         token_B = self._sample(logits_B1V, request, fold_in(request.key_B, length_B))
         zeros_B = jnp.zeros_like(length_B)
@@ -112,7 +116,7 @@ class Decoder:
         )
 
     def _sample(self, logits_B1V, request: Request, key_B) -> jax.Array:
-        if self.greedy:
+        if self.verifier.greedy:
             return jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
         return sample(probabilities(logits_B1V, request.sampling)[:, 0], key_B)
 
@@ -143,27 +147,33 @@ class Decoder:
         num_draft_B = jnp.where(state.done_B, 0, num_draft_B)
         draft_key_B, _ = self._round_keys(request, state)
         proposal, draft_state = self.drafter.propose(
-            *(params["draft"], state.draft_state, state.tokens_BC, state.length_B),
-            *(num_draft_B, draft_key_B, request),
+            params["draft"],
+            state.draft_state,
+            state.tokens_BC,
+            state.length_B,
+            num_draft_B,
+            draft_key_B,
+            request,
+            state.target_cache.states,
         )
         if "step_counts" in (after := self.drafter.stats(draft_state)):
             steps_BE = after["step_counts"] - self.drafter.stats(state.draft_state)["step_counts"]
-            charged_BE = self._charged(steps_BE)
+            charged_BE = self.verifier.charged(steps_BE)
             state = state.replace(guard=charge(state.guard, request.drafting, charged_BE))
         return proposal, state.replace(draft_state=draft_state)
 
     def verify(self, params, request: Request, state: DecodeState, proposal):
         """One target pass over the last emitted token and the drafted ones."""
-        window_BT, place = self._window(state, proposal)
-        B, T = window_BT.shape
+        tokens_BT, place = self.verifier.window(state, proposal)
+        B, T = tokens_BT.shape
 
         def forward(width, carry):
             cache, logits_BTV = carry
             h_BTD, cache = self.target.forward(
                 params["target"],
-                window_BT[:, :width],
+                tokens_BT[:, :width],
                 cache,
-                jax.tree.map(lambda each: each[:, :width], place),
+                None if place is None else place.first(width),
             )
             own_BTV = self.target.logits(params["target"], h_BTD)
             if width == T:
@@ -172,7 +182,9 @@ class Decoder:
 
         nothing_BTV = jnp.zeros((B, T, self.target.model.config.vocab_size), jnp.float32)
         carry = state.target_cache, nothing_BTV
-        cache, logits_BTV = at_width(self.widths, self._needed_width(proposal), forward, carry)
+        cache, logits_BTV = at_width(
+            self.verifier.widths, self.verifier.needed_width(proposal), forward, carry
+        )
         _, accept_key_B = self._round_keys(request, state)
         verified = Verified(proposal, logits_BTV, accept_key_B)
         return verified, state.replace(target_cache=cache)
@@ -180,7 +192,7 @@ class Decoder:
     def accept(self, request: Request, state: DecodeState, verified: Verified) -> DecodeState:
         """Emits the accepted tokens and one more, rewinds both caches, and checks the stop conditions."""
         proposal, live_B = verified.proposal, ~state.done_B
-        emitted_BT, num_accepted_B, state = self._judge(request, state, verified)
+        emitted_BT, num_accepted_B, state = self.verifier.judge(request, state, verified)
         num_emitted_B, stopped_B = _until_stop(emitted_BT, num_accepted_B + 1, request.stop_ids_BN)
         num_emitted_B = jnp.where(live_B, num_emitted_B, 0)
         length_B = state.length_B + num_emitted_B
@@ -202,44 +214,12 @@ class Decoder:
             drafted_BG=state.drafted_BG + reached_BG(proposal.num_draft_B),
             # A tree may hold tokens behind a stop token; they are not emitted.
             accepted_BG=state.accepted_BG + reached_BG(jnp.minimum(num_accepted_B, num_emitted_B)),
-            proposed_B=state.proposed_B + jnp.where(live_B, self._num_proposed(proposal), 0),
+            proposed_B=state.proposed_B
+            + jnp.where(live_B, self.verifier.num_proposed(proposal), 0),
             guard=settle(
                 *(state.guard, request.drafting, proposal.num_draft_B, num_emitted_B, live_B)
             ),
         )
-
-    def _window(self, state: DecodeState, proposal):
-        """The tokens that the target computes, and their place if they are not a text."""
-        last_B1 = jnp.take_along_axis(state.tokens_BC, state.length_B[:, None] - 1, axis=1)
-        return jnp.concatenate([last_B1, proposal.tokens_BG], axis=1), None
-
-    def _needed_width(self, proposal) -> jax.Array:
-        """int32 scalar: positions that this round's target pass has to compute."""
-        return jnp.max(proposal.num_draft_B) + 1
-
-    def _charged(self, steps_BE: jax.Array) -> jax.Array:
-        """int32 `[B, E]`: the steps by exit that the guard charges a round with, from those that it made."""
-        return steps_BE
-
-    def _num_proposed(self, proposal) -> jax.Array:
-        """int32 `[B]`: drafted tokens that the target verifies."""
-        return proposal.num_draft_B
-
-    def _judge(self, request: Request, state: DecodeState, verified: Verified):
-        """What a round emits: `[B, G + 1]` tokens, of which `num_accepted_B` and one count, and the state that holds them."""
-        proposal = verified.proposal
-
-        def judge(width, _):
-            logits_BTV, drafted = verified.logits_BTV[:, :width], proposal.first(width - 1)
-            if self.greedy:
-                return accept_greedy(drafted, logits_BTV)
-            target_probs_BTV = probabilities(logits_BTV, request.sampling)
-            return accept_sampled(drafted, target_probs_BTV, verified.key_B)
-
-        carry = (jnp.zeros_like(state.length_B),) * 2
-        needed = self._needed_width(proposal)
-        num_accepted_B, next_token_B = at_width(self.widths, needed, judge, carry)
-        return append_next(proposal.tokens_BG, num_accepted_B, next_token_B), num_accepted_B, state
 
     def _round_keys(self, request: Request, state: DecodeState):
         """A row's length grows every round, so its keys never repeat and never depend on other rows."""
@@ -253,9 +233,3 @@ def _until_stop(emitted_BT, num_emitted_B, stop_ids_BN):
     first_stop_B = jnp.argmax(stop_BT, axis=1).astype(jnp.int32)
     stopped_B = jnp.any(stop_BT, axis=1)
     return jnp.where(stopped_B, first_stop_B + 1, num_emitted_B), stopped_B
-
-
-def append_next(tokens_BG, num_accepted_B, next_token_B) -> jax.Array:
-    """int32 `[B, G + 1]`: the accepted tokens, and the next one behind them."""
-    emitted_BT = jnp.pad(tokens_BG, ((0, 0), (0, 1)))
-    return write_window(emitted_BT, next_token_B[:, None], num_accepted_B, axis=1)

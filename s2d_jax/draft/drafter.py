@@ -31,8 +31,24 @@ class Proposal:
         return self.replace(tokens_BG=self.tokens_BG[:, :count], draft_probs_BGV=probs_BGV)
 
 
+# States `[B, C, D]` of the target by their names, valid at the positions that have been through it: all but the last token's.
+# After a call that returns they are garbage beyond, like the entries of a cache.
+TargetStates = dict[str, jax.Array]
+
+
 class Drafter(Protocol):
-    """One way of drafting. Its state is a pytree that only it understands."""
+    """One way of drafting. Its state is a pytree that only it understands.
+
+    `seen`, where a method has it, holds the target's states that `target_states` names.
+    """
+
+    @property
+    def target_states(self) -> tuple[str, ...]:
+        """Which states of the target it wants to see at every position; () for none.
+
+        "final_norm" is the state after the final norm, "input_3" the input of layer 3 (counted from 0), and so on.
+        """
+        ...
 
     @property
     def width(self) -> int:
@@ -44,11 +60,26 @@ class Drafter(Protocol):
         """How many positions beyond a row's length it may write to."""
         ...
 
-    def init(self, params: Any, tokens_BC: jax.Array, length_B: jax.Array, prompt_width: int):
+    def init(
+        self,
+        params: Any,
+        tokens_BC: jax.Array,
+        length_B: jax.Array,
+        prompt_width: int,
+        seen: TargetStates,
+    ) -> Any:
         """The state after the first `length_B` of `tokens_BC`, computed `prompt_width` (static) at a time."""
         ...
 
-    def extend(self, params: Any, state, tokens_BC, length_B: jax.Array, width: int):
+    def extend(
+        self,
+        params: Any,
+        state: Any,
+        tokens_BC: jax.Array,
+        length_B: jax.Array,
+        width: int,
+        seen: TargetStates,
+    ) -> Any:
         """The state after the first `length_B` of `tokens_BC`, of which `state` holds some; counters start again at 0."""
         ...
 
@@ -57,8 +88,16 @@ class Drafter(Protocol):
         ...
 
     def propose(
-        self, params: Any, state, tokens_BC, length_B, num_draft_B, key_B, request: Request
-    ) -> tuple[Proposal, Any]:
+        self,
+        params: Any,
+        state: Any,
+        tokens_BC: jax.Array,
+        length_B: jax.Array,
+        num_draft_B: jax.Array,
+        key_B: jax.Array,
+        request: Request,
+        seen: TargetStates,
+    ) -> tuple[Any, Any]:
         """Drafts up to `num_draft_B` tokens after the first `length_B` of `tokens_BC`."""
         ...
 

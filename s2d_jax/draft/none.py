@@ -20,19 +20,23 @@ class NoDrafter:
     width: int = 0
 
     @property
+    def target_states(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def margin(self) -> int:
         return 0
 
-    def init(self, params, tokens_BC, length_B, prompt_width):
+    def init(self, params, tokens_BC, length_B, prompt_width, seen):
         return ()
 
-    def extend(self, params, state, tokens_BC, length_B, width):
+    def extend(self, params, state, tokens_BC, length_B, width, seen):
         return state
 
     def grow(self, state, capacity):
         return state
 
-    def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
+    def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request, seen):
         tokens_BG = jnp.zeros((tokens_BC.shape[0], self.width), jnp.int32)
         return Proposal(tokens_BG, jnp.zeros_like(num_draft_B), None), state
 

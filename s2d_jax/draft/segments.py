@@ -21,6 +21,7 @@ from s2d_jax.draft.logits import fit_draft_logits, num_entries
 from s2d_jax.model import tree_mask
 from s2d_jax.model.conditional import run_if
 from s2d_jax.model.kv_cache import KVCache, grow_axis, keep_path, read_window, write_window
+from s2d_jax.model.place import Place
 from s2d_jax.model.prefill import reached, states_at_end
 from s2d_jax.model.transformer import Transformer
 
@@ -58,19 +59,18 @@ class Slots:
     ancestors_BSS: jax.Array
     width: int = flax.struct.field(pytree_node=False)
 
-    def place(self, start_B, width: int, capacity: int):
-        """Rotary positions and mask of the `width` positions from `start_B` on, in a cache of `capacity`."""
-        position_BT = start_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
-        slot_BT = position_BT - self.length_B[:, None]
+    def place(self, start_B, width: int, capacity: int) -> Place:
+        """The place of the `width` positions from `start_B` on, in a cache of `capacity`."""
+        text = Place.of_text(start_B, width, capacity)
+        slot_BT = text.positions_BT - self.length_B[:, None]
         rotary_BT = jnp.where(
-            slot_BT < 0, position_BT, self.length_B[:, None] + slot_BT // self.width
+            slot_BT < 0, text.positions_BT, self.length_B[:, None] + slot_BT // self.width
         )
         at_BT1 = jnp.clip(slot_BT, 0, self.ancestors_BSS.shape[1] - 1)[:, :, None]
         ancestors_BTS = jnp.take_along_axis(self.ancestors_BSS, at_BT1, axis=1)
         in_tree_BTC = tree_mask.mask(ancestors_BTS, self.length_B, capacity)
-        each_C = jnp.arange(capacity, dtype=jnp.int32)
-        in_text_BTC = each_C[None, None, :] <= position_BT[:, :, None]
-        return rotary_BT, jnp.where((slot_BT < 0)[:, :, None], in_text_BTC, in_tree_BTC)
+        mask_BTC = jnp.where((slot_BT < 0)[:, :, None], text.mask_BTS, in_tree_BTC)
+        return Place(rotary_BT, mask_BTC)
 
 
 @flax.struct.dataclass
@@ -179,8 +179,8 @@ class Segments:
             source = tokens_BC if s == 0 else state.entries[s - 1]
             chunk = read_window(source, cache.length_B, width)
             h_BWD = apply("embed", chunk) if s == 0 else chunk
-            where = () if slots is None else (slots.place(cache.length_B, width, source.shape[1]),)
-            h_BWD, written = apply("run_blocks", h_BWD, cache, start, stop, *where)
+            place = None if slots is None else slots.place(cache.length_B, width, source.shape[1])
+            h_BWD, written = apply("run_blocks", h_BWD, cache, start, stop, place)
             entries = list(state.entries)
             if s < len(entries):
                 entries[s] = write_window(entries[s], h_BWD, cache.length_B, axis=1)
@@ -300,10 +300,14 @@ class SegmentedDrafter:
 
     segments: Segments
 
-    def init(self, params, tokens_BC, length_B, prompt_width):
+    @property
+    def target_states(self) -> tuple[str, ...]:
+        return ()
+
+    def init(self, params, tokens_BC, length_B, prompt_width, seen):
         return self.segments.init(params, tokens_BC, length_B, prompt_width)
 
-    def extend(self, params, state, tokens_BC, length_B, width):
+    def extend(self, params, state, tokens_BC, length_B, width, seen):
         return self.segments.extend(params, state, tokens_BC, length_B, width)
 
     def grow(self, state, capacity):

@@ -34,7 +34,7 @@ class SortedDrafter(SegmentedDrafter):
     def margin(self) -> int:
         return self.chain.width + max(self.catch_up_width, self.return_width)
 
-    def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request):
+    def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request, seen):
         segments = self.segments
         # The first segment sees every token as it comes: nearly always just one waits for it.
         widths = 1, self.catch_up_width

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.errors import UserError
+from s2d_jax.generation.planner import Planner
 from s2d_jax.generation.session import Session
 from s2d_jax.generation.stream import Delta, GenerationResult, Stream
-from s2d_jax.text.tokenizer import Tokenizer
 
 Message = dict[str, str]
 
@@ -20,15 +20,14 @@ class Conversation:
     prefix of token ids that the caches hold of each row. `ask` and `ask_stream` keep the messages of one conversation.
 
     Args:
-        start: `(session, prompts, sampling, rounds_per_look=, keep=) -> Stream`.
-        tokenizer: of the target.
+        planner: of the target and the draft.
 
     Attributes:
         messages: of `ask` and `ask_stream`: questions and answers so far. May be given a system message first.
     """
 
-    def __init__(self, start: Callable[..., Stream], tokenizer: Tokenizer | None):
-        self._start, self._tokenizer, self._session = start, tokenizer, Session()
+    def __init__(self, planner: Planner):
+        self._planner, self._session = planner, Session()
         self.messages: list[Message] = []
 
     def generate(
@@ -37,7 +36,8 @@ class Conversation:
         sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
     ) -> GenerationResult:
         """As `SpeculativeDecoder.generate`; another number of prompts than before starts with empty caches."""
-        return self._start(self._session, prompts, sampling, keep=True).result
+        plan = self._planner.plan(prompts, sampling)
+        return Stream(self._session, plan, keep=True).finish()
 
     def stream(
         self,
@@ -47,8 +47,8 @@ class Conversation:
         rounds_per_look: int = 8,
     ) -> Stream:
         """As `SpeculativeDecoder.stream`. A stream that is closed leaves what it has computed to the next call."""
-        options = {"rounds_per_look": rounds_per_look, "keep": True}
-        return self._start(self._session, prompts, sampling, **options)
+        plan = self._planner.plan(prompts, sampling)
+        return Stream(self._session, plan, rounds_per_look=rounds_per_look, keep=True)
 
     def ask(
         self,
@@ -81,7 +81,7 @@ class Conversation:
                     self._add(text, stream.result)
 
     def _with(self, text: str) -> list[Message]:
-        if self._tokenizer is None:
+        if self._planner.target.tokenizer is None:
             raise UserError(f"{text[:40]!r} is text, but the target has no tokenizer; use generate")
         return [*self.messages, {"role": "user", "content": text}]
 

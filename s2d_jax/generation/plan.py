@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.draft.request import Request
 from s2d_jax.generation.buckets import bucket, chunk_width
+from s2d_jax.generation.placement import Placement
+from s2d_jax.text.tokenizer import Tokenizer
 
 UNLIMITED = 2**31 - 1
 
@@ -31,7 +33,8 @@ class Plan:
         context: positions that the target can take.
         prefill_chunk: positions that one pass over a prompt computes at most.
         initial_room: new tokens that the caches have room for at first.
-        place: puts host arrays where the parameters are.
+        placement: where the arrays of the call lie.
+        tokenizer: of the target; None gives no text.
     """
 
     decoder: Decoder
@@ -43,7 +46,8 @@ class Plan:
     context: int
     prefill_chunk: int
     initial_room: int
-    place: Callable[[Any], Any]
+    placement: Placement
+    tokenizer: Tokenizer | None
 
     @property
     def margin(self) -> int:
@@ -80,4 +84,4 @@ class Plan:
         for row, ids in enumerate(self.prompts):
             tokens[row, : len(ids)] = ids
         lengths = np.array([len(ids) for ids in self.prompts], np.int32)
-        return self.place((jnp.asarray(tokens), jnp.asarray(lengths)))
+        return self.placement.put((jnp.asarray(tokens), jnp.asarray(lengths)))

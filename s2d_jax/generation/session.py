@@ -51,7 +51,7 @@ class Session:
         if any(kept):
             self._grow(max(capacity, self._capacity), phase)
             arrays = plan.arrays(self._capacity)
-            kept_B = plan.place(jnp.asarray(kept, jnp.int32))
+            kept_B = plan.placement.put(jnp.asarray(kept, jnp.int32))
             inputs = (plan.params, plan.request, self._taken(), *arrays, kept_B)
             program, spent = compilation.extend_program(plan.decoder, width, inputs)
         else:

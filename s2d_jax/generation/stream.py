@@ -13,7 +13,6 @@ from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.generation.session import Look, Session
 from s2d_jax.generation.stats import GenerationStats, sum_stats
 from s2d_jax.text.detokenizer import RowText
-from s2d_jax.text.tokenizer import Tokenizer
 
 # Between these many rounds the host looks for stop strings.
 _ROUNDS_BETWEEN_LOOKS = 8
@@ -72,29 +71,32 @@ class Stream(Iterator[Delta]):
     Args:
         session: where it runs; what its caches hold of the prompts is not computed again.
         plan: what is asked for.
-        tokenizer: of the target; None gives no text.
-        rounds: rounds between two looks; None looks at the end only, or for stop strings.
+        rounds_per_look: rounds between two looks, at first fewer; None looks at the end only, or for stop strings.
         timing: what is timed.
         keep: leave the caches in the session at the end.
+
+    Raises:
+        UserError: if `rounds_per_look` is less than 1.
     """
 
     def __init__(
         self,
         session: Session,
         plan: Plan,
-        tokenizer: Tokenizer | None,
         *,
-        rounds: Iterator[int] | None = None,
+        rounds_per_look: int | None = None,
         timing: Timing = Timing(),
         keep: bool = False,
     ):
+        if rounds_per_look is not None and rounds_per_look < 1:
+            raise UserError(f"rounds_per_look={rounds_per_look} must be at least 1")
         self._session, self._plan, self._keep = session, plan, keep
-        self._texts = [RowText(tokenizer, row.stop) for row in plan.rows]
+        self._texts = [RowText(plan.tokenizer, row.stop) for row in plan.rows]
         self._done = [False] * len(plan.rows)
         self._seen = [len(ids) for ids in plan.prompts]
         self._look: Look | None = None
         self._result: GenerationResult | None = None
-        self._deltas = self._run(rounds, timing)
+        self._deltas = self._run(rounds_per_look, timing)
 
     def __next__(self) -> Delta:
         return next(self._deltas)
@@ -117,22 +119,26 @@ class Stream(Iterator[Delta]):
 
     @property
     def result(self) -> GenerationResult:
-        """All that was generated: complete once the iteration has ended. Runs to the end if it has not.
+        """All that was generated, once the iteration has ended or the stream was closed.
 
         Raises:
-            UserError: if the stream was closed before its first token.
+            UserError: if the stream still runs, or was closed before its first token.
         """
         if self._result is None:
-            for _ in self:
-                pass
-        if self._result is None:
-            raise UserError("the stream was closed before its first token; iterate first")
+            raise UserError("the stream has no result yet; iterate to its end, or call finish()")
         return self._result
 
-    def _run(self, rounds: Iterator[int] | None, timing: Timing) -> Iterator[Delta]:
+    def finish(self) -> GenerationResult:
+        """Runs to the end, and returns the result."""
+        for _ in self:
+            pass
+        return self.result
+
+    def _run(self, rounds_per_look: int | None, timing: Timing) -> Iterator[Delta]:
         try:
             self._session.begin(self._plan, wait=timing.prefill or timing.rounds)
-            if rounds is not None:
+            if rounds_per_look is not None:
+                rounds = _growing_rounds(rounds_per_look)
                 yield from self._read(self._session.look())
             elif any(row.stop for row in self._plan.rows):
                 rounds = itertools.repeat(_ROUNDS_BETWEEN_LOOKS)
@@ -202,7 +208,7 @@ class Stream(Iterator[Delta]):
         return {exit: int(n) for exit, n in zip(self._plan.exits, passes, strict=True)}
 
 
-def growing_rounds(most: int) -> Iterator[int]:
+def _growing_rounds(most: int) -> Iterator[int]:
     """1, 2, 4, ... up to `most`, which stays: the first words come soon, later the host asks less often."""
     rounds = 1
     while True:

@@ -25,11 +25,13 @@ class KVCache:
         keys: one `[B, K, S, H]` array per layer (rotary positions already applied).
         values: one `[B, K, S, H]` array per layer.
         length_B: int32 `[B]`, how many positions of each row are valid.
+        states: named states `[B, S, D]` at these positions, for who wants to see them (`draft.drafter.Drafter`); mostly none.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length_B: jax.Array
+    states: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
     @classmethod
     def create(
@@ -50,9 +52,22 @@ class KVCache:
             length_B=jnp.zeros(batch, jnp.int32),
         )
 
-    def positions(self, width: int) -> jax.Array:
-        """int32 `[B, width]`: the positions that the next `width` tokens of each row take."""
-        return self.length_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+    @property
+    def capacity(self) -> int:
+        """S, positions of each row that there is room for."""
+        return self.keys[0].shape[2]
+
+    def layers(self, start: int, stop: int) -> KVCache:
+        """The part of layers [start, stop), counted from the first that this cache is of."""
+        return KVCache(self.keys[start:stop], self.values[start:stop], self.length_B)
+
+    def write_states(self, states: dict[str, jax.Array]) -> KVCache:
+        """Writes states `[B, T, D]` behind the valid positions."""
+        written = {
+            name: write_window(self.states[name], new_BTD, self.length_B, axis=1)
+            for name, new_BTD in states.items()
+        }
+        return self.replace(states=written)
 
     def rewind(self, length_B: jax.Array) -> KVCache:
         """Clips every row to at most `length_B`."""
@@ -68,7 +83,8 @@ class KVCache:
             tuple(keep_path(x, start_B, index_BT, axis=2) for x in arrays)
             for arrays in (self.keys, self.values)
         )
-        return self.replace(keys=keys, values=values)
+        states = {name: keep_path(x, start_B, index_BT, axis=1) for name, x in self.states.items()}
+        return self.replace(keys=keys, values=values, states=states)
 
     def grow(self, capacity: int) -> KVCache:
         """The same cache with room for `capacity` positions."""
@@ -76,7 +92,8 @@ class KVCache:
             tuple(grow_axis(x, capacity, axis=2) for x in arrays)
             for arrays in (self.keys, self.values)
         )
-        return self.replace(keys=keys, values=values)
+        states = {name: grow_axis(x, capacity, axis=1) for name, x in self.states.items()}
+        return self.replace(keys=keys, values=values, states=states)
 
 
 def grow_axis(array: jax.Array, size: int, *, axis: int) -> jax.Array:

@@ -14,6 +14,7 @@ from s2d_jax.config.model import ModelConfig
 from s2d_jax.model.attention import Attention
 from s2d_jax.model.kv_cache import KVCache
 from s2d_jax.model.layers import MLP, ExitAdapter, Linear, RMSNorm
+from s2d_jax.model.place import Place
 from s2d_jax.model.products.linear import linear
 from s2d_jax.model.products.weight_formats import embed
 from s2d_jax.sharding import over_rows
@@ -101,31 +102,29 @@ class Transformer(nn.Module):
         """`[B, T]` int32 -> `[B, T, D]` in the compute dtype. Ids beyond the vocabulary read its last row."""
         return self.embed_table(tokens_BT).astype(self.dtype)
 
-    def run_blocks(self, h_BTD, cache: KVCache, start: int, stop: int, place=None):
+    def run_blocks(self, h_BTD, cache: KVCache, start: int, stop: int, place: Place | None = None):
         """Runs layers [start, stop) on the T positions that follow each row's cached length.
 
         Args:
             h_BTD: the state before layer `start`.
             cache: of exactly these layers; its capacity S must hold `length_B + T`.
-            place: of a tree: rotary positions int32 `[B, T]`, and bool `[B, T, S]`, where each may look; None is a text, in
-                which each looks at all before it and itself.
+            place: of these positions; None continues the text.
 
         Returns:
             The state `[B, T, D]` after layer `stop - 1`, and the cache with the window written but its length unchanged.
         """
         if place is None:
-            positions_BT = cache.positions(h_BTD.shape[1])
-            capacity = cache.keys[0].shape[2]
-            each_S = jnp.arange(capacity, dtype=jnp.int32)
-            mask_BTS = each_S[None, None, :] <= positions_BT[:, :, None]
-        else:
-            positions_BT, mask_BTS = place
+            place = Place.of_text(cache.length_B, h_BTD.shape[1], cache.capacity)
         keys, values = [], []
         for layer, k, v in zip(self.layers[start:stop], cache.keys, cache.values, strict=True):
-            h_BTD, (k, v) = layer(h_BTD, positions_BT, mask_BTS, (k, v, cache.length_B))
+            h_BTD, (k, v) = layer(h_BTD, place.positions_BT, place.mask_BTS, (k, v, cache.length_B))
             keys.append(k)
             values.append(v)
         return h_BTD, cache.replace(keys=tuple(keys), values=tuple(values))
+
+    def normed(self, h: jax.Array) -> jax.Array:
+        """The state `[..., D]` after the last layer, after the final norm."""
+        return self.final_norm(h)
 
     def logits(self, h: jax.Array, exit_layer: int | None = None) -> jax.Array:
         """`[..., D]` -> f32 `[..., V]` (`[..., K]` with a trimmed head): the final norm and a head.

@@ -84,7 +84,7 @@ class TreeDrafter(SegmentedDrafter):
         return self.growth.num_slots + max(level_width, _WAITING, self.return_width)
 
     def propose(
-        self, params, state, tokens_BC, length_B, num_draft_B, key_B, request: Request
+        self, params, state, tokens_BC, length_B, num_draft_B, key_B, request: Request, seen
     ) -> tuple[TreeProposal, SortedState]:
         segments, growth = self.segments, self.growth
         if self.return_width:

@@ -39,16 +39,16 @@ from tiny import enumerable_draft, enumerable_model, with_parts
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.decode.target import Target
+from s2d_jax.decode.verifier import ChainVerifier
 from s2d_jax.draft import chain
 from s2d_jax.draft.chain import ChainConfig
-from s2d_jax.draft.independent import IndependentDrafter
 from s2d_jax.draft.length import DraftingArrays
 from s2d_jax.draft.none import NoDrafter
 from s2d_jax.draft.request import Request
 from s2d_jax.draft.segments import Segments
 from s2d_jax.draft.sorted import SortedDrafter
-from s2d_jax.generation import decoder as generation
-from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.generation import build
+from s2d_jax.generation.planner import Planner
 from s2d_jax.model.products import linear
 from s2d_jax.model.transformer import Transformer
 from s2d_jax.sampling import SamplingArrays
@@ -88,19 +88,20 @@ def pytest_generate_tests(metafunc):
 def _decoder(mode: Mode, target, draft) -> Decoder:
     if mode.tree is not None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generation, "_RETURN_WIDTH", 3)
-            return SpeculativeDecoder(target, draft, mode.config())._decoder(greedy=False)
+            patch.setattr(build, "_RETURN_WIDTH", 3)
+            return Planner(target, draft, mode.config()).decoder(greedy=False)
     config = ChainConfig(WIDTH, VOCAB, greedy=False, sampled=mode.sampled, watched=mode.watched)
     model = draft.drafting_transformer
     exits, back = draft.draft_config.exit_layers, 3 if mode.guarded else 0
     drafter = {
         "none": NoDrafter(0),
-        "independent": IndependentDrafter(model, config, back),
+        "independent": SortedDrafter(Segments(model, exits[-1:], VOCAB), config, 2, back),
         "fixed": SortedDrafter(Segments(model, (1,), VOCAB), config, 2, back),
         "thresholds": SortedDrafter(Segments(model, exits, VOCAB), config, 2, back),
     }[mode.policy]
     widths = (1,) if mode.policy == "none" else mode.config().verify_widths
-    return Decoder(Target(Transformer(target.config, target.dtype)), drafter, False, widths)
+    verifier = ChainVerifier(greedy=False, widths=widths)
+    return Decoder(Target(Transformer(target.config, target.dtype)), drafter, verifier)
 
 
 @functools.cache

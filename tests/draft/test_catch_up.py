@@ -33,7 +33,7 @@ def _compiled(num_exits: int, batch: int):
     segments = Segments(Transformer(config), exits, VOCAB)
     chain = ChainConfig(DRAFT_WIDTH, VOCAB, True, True)
     drafter = SortedDrafter(segments, chain, catch_up_width=3)
-    init = jax.jit(lambda tokens, length: drafter.init(params, tokens, length, PROMPT_WIDTH))
+    init = jax.jit(lambda tokens, length: drafter.init(params, tokens, length, PROMPT_WIDTH, {}))
 
     @functools.partial(jax.jit, static_argnums=1)
     def catch_up(state, s, tokens_BC, end_B):

@@ -20,7 +20,7 @@ from s2d_jax.draft import guard
 from s2d_jax.draft.guard import GuardState
 from s2d_jax.draft.length import DraftingArrays, decide, next_length
 from s2d_jax.errors import UserError
-from s2d_jax.generation import decoder as generation
+from s2d_jax.generation import planner
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.weights.model import Draft, Model
 
@@ -54,7 +54,7 @@ def test_the_heuristic_adds_two_or_takes_one_per_row():
 @pytest.mark.parametrize(("rule", "batch"), [*((rule, 4) for rule in RULES), ("guarded gain", 1)])
 def test_greedy_tokens_are_those_of_plain_decoding(target, draft, monkeypatch, rule, batch):
     """With widths that change the logits differ in their last bits, yet on these models no token does."""
-    monkeypatch.setattr(generation, "allowance", lambda *_: 4.0)
+    monkeypatch.setattr(planner, "allowance", lambda *_: 4.0)
     plain = SpeculativeDecoder(target).generate(PROMPTS[:batch], GREEDY)
     result = SpeculativeDecoder(target, draft, RULES[rule]).generate(PROMPTS[:batch], GREEDY)
     assert result.token_ids == plain.token_ids
@@ -111,7 +111,7 @@ def test_a_draft_that_returns_has_caught_up(target, monkeypatch, exits):
 
     At costs at which even that does not pay, rows pause and probe.
     """
-    monkeypatch.setattr(generation, "allowance", lambda *_: 45.0)
+    monkeypatch.setattr(planner, "allowance", lambda *_: 45.0)
     costs = RoundCosts((0.1,) * len(exits), (1.0, *(12.0,) * 5))
     config = DecodeConfig(exits=exits, costs=costs, guard=True, exit_thresholds=None)
     itself = Draft(target.config, target.params, None, "itself", DraftConfig(EXITS))

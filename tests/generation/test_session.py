@@ -183,10 +183,7 @@ def test_caches_grow_when_they_are_full(target, drafts, way):
     assert tight.prepare(PROMPTS, rows)[2][2].shape == (2, 192)
     assert tight.generate(PROMPTS, rows).token_ids == roomy.token_ids
     assert [len(ids) for ids in roomy.token_ids] == [35, 190]
-    stream = tight.stream(PROMPTS, rows)
-    for _ in stream:
-        pass
-    assert stream.result.token_ids == roomy.token_ids
+    assert tight.stream(PROMPTS, rows).finish().token_ids == roomy.token_ids
 
 
 def test_a_later_turn_grows_the_caches(target):

@@ -80,7 +80,7 @@ def test_closing_stops_decoding_and_frees_the_caches(decoder):
         assert got == all_ids[: len(got)]
     unused = decoder.stream(PROMPTS, GREEDY)
     unused.close()
-    with pytest.raises(UserError, match="closed before its first token"):
+    with pytest.raises(UserError, match=r"no result yet; iterate to its end, or call finish\(\)"):
         _ = unused.result
 
 

@@ -15,11 +15,13 @@ from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.decode import programs as compilation
-from s2d_jax.decode.loop import Decoder
 from s2d_jax.decode.programs import programs
+from s2d_jax.decode.verifier import ChainVerifier
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.generation.planner import Planner
 from s2d_jax.generation.session import Session
-from s2d_jax.tree.loop import TreeDecoder
+from s2d_jax.generation.stream import Stream
+from s2d_jax.tree.verifier import TreeVerifier
 from s2d_jax.weights.model import Model
 
 MIXED = ("s2d", "s2d by node", "s2d static", "independent")
@@ -238,11 +240,11 @@ def test_a_later_turn_equals_a_fresh_start(decoders, policy):
 
 def test_a_later_turn_under_a_policy_of_another_kind_starts_anew(pair, decoders):
     """A whole draft keeps other caches for chains than for trees; calibration may choose one for each temperature."""
-    chain = SpeculativeDecoder(*pair, DecodeConfig((3,), num_draft_tokens=3))
+    chain = Planner(*pair, DecodeConfig((3,), num_draft_tokens=3))
     tree, session = decoders["independent"], Session()
-    first = chain._stream(session, PROMPTS, TURN, keep=True).result
+    first = Stream(session, chain.plan(PROMPTS, TURN), keep=True).finish()
     later = [[*p, *ids, 9, 8] for p, ids in zip(PROMPTS, first.token_ids, strict=True)]
-    second = tree._stream(session, later, TURN, keep=True).result
+    second = Stream(session, tree._planner.plan(later, TURN), keep=True).finish()
     assert second.token_ids == tree.generate(later, TURN).token_ids
     assert [row.prefilled_tokens for row in second.row_stats] == [len(ids) for ids in later]
 
@@ -311,10 +313,10 @@ def test_other_thresholds_and_sampling_compile_nothing(pair, monkeypatch):
     assert not compiled
 
 
-def test_chains_keep_their_own_decoder(pair, decoders):
+def test_chains_keep_their_own_verifier(pair, decoders):
     """A chain has no part of the tree's machinery."""
     chain, *_ = SpeculativeDecoder(*pair).prepare(PROMPTS, GREEDY)
     tree, *_ = decoders["s2d"].prepare(PROMPTS, GREEDY)
-    assert type(chain) is Decoder
-    assert type(tree) is TreeDecoder
+    assert type(chain.verifier) is ChainVerifier
+    assert type(tree.verifier) is TreeVerifier
     assert tuple(decoders["s2d"].exits) == EXITS

@@ -16,6 +16,7 @@ from tree_tiny import BY_NODE, EXITS, GREEDY, HOT, POLICIES, PROMPTS, THRESHOLDS
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.generation.planner import Planner
 from s2d_jax.weights.model import Model
 
 
@@ -314,7 +315,7 @@ def test_tokens_behind_a_stop_token_are_not_accepted(pair):
 
 def test_the_guard_charges_every_level_as_the_deepest(pair):
     """A level that goes to a deeper exit takes along the levels before it that did not."""
-    decoder = SpeculativeDecoder(*pair, POLICIES["s2d"])._decoder(greedy=True)
+    decoder = Planner(*pair, POLICIES["s2d"]).decoder(greedy=True)
     steps_BE = np.array([[2, 0, 1], [3, 0, 0], [1, 1, 0], [0, 0, 0]], np.int32)
     charged = [[0, 0, 3], [3, 0, 0], [0, 2, 0], [0, 0, 0]]
-    np.testing.assert_array_equal(decoder._charged(steps_BE), charged)
+    np.testing.assert_array_equal(decoder.verifier.charged(steps_BE), charged)

@@ -1,4 +1,4 @@
-"""Rounds that draft and verify a tree instead of a chain."""
+"""Verification of trees: the target's pass is over the tree, of which the accepted path stays in the caches."""
 
 from __future__ import annotations
 
@@ -7,73 +7,77 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from s2d_jax.decode.loop import Decoder, append_next
 from s2d_jax.decode.state import DecodeState, Verified
+from s2d_jax.decode.verifier import Judged, Window, append_next
 from s2d_jax.draft.request import Request
 from s2d_jax.model import tree_mask
 from s2d_jax.model.conditional import run_if
-from s2d_jax.tree import acceptance as tree_acceptance
+from s2d_jax.model.place import Place
+from s2d_jax.tree import acceptance
 from s2d_jax.tree import nodes as trees
 from s2d_jax.tree.drafter import TreeDrafter, TreeProposal
 
 
 @dataclasses.dataclass(frozen=True)
-class TreeDecoder(Decoder):
-    """Decoding with a `TreeDrafter`. The target's pass is over the tree, of which the accepted path stays in the caches."""
+class TreeVerifier:
+    """The `Verifier` of what a `TreeDrafter` proposes.
 
+    Attributes:
+        greedy, widths: as for every `Verifier`; the last width is that of the whole tree.
+        drafter: of the trees; its caches keep the accepted path as the target's do.
+    """
+
+    greedy: bool
+    widths: tuple[int, ...]
     drafter: TreeDrafter
 
-    @property
-    def margin(self) -> int:
-        return max(self.drafter.growth.nodes, self.drafter.margin)
-
-    def _window(self, state: DecodeState, proposal: TreeProposal):
+    def window(self, state: DecodeState, proposal: TreeProposal) -> Window:
         tree = proposal.tree
         above_BMM = trees.ancestors(tree.parent_BM, self.drafter.width)
         capacity = state.tokens_BC.shape[1]
         mask_BMC = tree_mask.mask(above_BMM, state.length_B - 1, capacity)
-        return tree.tokens_BM, (trees.positions(tree.depth_BM, state.length_B), mask_BMC)
+        place = Place(trees.positions(tree.depth_BM, state.length_B), mask_BMC)
+        return Window(tree.tokens_BM, place)
 
-    def _needed_width(self, proposal: TreeProposal) -> jax.Array:
+    def needed_width(self, proposal: TreeProposal) -> jax.Array:
         drafts = jnp.any(proposal.num_draft_B > 0)
-        return jnp.where(drafts, self.drafter.growth.nodes, 1)
+        return jnp.where(drafts, self.widths[-1], 1)
 
-    def _charged(self, steps_BE: jax.Array) -> jax.Array:
+    def num_proposed(self, proposal: TreeProposal) -> jax.Array:
+        return jnp.sum(proposal.tree.valid_BM, axis=1, dtype=jnp.int32) - 1
+
+    def charged(self, steps_BE: jax.Array) -> jax.Array:
         """Every level counts as one at the deepest exit of the round: a level that goes there takes earlier ones along."""
         E = steps_BE.shape[1]
         deepest_B = E - 1 - jnp.argmax(steps_BE[:, ::-1] > 0, axis=1)
         levels_B1 = jnp.sum(steps_BE, axis=1, keepdims=True)
         return levels_B1 * jax.nn.one_hot(deepest_B, E, dtype=steps_BE.dtype)
 
-    def _num_proposed(self, proposal: TreeProposal) -> jax.Array:
-        return jnp.sum(proposal.tree.valid_BM, axis=1, dtype=jnp.int32) - 1
-
-    def _judge(self, request: Request, state: DecodeState, verified: Verified):
+    def judge(self, request: Request, state: DecodeState, verified: Verified) -> Judged:
         tree, depth = verified.proposal.tree, self.drafter.width
         node_B, next_token_B = self._accepted(request, verified)
         num_accepted_B = _at(tree.depth_BM, node_B[:, None])[:, 0]
         path_BT = trees.path(tree.parent_BM, tree.depth_BM, node_B, depth)
         tokens_BG = _at(tree.tokens_BM, path_BT[:, 1:])
         emitted_BT = append_next(tokens_BG, num_accepted_B, next_token_B)
-        return emitted_BT, num_accepted_B, self._keep_path(state, tree, path_BT, num_accepted_B)
+        state = self._keep_path(state, tree, path_BT, num_accepted_B)
+        return Judged(emitted_BT, num_accepted_B, state)
 
     def _accepted(self, request: Request, verified: Verified):
         proposal, logits_BMV = verified.proposal, verified.logits_BTV
         if self.greedy:
-            return tree_acceptance.accept_greedy(proposal.tree, logits_BMV)
+            return acceptance.accept_greedy(proposal.tree, logits_BMV)
         inputs = logits_BMV, request.sampling, verified.key_B
         if proposal.draft_probs_BSK is None:
-            return tree_acceptance.accept_target_only(proposal.tree, *inputs)
-        return tree_acceptance.accept_without_replacement(
+            return acceptance.accept_target_only(proposal.tree, *inputs)
+        return acceptance.accept_without_replacement(
             proposal.tree, proposal.draft_probs_BSK, *inputs, request.vocabulary_K
         )
 
     def _keep_path(self, state: DecodeState, tree: trees.Tree, path_BT, num_accepted_B):
         """Moves the accepted path together in both caches. Nothing moves in rounds that accept nothing."""
-        root_B, depth_1T = (
-            state.length_B - 1,
-            jnp.arange(path_BT.shape[1], dtype=jnp.int32)[None, :],
-        )
+        root_B = state.length_B - 1
+        depth_1T = jnp.arange(path_BT.shape[1], dtype=jnp.int32)[None, :]
         slot_BT = _at(tree.slot_BM, path_BT)
         on_path_BT = depth_1T <= num_accepted_B[:, None]
         # Slots ascend along the path; the first that is missing ends it.

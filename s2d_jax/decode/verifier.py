@@ -1,0 +1,124 @@
+"""What a round with chains and one with trees do differently, as an object that the loop asks; and the one for chains."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from s2d_jax.decode.acceptance import accept_greedy, accept_sampled
+from s2d_jax.decode.state import DecodeState, Verified
+from s2d_jax.draft.drafter import Proposal
+from s2d_jax.draft.request import Request
+from s2d_jax.model.conditional import at_width
+from s2d_jax.model.kv_cache import write_window
+from s2d_jax.model.place import Place
+from s2d_jax.sampling import probabilities
+
+
+class Window(NamedTuple):
+    """What the target computes in a round.
+
+    Attributes:
+        tokens_BT: int32; the first is the last emitted token.
+        place: of these tokens; None where they continue the text.
+    """
+
+    tokens_BT: jax.Array
+    place: Place | None
+
+
+class Judged(NamedTuple):
+    """What the target makes of a proposal.
+
+    Attributes:
+        emitted_BT: int32 `[B, G + 1]`, the accepted tokens and the target's own; anything behind it.
+        num_accepted_B: int32.
+        state: its caches hold the accepted tokens behind the text, in order.
+    """
+
+    emitted_BT: jax.Array
+    num_accepted_B: jax.Array
+    state: DecodeState
+
+
+class Verifier(Protocol):
+    """How proposals of one kind are verified.
+
+    Attributes:
+        greedy: every row has temperature 0, so no probabilities are computed.
+        widths: how many positions a target pass may compute, ascending. A round takes the smallest that is wide enough.
+    """
+
+    @property
+    def greedy(self) -> bool: ...
+
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+
+    def window(self, state: DecodeState, proposal: Any) -> Window:
+        """What the target's pass computes."""
+        ...
+
+    def needed_width(self, proposal: Any) -> jax.Array:
+        """int32 scalar: positions of the window that this round's pass has to compute."""
+        ...
+
+    def num_proposed(self, proposal: Any) -> jax.Array:
+        """int32 `[B]`: drafted tokens that the target verifies."""
+        ...
+
+    def charged(self, steps_BE: jax.Array) -> jax.Array:
+        """int32 `[B, E]`: the draft's steps by exit that the guard charges a round with, from those that it made."""
+        ...
+
+    def judge(self, request: Request, state: DecodeState, verified: Verified) -> Judged:
+        """Applies the acceptance rule to the target's logits."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainVerifier:
+    """Verifies chains: the last emitted token and the drafted ones are a text."""
+
+    greedy: bool
+    widths: tuple[int, ...]
+
+    def window(self, state: DecodeState, proposal: Proposal) -> Window:
+        last_B1 = jnp.take_along_axis(state.tokens_BC, state.length_B[:, None] - 1, axis=1)
+        return Window(jnp.concatenate([last_B1, proposal.tokens_BG], axis=1), None)
+
+    def needed_width(self, proposal: Proposal) -> jax.Array:
+        return jnp.max(proposal.num_draft_B) + 1
+
+    def num_proposed(self, proposal: Proposal) -> jax.Array:
+        return proposal.num_draft_B
+
+    def charged(self, steps_BE: jax.Array) -> jax.Array:
+        return steps_BE
+
+    def judge(self, request: Request, state: DecodeState, verified: Verified) -> Judged:
+        proposal = verified.proposal
+
+        def accept(width, _):
+            logits_BTV, drafted = verified.logits_BTV[:, :width], proposal.first(width - 1)
+            if self.greedy:
+                return accept_greedy(drafted, logits_BTV)
+            target_probs_BTV = probabilities(logits_BTV, request.sampling)
+            return accept_sampled(drafted, target_probs_BTV, verified.key_B)
+
+        nothing = (jnp.zeros_like(state.length_B),) * 2
+        needed = self.needed_width(proposal)
+        num_accepted_B, next_token_B = at_width(self.widths, needed, accept, nothing)
+        emitted_BT = append_next(proposal.tokens_BG, num_accepted_B, next_token_B)
+        return Judged(emitted_BT, num_accepted_B, state)
+
+
+def append_next(
+    tokens_BG: jax.Array, num_accepted_B: jax.Array, next_token_B: jax.Array
+) -> jax.Array:
+    """int32 `[B, G + 1]`: the accepted tokens, and the next one behind them."""
+    emitted_BT = jnp.pad(tokens_BG, ((0, 0), (0, 1)))
+    return write_window(emitted_BT, next_token_B[:, None], num_accepted_B, axis=1)

@@ -1,0 +1,181 @@
+"""From prompts and sampling parameters to what the compiled programs are given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.decode.loop import Decoder
+from s2d_jax.draft.guard import allowance
+from s2d_jax.draft.length import DraftingArrays
+from s2d_jax.draft.request import Request
+from s2d_jax.errors import UserError
+from s2d_jax.generation.build import build_decoder
+from s2d_jax.generation.checks import check_pair, resolve_exits, vocabulary_of
+from s2d_jax.generation.placement import Placement
+from s2d_jax.generation.plan import UNLIMITED, Plan
+from s2d_jax.generation.policy import load_policy
+from s2d_jax.sampling import SamplingArrays
+from s2d_jax.weights.model import Model
+
+_STOP_SLOTS = 8
+
+
+class Planner:
+    """Plans the calls of one target with one draft.
+
+    Args:
+        target, draft, config: as for `SpeculativeDecoder`, which says what is raised.
+
+    Attributes:
+        exits: layers of the draft at which tokens may leave; () without a draft.
+        thresholds: of these exits.
+        placement: where the arrays of a call lie.
+    """
+
+    def __init__(self, target: Model, draft: Model | None, config: DecodeConfig):
+        if config.policy == "auto" and draft is None:
+            raise UserError("policy='auto' chooses how to use a draft; give one, or leave it out")
+        self.target, self.draft, self.config = target, draft, config
+        self.placement = Placement.beside(target.params)
+        self.exits, self.thresholds = resolve_exits(draft, config)
+        if draft is not None:
+            check_pair(target, draft, self.exits, config)
+        self._settled: dict[float, Planner] = {}
+        self._params = {
+            "target": target.params,
+            "draft": {} if draft is None else self.placement.put(draft.params),
+        }
+
+    def settled(self, temperature: float) -> Planner:
+        """The planner that really plans at a temperature: this one, or with `policy="auto"` the one that calibration chose.
+
+        Raises:
+            UserError: if nothing was calibrated for it.
+        """
+        if self.config.policy is None:
+            return self
+        if temperature not in self._settled:
+            draft, file = self.draft, self.config.policy_file
+            config = load_policy(self.target, draft, temperature, file).config
+            chosen = (None, DecodeConfig()) if config is None else (draft, config)
+            self._settled[temperature] = Planner(self.target, *chosen)
+        return self._settled[temperature]
+
+    @property
+    def verify_width(self) -> int:
+        """Positions that one target pass computes at most; give it to the `DecodeConfig` of a width-matched reference."""
+        if self.config.policy == "auto":
+            return self.settled(0.0).verify_width
+        if self.draft is not None:
+            return self.config.full_width
+        return self.config.verify_width or 1
+
+    def encode(self, prompt) -> list[int]:
+        """The token ids of a prompt that can be answered; UserError as in `SpeculativeDecoder.generate`."""
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+        if isinstance(prompt, str) or is_chat:
+            tokenizer = self.target.tokenizer
+            if tokenizer is None:
+                raise UserError(
+                    f"prompt {str(prompt)[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
+                )
+            prompt = tokenizer.encode_chat(prompt) if is_chat else tokenizer.encode(prompt)
+        ids, context = list(prompt), self.target.config.max_context
+        if not ids:
+            raise UserError("a prompt is empty; give at least one token")
+        vocab_size = self.target.config.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            outside = next(token for token in ids if not 0 <= token < vocab_size)
+            raise UserError(
+                f"a prompt has token id {outside}; the target's ids are 0 to {vocab_size - 1}"
+            )
+        if len(ids) >= context:
+            raise UserError(
+                f"a prompt has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
+            )
+        return ids
+
+    @staticmethod
+    def _per_row(sampling, count: int) -> list[SamplingParams]:
+        if isinstance(sampling, SamplingParams):
+            return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
+        if len(sampling) != count:
+            raise UserError(
+                f"{len(sampling)} sampling parameters for {count} prompts; give one each, or one for all"
+            )
+        return list(sampling)
+
+    def plan(self, prompts, sampling) -> Plan:
+        """What a call for these prompts asks for; UserError as in `SpeculativeDecoder.generate`."""
+        if not len(prompts):
+            raise UserError("there are no prompts; give at least one")
+        prompt_ids = [self.encode(prompt) for prompt in prompts]
+        rows = self._per_row(sampling, len(prompt_ids))
+        settled = self.settled(_hottest(rows))
+        if settled is not self:
+            return settled.plan(prompt_ids, rows)
+        if self.target.tokenizer is None and any(row.stop for row in rows):
+            raise UserError(
+                f"stop strings are texts, but {self.target.source} has no tokenizer; use stop_token_ids"
+            )
+        context = self.target.config.max_context
+        listed = vocabulary_of(self.draft)
+        limits = [
+            min(len(ids) + row.max_new_tokens, context)
+            for ids, row in zip(prompt_ids, rows, strict=True)
+        ]
+        decoder = self.decoder(greedy=all(row.temperature == 0.0 for row in rows))
+        request = Request(
+            sampling=SamplingArrays.stack(rows),
+            key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
+            max_length_B=jnp.asarray(limits, jnp.int32),
+            stop_ids_BN=jnp.asarray(self._stop_ids(rows)),
+            exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
+            max_rounds=jnp.asarray(UNLIMITED, jnp.int32),
+            vocabulary_K=None if listed is None else jnp.asarray(listed.ids_K),
+            drafting=self._drafting(rows, decoder.drafter.width),
+        )
+        return Plan(
+            decoder=decoder,
+            params=self._params,
+            request=self.placement.put(request),
+            rows=rows,
+            exits=self.exits,
+            prompts=prompt_ids,
+            context=context,
+            prefill_chunk=self.config.prefill_chunk,
+            initial_room=self.config.initial_room,
+            placement=self.placement,
+            tokenizer=self.target.tokenizer,
+        )
+
+    def decoder(self, *, greedy: bool) -> Decoder:
+        """The static decoder; `greedy`: every row has temperature 0."""
+        pair, mesh = (self.target, self.draft, self.exits), self.placement.mesh
+        return build_decoder(*pair, self.config, greedy=greedy, mesh=mesh)
+
+    def _stop_ids(self, rows: Sequence[SamplingParams]) -> np.ndarray:
+        """int32 `[B, N]`: N is a multiple of 8, so that few programs serve any number of stop tokens."""
+        own = self.target.config.eos_token_ids
+        ids = [sorted({*(() if row.ignore_eos else own), *row.stop_token_ids}) for row in rows]
+        slots = -(-max(1, *map(len, ids)) // _STOP_SLOTS) * _STOP_SLOTS
+        return np.array([row + [-1] * (slots - len(row)) for row in ids], np.int32)
+
+    def _drafting(self, rows: Sequence[SamplingParams], width: int) -> DraftingArrays:
+        config = self.config if self.draft is not None else DecodeConfig()
+        allowances = [
+            allowance(row.max_new_tokens, config) if config.guard else np.inf for row in rows
+        ]
+        return DraftingArrays.create(config, allowances, width, max(len(self.exits), 1))
+
+
+def _hottest(rows: Sequence[SamplingParams]) -> float:
+    """The temperature that decides for a batch: it is greedy only if all rows are."""
+    return max((row.temperature for row in rows), default=0.0)
