@@ -48,9 +48,8 @@ class PolicyKey:
     @classmethod
     def of(cls, target: Model, draft: Model, temperature: float) -> PolicyKey:
         formats = f"{weight_format(target)}/{weight_format(draft)}"
-        return cls(
-            fingerprint(target), fingerprint(draft), formats, device_kind(), float(temperature)
-        )
+        target_print, draft_print = str(fingerprint(target)), str(fingerprint(draft))
+        return cls(target_print, draft_print, formats, device_kind(), float(temperature))
 
     @property
     def temperature_class(self) -> str:
@@ -72,12 +71,12 @@ class Policy:
     evidence: Mapping[str, Any]
 
 
-def fingerprint(model: Model) -> str:
-    """A hash of a model's shape and of a few weights of every tensor; 16 hexadecimal digits."""
+def fingerprint(model: Model) -> Fingerprint:
+    """A hash of a model's shape and of a few weights of every tensor."""
     found = Fingerprint(model.config)
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         found.add(jax.tree_util.keystr(path), leaf)
-    return str(found)
+    return found
 
 
 def weight_format(model: Model) -> str:
@@ -137,11 +136,14 @@ def write_policies(file: Path, new: Sequence[Policy]) -> None:
 
 
 def find_policy(policies: Sequence[Policy], key: PolicyKey) -> Policy | None:
-    """The policy of this target, draft, formats and device whose temperature is of the same class (0, or above) and nearest."""
+    """The policy of this target, draft, formats and device whose temperature is of the same class (0, or above) and nearest.
+
+    Of several it is the last, which was written last.
+    """
     fields = ("target", "draft", "formats", "device", "temperature_class")
     fitting = [
         policy
-        for policy in policies
+        for policy in reversed(policies)
         if all(getattr(policy.key, name) == getattr(key, name) for name in fields)
     ]
     distance = lambda policy: abs(policy.key.temperature - key.temperature)  # noqa: E731
@@ -160,13 +162,24 @@ def load_policy(target: Model, draft: Model, temperature: float, file: str | Pat
     """
     path = policy_file_of(draft, file)
     key = PolicyKey.of(target, draft, temperature)
-    policy = find_policy(read_policies(path), key)
+    prints = fingerprint(target), fingerprint(draft)
+    found = [_renamed(policy, prints, key) for policy in read_policies(path)]
+    policy = find_policy(found, key)
     if policy is None:
         raise UserError(
             f"{path} has no policy for {target.source} ({key.formats}, {key.device}, {key.temperature_class}); run "
             f"python -m infer.calibrate --target {target.source} --draft {draft.source}"
         )
     return policy
+
+
+def _renamed(policy: Policy, prints: tuple[Fingerprint, Fingerprint], key: PolicyKey) -> Policy:
+    """The policy under the fingerprints of `key`, where it is of these models under an earlier form of them."""
+    written = policy.key.target, policy.key.draft
+    if not all(print.matches(name) for print, name in zip(prints, written, strict=True)):
+        return policy
+    renamed = dataclasses.replace(policy.key, target=key.target, draft=key.draft)
+    return dataclasses.replace(policy, key=renamed)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _load_on_base(
             yield name, array
 
     params = _read_params(config, tensors(), weight_format, mesh)
-    if str(seen) != base.fingerprint:
+    if not seen.matches(base.fingerprint):
         raise UserError(
             f"{base.path} is not the model that {local} was trained on (fingerprint {seen}, {base.fingerprint} is expected); "
             f"correct base.path in its {SORTED_DRAFT}"

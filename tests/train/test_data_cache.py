@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -75,10 +77,9 @@ def test_a_second_run_reads_what_the_first_one_made(config, tokenizer, monkeypat
 def test_the_key_depends_on_contents_tokenizer_template_and_length_only(
     config, tokenizer, tmp_path
 ):
-    import dataclasses
 
-    def key(config=config, tokenizer=tokenizer, code=()):
-        return cache_key(config, tokenizer, code)
+    def key(config=config, tokenizer=tokenizer):
+        return cache_key(config, tokenizer)
 
     change = lambda **fields: dataclasses.replace(config, **fields)  # noqa: E731
     other_name = shutil.copy(config.paths[0], tmp_path / "copy.jsonl")
@@ -92,12 +93,27 @@ def test_the_key_depends_on_contents_tokenizer_template_and_length_only(
         key(change(paths=config.paths * 2)),
         key(tokenizer=templated),
         key(tokenizer=tiny_tokenizer(VOCAB, texts=("other words",) * 3)),
-        key(code=(__file__,)),
     ]
     with open(config.paths[0], "a") as file:
         file.write("\n")
     different.append(key())
-    assert len({*different, same[0]}) == 7
+    assert len({*different, same[0]}) == 6
+
+
+def test_rows_are_those_that_the_key_stands_for(config, tokenizer, tmp_path):
+    """Whoever changes which rows are made sees this fail: add a word to `train.data.cache._HOW_ROWS_ARE_MADE`."""
+    roles = ("system", "user", "assistant", "user", "assistant")
+    talks = [
+        [{"role": role, "content": f"{role} {number} " * size} for role in roles]
+        for number, size in enumerate((1, 3, 9, 27))
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    rows, _ = build(dataclasses.replace(config, paths=(*config.paths, str(path))), tokenizer)
+    digest = hashlib.sha256()
+    for name in ("tokens", "segment_ids", "answer", "source"):
+        digest.update(np.asarray(rows[name][:]).astype(np.int32).tobytes())
+    assert digest.hexdigest()[:16] == "81438f0c568ff232"
 
 
 @pytest.mark.parametrize(
@@ -185,8 +201,6 @@ def test_a_source_that_grows_while_it_is_read_is_not_trusted(config, tokenizer, 
 
 
 def test_where_the_cache_is(config, monkeypatch, tmp_path):
-    import dataclasses
-
     assert cache_directory(config) == tmp_path / "cache"
     default = dataclasses.replace(config, cache_dir=None)
     monkeypatch.setenv("S2D_DATA_CACHE", str(tmp_path / "own"))

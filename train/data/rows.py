@@ -19,7 +19,6 @@ from s2d_jax.errors import UserError
 from s2d_jax.text.conversations import Message, read_conversations
 from s2d_jax.text.tokenizer import Tokenizer
 from train.config.sections import DataSection
-from train.data import tokenizing
 from train.data.cache import (
     ROWS,
     DamagedRows,
@@ -33,9 +32,6 @@ from train.data.documents import training_turns
 from train.data.packing import _fill_rows
 from train.data.report import DataReport, source_reports
 from train.data.tokenizing import OnProgress, tokenize_all
-
-# What the rows depend on, beside what the cache knows of itself.
-_CODE = (__file__, tokenizing.__file__)
 
 
 def build_rows(
@@ -61,11 +57,11 @@ def build_rows(
         UserError: for an unreadable or corrupt source, one with nothing to train on, or for ids beyond `vocab_size`.
     """
     cache = RowsCache(cache_directory(config))
-    key = cache_key(config, tokenizer, _CODE)
+    key = cache_key(config, tokenizer)
     found = cache.find(key)
     if found is None:
         rows, facts = _make_rows(config, tokenizer, on_progress)
-        if cache_key(config, tokenizer, _CODE) != key:
+        if cache_key(config, tokenizer) != key:
             raise UserError(
                 f"data.paths={config.paths}: a file changed while it was read; start again once it is whole"
             )
