@@ -179,8 +179,7 @@ def _numbers(x: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
 
 
-@flax.struct.dataclass
-class SamplingArrays:
+class SamplingArrays(flax.struct.PyTreeNode):
     """`SamplingParams` of every row, as arrays, so that changing them compiles nothing.
 
     Attributes:

@@ -87,8 +87,7 @@ class MedusaConfig:
         return tuple(self.decay**k for k in range(1, self.num_heads + 1))
 
 
-@flax.struct.dataclass
-class MedusaState:
+class MedusaState(flax.struct.PyTreeNode):
     """What a step changes.
 
     Attributes:
@@ -100,8 +99,7 @@ class MedusaState:
     opt_state: Any
 
 
-@flax.struct.dataclass
-class HeadSums:
+class HeadSums(flax.struct.PyTreeNode):
     """Sums over the counted tokens, one per head; divide by their number for means.
 
     Attributes:

@@ -11,8 +11,7 @@ from s2d_jax.draft.guard import GuardState
 from s2d_jax.model.kv_cache import KVCache
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """What the loop carries; donated from call to call.
 
     Attributes:
@@ -42,8 +41,7 @@ class DecodeState:
     guard: GuardState
 
 
-@flax.struct.dataclass
-class Verified:
+class Verified(flax.struct.PyTreeNode):
     """A round between the target's pass and its end."""
 
     proposal: Any

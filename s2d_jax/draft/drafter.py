@@ -10,8 +10,7 @@ import jax
 from s2d_jax.draft.request import Request
 
 
-@flax.struct.dataclass
-class Proposal:
+class Proposal(flax.struct.PyTreeNode):
     """A drafted chain per row.
 
     Attributes:

@@ -49,8 +49,7 @@ FIRST_WAIT = 8
 LONGEST_WAIT = 1024
 
 
-@flax.struct.dataclass
-class GuardState:
+class GuardState(flax.struct.PyTreeNode):
     """What speculation has saved in each row, and when it is tried again.
 
     Attributes:

@@ -31,8 +31,7 @@ from s2d_jax.config.decode import DecodeConfig
 _IDENTITY = (0.0, 1.0)
 
 
-@flax.struct.dataclass
-class DraftingArrays:
+class DraftingArrays(flax.struct.PyTreeNode):
     """What decides the draft length of every row.
 
     Attributes:

@@ -9,8 +9,7 @@ from s2d_jax.draft.length import DraftingArrays
 from s2d_jax.sampling import SamplingArrays
 
 
-@flax.struct.dataclass
-class Request:
+class Request(flax.struct.PyTreeNode):
     """What one call asks for, per row. Arrays only: nothing here compiles anything anew.
 
     Attributes:

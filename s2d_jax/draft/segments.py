@@ -26,8 +26,7 @@ from s2d_jax.model.prefill import reached, states_at_end
 from s2d_jax.model.transformer import Transformer
 
 
-@flax.struct.dataclass
-class SortedState:
+class SortedState(flax.struct.PyTreeNode):
     """What a sorted draft remembers.
 
     Attributes:
@@ -45,8 +44,7 @@ class SortedState:
     segment_passes_E: jax.Array
 
 
-@flax.struct.dataclass
-class Slots:
+class Slots(flax.struct.PyTreeNode):
     """The tree behind the text of each row.
 
     Attributes:
@@ -73,8 +71,7 @@ class Slots:
         return Place(rotary_BT, mask_BTC)
 
 
-@flax.struct.dataclass
-class Step:
+class Step(flax.struct.PyTreeNode):
     """The tokens of one step on their way through the exits.
 
     Attributes:

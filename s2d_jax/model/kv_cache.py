@@ -17,8 +17,7 @@ from s2d_jax.model.conditional import run_if
 _UNROLLED_ROWS = 16
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of some consecutive layers.
 
     Attributes:

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
-class Place:
+class Place(flax.struct.PyTreeNode):
     """The place of T positions in a cache of capacity S.
 
     Attributes:

@@ -84,8 +84,7 @@ def _follow(tree: Tree, choose: Callable[[jax.Array], jax.Array]):
     return node_B, next_token_B
 
 
-@flax.struct.dataclass
-class _Walk:
+class _Walk(flax.struct.PyTreeNode):
     """Every row on its way down its tree.
 
     Attributes:

@@ -26,8 +26,7 @@ from s2d_jax.tree.nodes import Tree
 _WAITING = 2
 
 
-@flax.struct.dataclass
-class TreeProposal:
+class TreeProposal(flax.struct.PyTreeNode):
     """A drafted tree per row.
 
     Attributes:
@@ -42,8 +41,7 @@ class TreeProposal:
     draft_probs_BSK: jax.Array | None
 
 
-@flax.struct.dataclass
-class _Growing:
+class _Growing(flax.struct.PyTreeNode):
     """A tree between two levels.
 
     Attributes:

@@ -32,8 +32,7 @@ from s2d_jax.sampling import draw, probabilities, top_k
 from s2d_jax.tree.nodes import Tree
 
 
-@flax.struct.dataclass
-class Children:
+class Children(flax.struct.PyTreeNode):
     """What a level brings forth: R expanded nodes with k candidates each.
 
     Attributes:
@@ -49,8 +48,7 @@ class Children:
     probs_BRK: jax.Array | None
 
 
-@flax.struct.dataclass
-class Candidates:
+class Candidates(flax.struct.PyTreeNode):
     """All candidates of a tree, level by level.
 
     Attributes:

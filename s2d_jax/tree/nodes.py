@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
-class Tree:
+class Tree(flax.struct.PyTreeNode):
     """The drafted tree of every row.
 
     Attributes:

@@ -6,8 +6,7 @@ import flax.struct
 import jax
 
 
-@flax.struct.dataclass
-class TopK:
+class TopK(flax.struct.PyTreeNode):
     """The K most probable tokens of a teacher at every position.
 
     Attributes:
@@ -19,8 +18,7 @@ class TopK:
     log_probs_BTK: jax.Array
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """Packed rows.
 
     Attributes:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from train.objective.labels import Labels
 
 
-@flax.struct.dataclass
-class _Walk:
+class _Walk(flax.struct.PyTreeNode):
     """The counted positions of each row, brought to its front and cut into chunks.
 
     Rows stay where they are: positions move within a row, so a batch that is split over devices stays so.

@@ -14,8 +14,7 @@ TokenValues = dict[str, jax.Array]
 TokenFunction = Callable[[Any, Any, jax.Array, "Labels"], TokenValues]
 
 
-@flax.struct.dataclass
-class Labels:
+class Labels(flax.struct.PyTreeNode):
     """What the positions of a batch are to learn.
 
     Attributes:

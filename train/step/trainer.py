@@ -26,8 +26,7 @@ from train.objective.trainable import join, split
 from train.step.optimizer import learning_rate, make_optimizer
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """What a step changes.
 
     Attributes:

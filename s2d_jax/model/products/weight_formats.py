@@ -20,8 +20,7 @@ _NEGLIGIBLE = 2e-36
 _PIECE = 1 << 22
 
 
-@flax.struct.dataclass
-class Int8Weight:
+class Int8Weight(flax.struct.PyTreeNode):
     """A matrix `values * scale`, quantised symmetrically with one scale for each output channel.
 
     Attributes:
