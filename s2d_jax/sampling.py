@@ -95,7 +95,8 @@ def top_k(x: Float[Array, "*B V"], k: int) -> tuple[Float[Array, "*B {k}"], Int[
     """
     V = x.shape[-1]
     if k * _BLOCK >= V:
-        return tuple(jax.lax.top_k(x, k))
+        values, at = jax.lax.top_k(x, k)
+        return values, at
     widths = [(0, 0)] * (x.ndim - 1) + [(0, -V % _BLOCK)]
     blocks = jnp.pad(x, widths, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, _BLOCK)
     _, chosen = jax.lax.top_k(jnp.max(blocks, axis=-1), k)

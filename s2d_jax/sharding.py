@@ -226,4 +226,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def mesh_of(params: Any) -> Mesh | None:
     """The mesh that `params` were placed on, or None for a single device."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.model.params import Params, abstract_params, logical_axes
-from s2d_jax.model.transformer import Transformer
+from s2d_jax.model.transformer import Transformer, apply_model
 from s2d_jax.sharding import (
     RULES,
     batch_sharding,
@@ -334,17 +334,16 @@ class MedusaTrainer:
     def _hidden(self, trunk: Params, batch: Batch) -> jax.Array:
         """The target's states `[B, T, D]` after its final norm. No gradient is ever asked of them."""
         model = Transformer(self.model_config, dtype=jnp.dtype(self.config.compute_dtype))
-
-        def run(model):
-            (hidden_BTD,) = model.exit_hiddens(
-                batch.tokens_BT,
-                exit_layers=(self.model_config.num_layers,),
-                positions_BT=batch.positions_BT,
-                segment_ids_BT=batch.segment_ids_BT,
-            )
-            return model.final_norm(hidden_BTD)
-
-        return model.apply({"params": trunk}, method=run)
+        (hidden_BTD,) = apply_model(
+            model,
+            trunk,
+            "exit_hiddens",
+            batch.tokens_BT,
+            exit_layers=(self.model_config.num_layers,),
+            positions_BT=batch.positions_BT,
+            segment_ids_BT=batch.segment_ids_BT,
+        )
+        return apply_model(model, trunk, "normed", hidden_BTD)
 
     def _gradient(self, heads: Params, trunk: Params, batch: Batch, scale_K: jax.Array):
         """Sums and gradient of a batch, in `accumulate` parts."""
@@ -354,7 +353,11 @@ class MedusaTrainer:
             targets_KBT, weights_KBT = head_targets(part, num_heads)
             hidden_BTD = self._hidden(trunk, part)
             return medusa_gradient(
-                *(heads, hidden_BTD, targets_KBT, weights_KBT, scale_K),
+                heads,
+                hidden_BTD,
+                targets_KBT,
+                weights_KBT,
+                scale_K,
                 chunk=self.config.loss_chunk,
                 mesh=self.mesh,
             )

@@ -108,7 +108,7 @@ def bench(args: Args) -> None:
         load_listed_draft(path, vocabulary if path else None, args.compute.draft_format)
         for path in (args.draft, args.independent_draft)
     )
-    rows, samples = [], []
+    rows, samples, dtype = [], [], ""
     for path in args.target:
         target = load_target(path, args.compute.target_format)
         dtype = target.dtype.name
@@ -118,7 +118,11 @@ def bench(args: Args) -> None:
         own = _measure(args, target, methods, questions)
         shares = {
             method.name: round_shares(
-                *(target, method, questions[: args.phase_questions], args.sampling), raw=args.raw
+                target,
+                method,
+                questions[: args.phase_questions],
+                args.sampling,
+                raw=args.raw,
             )
             for method in methods
         }
@@ -161,7 +165,10 @@ def _measure(
 
         greedy = args.sampling.temperature == 0
         return measure(
-            *(target, methods, questions, args.sampling),
+            target,
+            methods,
+            questions,
+            args.sampling,
             repeats=args.repeats,
             raw=args.raw,
             check_identity=greedy and not args.skip_identity_check,

@@ -91,10 +91,11 @@ def _plot(report: Report) -> Figure:
         figure.subplots(1, len(formats), sharey=True), formats, strict=True
     ):
         own = [row for row in report["rows"] if row["format"] == weight_format]
+        counts = sorted({row["rows"] for row in own})
         for form in dict.fromkeys(row["form"] for row in own):
             line = [row for row in own if row["form"] == form]
-            counts = [row["rows"] for row in line]
-            axes.plot(counts, [row["milliseconds"] for row in line], marker=".", label=form)
+            columns = [[row[key] for row in line] for key in ("rows", "milliseconds")]
+            axes.plot(*columns, marker=".", label=form)
         picked = [row for row in own if row["picked"]]
         counts_ms = [[row[key] for row in picked] for key in ("rows", "milliseconds")]
         axes.scatter(*counts_ms, marker="*", s=120, color="black", zorder=3, label="linear")

@@ -240,7 +240,9 @@ def bench_kernels(target: str | None, out: Path) -> None:
         task = progress.add_task("measuring the machine", total=runs)
         before = {"gb_per_s": read_bandwidth(), "gf_per_s": matmul_peak()}
         rows = time_forms(
-            *(chain, ROWS, _REPEATS),
+            chain,
+            ROWS,
+            _REPEATS,
             lambda name: progress.update(task, advance=1, description=name),
         )
         after = {"gb_per_s": read_bandwidth(), "gf_per_s": matmul_peak()}

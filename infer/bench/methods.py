@@ -81,7 +81,7 @@ def _of_method(name: str, given: DraftingOptions) -> DraftingOptions:
     options = dataclasses.replace(given, policy_file=None)  # only `auto` reads it
     found = _NAME.fullmatch(name)
     assert found is not None, name
-    count = found["count"] and int(found["count"])
+    count = None if found["count"] is None else int(found["count"])
     if found["tree"]:
         return options.with_tree(count)
     return options if count is None else dataclasses.replace(options, num_draft_tokens=count)

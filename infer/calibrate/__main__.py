@@ -4,58 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import tyro
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from s2d_jax.calibration.candidates import (
-    TOP_KS,
-    Candidate,
-    Prediction,
     best_of_families,
-    candidates,
 )
-from s2d_jax.calibration.confirm import Confirmed, alike, speed, time_in_alternation
-from s2d_jax.calibration.costs import Costs
-from s2d_jax.calibration.parallel import in_parallel
-from s2d_jax.calibration.record import answer_prompts, record_trace
-from s2d_jax.calibration.replay import predict
-from s2d_jax.calibration.time_chains import costs_of, program_builders
+from s2d_jax.calibration.choose import Calibration, Choice, Effort
 from s2d_jax.calibration.time_trees import MEASURED_TOP_KS
-from s2d_jax.calibration.timing import medians
-from s2d_jax.calibration.trace import Trace
 from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.loading import load_listed_draft, load_target, tokenizer_of
 from s2d_jax.cli.options import ComputeOptions, DraftOptions, require_targets
 from s2d_jax.cli.prompts import encode, read_questions
 from s2d_jax.cli.screen import counting_bar, screen
-from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.generation.checks import num_known_tokens
-from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.policy import (
-    Policy,
-    PolicyKey,
     policy_file_of,
     read_policies,
     write_policies,
 )
-from s2d_jax.weights.model import Draft, Model
+from s2d_jax.weights.model import Draft
 
 DEFAULT_QUESTIONS = Path(__file__).parents[2] / "configs" / "demo_prompts_train.jsonl"
-WIDTHS = (1, 4, 8)
-REPEATS, WALKS = 9, 4
-CONFIRMED, TIMED, FEWEST_TIMED = 3, 4, 1
-# A winner must gain more than what timing alone may show.
-SMALLEST_GAIN = 1.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +86,11 @@ def calibrate(args: Args) -> None:
     questions = read_questions(args.questions)
     vocabulary = args.draft_options.draft_vocabulary
     draft = load_listed_draft(args.draft, vocabulary, args.compute.draft_format)
+    assert draft is not None  # there is a path
     _check_trees(args, draft)
     file = policy_file_of(draft, args.out)
     read_policies(file)  # a damaged file is known before anything is measured
+    temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
     for path in args.target:
         started = time.perf_counter()
         target = load_target(path, args.compute.target_format)
@@ -119,9 +100,18 @@ def calibrate(args: Args) -> None:
             encode(tokenizer_of(target), question.messages([]), raw=args.raw) for question in chosen
         ]
         with counting_bar(TextColumn("elapsed"), TimeElapsedColumn()) as progress:
-            calibration = Calibration(args, target, draft, prompts, progress, started)
-            for policy in calibration.policies():
-                write_policies(file, [policy])
+            calibration = Calibration(
+                target,
+                draft,
+                prompts,
+                Effort(temperatures, args.new_tokens, args.minutes, args.trees),
+                on_phase=partial(_bar, progress),
+                environment=environment(target.dtype.name),
+                started=started,
+            )
+            for choice in calibration.choices():
+                _show(target.source, choice)
+                write_policies(file, [choice.policy])
         screen().print(f"policies written to {file}", soft_wrap=True)
         del target
 
@@ -135,177 +125,22 @@ def _check_trees(args: Args, draft: Draft) -> None:
         )
 
 
-class Calibration:
-    """The phases of calibrating one target."""
-
-    def __init__(
-        self, args: Args, target: Model, draft: Draft, prompts, progress: Progress, started: float
-    ):
-        self.args, self.target, self.draft = args, target, draft
-        self.prompts, self.progress = prompts, progress
-        self.temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
-        self.started = started
-        self.seconds: dict[str, float] = {}
-
-    def policies(self) -> Iterator[Policy]:
-        """One for each temperature, as they are found."""
-        seconds = self._measure_costs()
-        for number, temperature in enumerate(self.temperatures):
-            trace = self._record(temperature)
-            costs = costs_of(
-                *(seconds, self.draft, WIDTHS, temperature),
-                chunk=DecodeConfig().catch_up_width,
-                trees=self.args.trees,
-            )
-            predictions = _predict(trace, costs, candidates(costs, trace, WIDTHS), temperature)
-            until = self.started + 60 * self.args.minutes * (number + 1) / len(self.temperatures)
-            confirmed = self._confirm(predictions, trace, costs, temperature, until)
-            policy = self._decide(costs, trace, predictions, confirmed, temperature)
-            _show(self.target.source, temperature, predictions, confirmed, policy)
-            yield policy
-
-    def _phase(self, name: str, total: int):
-        """A progress bar of its own, whose end is noted."""
-        task, began = self.progress.add_task(name, total=total), time.perf_counter()
-
-        def advance(count: int = 1) -> None:
-            self.progress.update(task, advance=count)
-            self.seconds[name] = round(time.perf_counter() - began, 1)
-
-        return advance
-
-    def _measure_costs(self) -> dict:
-        builders = program_builders(
-            self.target, self.draft, WIDTHS, self.temperatures, trees=self.args.trees
-        )
-        built = in_parallel(builders, self._phase("compiling parts", len(builders)))
-        programs = {name: program for part in built for name, program in part.items()}
-        return medians(programs, REPEATS, self._phase("measuring parts", REPEATS * len(programs)))
-
-    def _record(self, temperature: float) -> Trace:
-        args, name = self.args, f"temperature {temperature:g}"
-        sampling = SamplingParams(temperature=temperature, max_new_tokens=args.new_tokens)
-        on_batch = self._phase(f"{name}: answering", len(self.prompts))
-        sequences = answer_prompts(self.target, self.prompts, sampling, on_batch)
-        on_answer = self._phase(f"{name}: recording", len(sequences))
-        trace = record_trace(
-            *(self.target, self.draft, sequences, [len(p) for p in self.prompts]),
-            *(args.new_tokens, temperature, on_answer),
-        )
-        if not trace.answers:
-            raise UserError(
-                f"{self.target.source} answers every prompt of {args.questions} with one token; give other prompts"
-            )
-        return trace
-
-    def _confirm(self, predictions, trace: Trace, costs: Costs, temperature: float, until: float):
-        """Times the best candidates on some of the recorded prompts."""
-        name, chosen = f"temperature {temperature:g}", best_of_families(predictions, CONFIRMED)
-        decoders = [
-            SpeculativeDecoder(self.target, self.draft, _config(prediction))
-            for prediction in chosen
-        ]
-        everyone = (SpeculativeDecoder(self.target), *decoders)
-        sampling = SamplingParams(
-            temperature=temperature, max_new_tokens=self.args.new_tokens, seed=1
-        )
-        timed = alike(trace, self.prompts)[:TIMED]
-        # Candidates with the same exits, and trees of the same shape, run the same programs.
-        distinct = {(decoder.exits, decoder.config.tree): decoder for decoder in everyone}.values()
-        length = len(self.prompts[timed[0]])
-        warmups = [partial(decoder.warmup, [length], sampling=sampling) for decoder in distinct]
-        in_parallel(warmups, self._phase(f"{name}: compiling", len(warmups)))
-        on_run = self._phase(f"{name}: confirming", len(timed) * len(everyone))
-        runs = time_in_alternation(
-            *(everyone, [self.prompts[number] for number in timed], sampling),
-            fewest=FEWEST_TIMED,
-            until=until,
-            on_run=on_run,
-        )
-        same = trace.of_prompts(timed[: len(runs[0])])
-        return [
-            Confirmed(
-                prediction,
-                _predict(same, costs, [prediction.candidate], temperature)[0].speedup,
-                speed(column, decode=True) / speed(runs[0], decode=True),
-                speed(column, decode=False) / speed(runs[0], decode=False),
-            )
-            for prediction, column in zip(chosen, runs[1:], strict=True)
-        ]
-
-    def _decide(
-        self, costs: Costs, trace: Trace, predictions, confirmed, temperature: float
-    ) -> Policy:
-        best = max(confirmed, key=lambda entry: entry.estimate)
-        wins = best.estimate >= SMALLEST_GAIN
-        evidence = {
-            "target": self.target.source,
-            "chosen": best.prediction.candidate.name if wins else "no speculation",
-            "seconds": dataclasses.asdict(costs),
-            "trace": _summary(trace),
-            "predicted": {p.candidate.name: round(p.speedup, 4) for p in predictions[:20]},
-            "confirmed": {
-                entry.prediction.candidate.name: {
-                    "predicted_decode_speedup": round(entry.prediction.speedup, 4),
-                    "predicted_on_timed_prompts": round(entry.predicted_on_timed, 4),
-                    "measured_decode_speedup": round(entry.decode_speedup, 4),
-                    "measured_speedup": round(entry.speedup, 4),
-                    "estimated_speedup": round(entry.estimate, 4),
-                }
-                for entry in confirmed
-            },
-            "minutes": round((time.perf_counter() - self.started) / 60, 2),
-            "phases": dict(self.seconds),
-            "environment": environment(self.target.dtype.name),
-        }
-        key = PolicyKey.of(self.target, self.draft, temperature)
-        return Policy(key, _config(best.prediction) if wins else None, evidence)
+def _bar(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    """A progress bar for a phase."""
+    task = progress.add_task(name, total=total)
+    return lambda count: progress.update(task, advance=count)
 
 
-def _predict(trace: Trace, costs: Costs, found: Sequence[Candidate], temperature: float):
-    """Replays the candidates: once where acceptance is certain, else over several walks."""
-    return predict(trace, costs, found, repeats=1 if temperature == 0 else WALKS, seed=0)
-
-
-def _config(prediction: Prediction) -> DecodeConfig:
-    config = prediction.candidate.config
-    assert config is not None
-    return config
-
-
-def _summary(trace: Trace) -> dict:
-    def means(name, row):
-        total = sum(float(getattr(answer, name)[row].sum()) for answer in trace.answers)
-        return round(total / sum(answer.accepted.shape[1] for answer in trace.answers), 4)
-
-    def among(row):
-        rank_T = np.concatenate([answer.rank[row] for answer in trace.answers])
-        return {k: round(float((rank_T < k).mean()), 4) for k in TOP_KS}
-
-    rows = range(len(trace.exits))
-    return {
-        "answers": len(trace.answers),
-        "positions": sum(answer.accepted.shape[1] for answer in trace.answers),
-        "acceptance": {trace.exits[row]: means("accepted", row) for row in rows},
-        "confidence": {trace.exits[row]: means("confidence", row) for row in rows},
-        "among_the_best": {trace.exits[row]: among(row) for row in rows},
-    }
-
-
-def _show(
-    target: str,
-    temperature: float,
-    predictions: Sequence[Prediction],
-    confirmed: Sequence[Confirmed],
-    policy: Policy,
-) -> None:
+def _show(target: str, choice: Choice) -> None:
+    policy, predictions, confirmed = choice
+    temperature = policy.key.temperature
     title = f"{Path(target).name}, temperature {temperature:g}: {policy.evidence['chosen']}"
     table = Table(title=title, title_justify="left")
     table.add_column("candidate", overflow="fold")
     for name in ("drafted", "MAT", "predicted", "timed only", "measured", "with prefill"):
         table.add_column(name, justify="right")
     timed = {entry.prediction.candidate.name: entry for entry in confirmed}
-    shown = [*(entry.prediction for entry in confirmed)]
+    shown = [entry.prediction for entry in confirmed]
     shown += [p for p in predictions if p.candidate.config is None]
     shown += [p for p in best_of_families(predictions, 12) if p not in shown]
     for prediction in sorted(shown, key=lambda p: -p.speedup):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import TaskID, TextColumn
+from rich.progress import Progress, TaskID, TextColumn
 from rich.table import Table
 
 from infer.generate.batching import Answer, Batch, answer_batch, plan_batches
@@ -28,7 +28,7 @@ from infer.generate.talks import Talk, read_talks
 from s2d_jax.cli.command import check_writable
 from s2d_jax.cli.loading import load_drafting, load_target, tokenizer_of
 from s2d_jax.cli.prompts import encode
-from s2d_jax.cli.screen import CountingBar, counting_bar, eta, screen
+from s2d_jax.cli.screen import counting_bar, eta, screen
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
@@ -222,7 +222,7 @@ def _told(answer: Answer, stop_ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _advance(bar: CountingBar, task: TaskID, answers: Sequence[dict[str, Any]]) -> None:
+def _advance(bar: Progress, task: TaskID, answers: Sequence[dict[str, Any]]) -> None:
     row = next(row for row in bar.tasks if row.id == task)
     tokens = row.fields.get("tokens", 0) + sum(answer["new_tokens"] for answer in answers)
     speed = f"{tokens / max(row.elapsed or 0.0, 1e-9):.0f} tok/s"

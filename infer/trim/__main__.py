@@ -120,7 +120,7 @@ def read_answers(path: Path) -> Iterator[Written]:
             row = json.loads(line)
             texts = _texts(row)
         except (ValueError, TypeError, KeyError, AttributeError):
-            texts = []
+            row, texts = {}, []
         if (
             not isinstance(texts, list)
             or not texts

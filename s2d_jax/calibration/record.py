@@ -15,6 +15,7 @@ from s2d_jax.draft.length import confidence
 from s2d_jax.draft.logits import fit_vocabulary, over_all_ids
 from s2d_jax.generation.buckets import bucket
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.model.transformer import apply_model
 from s2d_jax.sampling import SamplingArrays, probabilities, top_k
 from s2d_jax.weights.model import Draft, Model
 
@@ -69,8 +70,13 @@ def record_trace(
         first = prompt_length + 1
         count = min(len(ids), prompt_length + new_tokens) - first
         scored = score(
-            *(target.params, draft.params, ids_K, jnp.asarray(tokens_1T), jnp.int32(first)),
-            *(new_tokens, jnp.float32(temperature)),
+            target.params,
+            draft.params,
+            ids_K,
+            jnp.asarray(tokens_1T),
+            jnp.int32(first),
+            new_tokens,
+            jnp.float32(temperature),
         )
         if count > 0:
             sure_EN, accepted_EN, log_probs_ENK, rank_EN = (
@@ -90,10 +96,10 @@ def _score(target, draft, exits, target_params, *rest):
     emitted_N = tokens_1T[0, at_N]
 
     def hiddens(model, params, layers):
-        return model.apply({"params": params}, tokens_1T, exit_layers=layers, method="exit_hiddens")
+        return apply_model(model, params, "exit_hiddens", tokens_1T, exit_layers=layers)
 
     def logits_NV(model, params, h_1TD, exit_layer=None):
-        return model.apply({"params": params}, h_1TD[0, at_N - 1], exit_layer, method="logits")
+        return apply_model(model, params, "logits", h_1TD[0, at_N - 1], exit_layer)
 
     row = SamplingArrays(
         temperature_B=temperature[None],

@@ -17,6 +17,7 @@ from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.acceptance import accept_greedy, accept_sampled
 from s2d_jax.draft.drafter import Proposal
+from s2d_jax.draft.sorted import SortedDrafter
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.sampling import SamplingArrays, probabilities
 from s2d_jax.weights.model import Draft
@@ -41,6 +42,7 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
     config = DecodeConfig(exits=exits, num_draft_tokens=TOKENS, costs=nothing)
     decoder = SpeculativeDecoder(target, draft, config)
     static, args, state = prepared(decoder, rounds=ROUNDS * (TOKENS + 1))
+    assert isinstance(static.drafter, SortedDrafter)  # it drafts chains
     drafter = dataclasses.replace(static.drafter, return_width=RETURN)
     params, request, tokens_BC, _ = args
 
@@ -66,11 +68,12 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
         return timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
 
     steps = ROUNDS * TOKENS
+    # 1 is never passed, -1 always.
+    forcing = [(1.0,) * index + (-1.0,) * (len(exits) - index) for index in range(len(exits))]
     found: dict[tuple, Program] = {}
-    for index, exit in enumerate(exits):  # 1 is never passed, -1 always
-        thresholds = (*(1.0 for _ in exits[:index]), *(-1.0 for _ in exits[index:]))
+    for exit, thresholds in zip(exits, forcing, strict=True):
         found["step", exit, exits] = program(thresholds, 0, steps)
-    found["behind", exits[-1], exits] = program(thresholds, RETURN + 1, ROUNDS)
+    found["behind", exits[-1], exits] = program(forcing[-1], RETURN + 1, ROUNDS)
     return found
 
 

@@ -14,6 +14,7 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.state import DecodeState
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.stream import GenerationResult
+from s2d_jax.model.transformer import apply_model
 from s2d_jax.weights.model import Draft
 
 # Positions of context that the caches hold; readings of the head per measurement.
@@ -64,7 +65,7 @@ def head_program(draft: Draft, positions: int = 1) -> Program:
     @jax.jit
     def heads(params, h_BD):
         def one(_, h_BD):
-            logits_BV = model.apply({"params": params}, h_BD, exit_layer, method="logits")
+            logits_BV = apply_model(model, params, "logits", h_BD, exit_layer)
             token_B = jnp.argmax(logits_BV, axis=-1)
             return h_BD.at[:, 0].set(token_B.astype(draft.dtype))
 

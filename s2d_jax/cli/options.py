@@ -19,9 +19,8 @@ from s2d_jax.errors import UserError
 _OF_TREES = ("tree_depth", "tree_top_k", "tree_nodes", "tree_leaving", "tree_paths")
 _COSTS = ("draft_step_costs", "verify_costs", "guard", "narrow_widths")
 _OF_CHAINS = (
-    *("num_draft_tokens", "draft_length_rule", "max_draft_tokens", "min_confidence", "gain_rate"),
-    *_COSTS,
-)
+    "num_draft_tokens", "draft_length_rule", "max_draft_tokens", "min_confidence", "gain_rate", *_COSTS,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +147,7 @@ class DraftingOptions:
         verify = parse_numbers("verify-costs", values.pop("verify_costs"), float)
         if (steps is None) != (verify is None):
             raise UserError("--draft-step-costs and --verify-costs go together; give both")
-        values["costs"] = None if steps is None else RoundCosts(steps, verify)
+        values["costs"] = None if steps is None or verify is None else RoundCosts(steps, verify)
         return DecodeConfig(**{**values, **changes})
 
 

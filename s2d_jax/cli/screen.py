@@ -46,7 +46,10 @@ class CountingBar(Progress):
 def counting_bar(*shown: ProgressColumn) -> Progress:
     """A progress bar on stderr that counts, with further columns behind it."""
     return CountingBar(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *shown),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *shown,
         console=screen(stderr=True),
         speed_estimate_period=600.0,  # seconds; one answer of a large model takes minutes
     )

@@ -12,9 +12,10 @@ from s2d_jax.errors import UserError as UserError
 from s2d_jax.errors import require
 
 LENGTH_RULES = ("fixed", "heuristic", "confidence", "expected_gain")
-
-
 _HEURISTIC_CAP = 10
+_COUNTS = (
+    "num_draft_tokens", "max_draft_tokens", "catch_up_width", "prefill_chunk", "initial_room", "verify_width",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,7 @@ class DecodeConfig:
             self.draft_sampling in ("sample", "argmax"),
             f"draft_sampling={self.draft_sampling!r} is unknown; use sample or argmax",
         )
-        for name in (
-            *("num_draft_tokens", "max_draft_tokens", "catch_up_width"),
-            *("prefill_chunk", "initial_room", "verify_width"),
-        ):
+        for name in _COUNTS:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} must be at least 1")
         require(

@@ -8,6 +8,9 @@ from s2d_jax.errors import UserError as UserError
 from s2d_jax.errors import require
 
 FAMILIES = ("llama", "qwen2")
+_SIZES = (
+    "vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_context",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,7 @@ class ModelConfig:
             self.family in FAMILIES,
             f"family={self.family!r} is not supported; use one of {', '.join(FAMILIES)}",
         )
-        for name in (
-            *("vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads"),
-            *("num_kv_heads", "head_dim", "max_context"),
-        ):
+        for name in _SIZES:
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1; check the model's config.json")
         require(

@@ -7,9 +7,11 @@ knows how many layers or exits they have.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from s2d_jax.decode.state import DecodeState, Verified
 from s2d_jax.decode.target import Target
@@ -43,13 +45,20 @@ class Decoder:
         """Positions that a round may write beyond the last token that will be kept."""
         return max(self.verifier.widths[-1], self.drafter.margin)
 
-    def prefill(self, params, request: Request, tokens_BC, length_B, prompt_width: int):
+    def prefill(
+        self,
+        params: Any,
+        request: Request,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        prompt_width: int,
+    ) -> DecodeState:
         """Runs the prompts through target and draft, and emits the first token of each row.
 
         Args:
             params: `{"target": ..., "draft": ...}`.
             request: per-row parameters.
-            tokens_BC: int32 `[B, C]`, prompts on the left; C is the capacity of all caches.
+            tokens_BC: int32, prompts on the left; C is the capacity of all caches.
             length_B: int32, prompt lengths.
             prompt_width: static; positions that one pass computes. Longer prompts take several passes, behind the caches.
 
@@ -62,7 +71,16 @@ class Decoder:
         draft_state = self.drafter.init(params["draft"], *inputs, cache.states)
         return self._first_state(params, request, tokens_BC, length_B, last_BD, cache, draft_state)
 
-    def extend(self, params, request: Request, state, tokens_BC, length_B, kept_B, width: int):
+    def extend(
+        self,
+        params: Any,
+        request: Request,
+        state: DecodeState,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        kept_B: Int[Array, "B"],
+        width: int,
+    ) -> DecodeState:
         """The same as `prefill` for prompts whose first `kept_B` tokens the caches of `state` already hold.
 
         Args:
@@ -120,7 +138,7 @@ class Decoder:
             return jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
         return sample(probabilities(logits_B1V, request.sampling)[:, 0], key_B)
 
-    def run(self, params, request: Request, state: DecodeState) -> DecodeState:
+    def run(self, params: Any, request: Request, state: DecodeState) -> DecodeState:
         """Rounds until every row is done, `request.max_rounds` are over, or a row lacks room for one more: one loop."""
 
         def goes_on(carry):
@@ -135,11 +153,11 @@ class Decoder:
 
         return jax.lax.while_loop(goes_on, round, (state, jnp.int32(0)))[0]
 
-    def has_room(self, state: DecodeState) -> jax.Array:
-        """bool: whether another round stays within the caches. Rows that are done are written behind as well."""
+    def has_room(self, state: DecodeState) -> Bool[Array, ""]:
+        """Whether another round stays within the caches. Rows that are done are written behind as well."""
         return jnp.all(state.length_B + self.margin <= state.tokens_BC.shape[1])
 
-    def propose(self, params, request: Request, state: DecodeState):
+    def propose(self, params: Any, request: Request, state: DecodeState) -> tuple[Any, DecodeState]:
         """Drafts; a row never drafts more than it may still emit beside the target's own token."""
         budget_B = request.max_length_B - state.length_B
         affordable_B = affordable_length(state.guard, request.drafting)
@@ -162,7 +180,9 @@ class Decoder:
             state = state.replace(guard=charge(state.guard, request.drafting, charged_BE))
         return proposal, state.replace(draft_state=draft_state)
 
-    def verify(self, params, request: Request, state: DecodeState, proposal):
+    def verify(
+        self, params: Any, request: Request, state: DecodeState, proposal: Any
+    ) -> tuple[Verified, DecodeState]:
         """One target pass over the last emitted token and the drafted ones."""
         tokens_BT, place = self.verifier.window(state, proposal)
         B, T = tokens_BT.shape
@@ -208,7 +228,7 @@ class Decoder:
             draft_state=self.drafter.rewind(state.draft_state, length_B - 1),
             done_B=state.done_B | stopped_B | (length_B >= request.max_length_B),
             draft_length_B=next_length(
-                *(request.drafting, state.draft_length_B, proposal.num_draft_B, num_accepted_B)
+                request.drafting, state.draft_length_B, proposal.num_draft_B, num_accepted_B
             ),
             rounds_B=state.rounds_B + live_B.astype(jnp.int32),
             drafted_BG=state.drafted_BG + reached_BG(proposal.num_draft_B),
@@ -217,7 +237,7 @@ class Decoder:
             proposed_B=state.proposed_B
             + jnp.where(live_B, self.verifier.num_proposed(proposal), 0),
             guard=settle(
-                *(state.guard, request.drafting, proposal.num_draft_B, num_emitted_B, live_B)
+                state.guard, request.drafting, proposal.num_draft_B, num_emitted_B, live_B
             ),
         )
 

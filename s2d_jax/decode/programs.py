@@ -66,14 +66,14 @@ def run_program(decoder: Decoder, inputs: tuple) -> tuple[Any, float]:
 def extend_program(decoder: Decoder, width: int, inputs: tuple) -> tuple[Any, float]:
     """`Decoder.extend` for `(params, request, state, tokens_BC, length_B, kept_B)`; the state is donated."""
 
-    def extend(*arrays):
-        return decoder.extend(*arrays, width)
+    def extend(params, request, state, tokens_BC, length_B, kept_B):
+        return decoder.extend(params, request, state, tokens_BC, length_B, kept_B, width)
 
     (program, _), spent = _compiled(("extend", decoder, width), extend, inputs, donate=2)
     return program, spent
 
 
-def grow_program(decoder: Decoder, capacity: int, state) -> tuple[Any, float]:
+def grow_program(decoder: Decoder, capacity: int, state: Any) -> tuple[Any, float]:
     """`state -> state` of this capacity, split over devices as before."""
 
     def grow(state):

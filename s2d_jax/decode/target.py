@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from s2d_jax.model.kv_cache import KVCache
 from s2d_jax.model.place import Place
-from s2d_jax.model.transformer import Transformer
+from s2d_jax.model.transformer import Transformer, apply_model
 
 FINAL_NORM = "final_norm"
 
@@ -33,29 +33,38 @@ class Target:
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache of all layers, in the compute dtype, split over the mesh if there is one."""
         c, dtype = self.model.config, self.model.dtype
-        shape = (c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim)
-        cache = KVCache.create(*shape, dtype=dtype, mesh=self.mesh)
+        cache = KVCache.create(
+            c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, dtype=dtype, mesh=self.mesh
+        )
         shape = (batch, capacity, c.embed_dim)
         return cache.replace(states={name: jnp.zeros(shape, dtype) for name in self.shown})
 
     def forward(
-        self, params, tokens_BT, cache: KVCache, place: Place | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """The state `[B, T, D]` after the last layer for T tokens behind the cache, and the cache with them written.
+        self,
+        params: Any,
+        tokens_BT: Int[Array, "B T"],
+        cache: KVCache,
+        place: Place | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """The state after the last layer for T tokens behind the cache, and the cache with them written.
 
         `place` is that of `Transformer.run_blocks`: None for text.
         """
-        apply = lambda method, *args: self.model.apply({"params": params}, *args, method=method)  # noqa: E731
-        h_BTD, states, parts = apply("embed", tokens_BT), {}, []
+        h_BTD = apply_model(self.model, params, "embed", tokens_BT)
+        states, keys, values = {}, [], []
         for start, stop in itertools.pairwise(self._cuts):
             if (name := f"input_{start}") in self.shown:
                 states[name] = h_BTD
-            h_BTD, part = apply("run_blocks", h_BTD, cache.layers(start, stop), start, stop, place)
-            parts.append(part)
+            part = cache.layers(start, stop)
+            h_BTD, part = apply_model(
+                self.model, params, "run_blocks", h_BTD, part, start, stop, place
+            )
+            keys += part.keys
+            values += part.values
         if FINAL_NORM in self.shown:
-            states[FINAL_NORM] = apply("normed", h_BTD)
-        keys, values = (sum((getattr(p, name) for p in parts), ()) for name in ("keys", "values"))
-        return h_BTD, cache.replace(keys=keys, values=values).write_states(states)
+            states[FINAL_NORM] = apply_model(self.model, params, "normed", h_BTD)
+        written = cache.replace(keys=tuple(keys), values=tuple(values))
+        return h_BTD, written.write_states(states)
 
     @property
     def _cuts(self) -> tuple[int, ...]:
@@ -63,6 +72,6 @@ class Target:
         inputs = {int(name.removeprefix("input_")) for name in self.shown if name != FINAL_NORM}
         return tuple(sorted({0, *inputs, self.model.config.num_layers}))
 
-    def logits(self, params, h: jax.Array) -> jax.Array:
-        """`[..., D]` -> f32 `[..., V]`."""
-        return self.model.apply({"params": params}, h, method="logits")
+    def logits(self, params: Any, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """f32, after the final norm."""
+        return apply_model(self.model, params, "logits", h)

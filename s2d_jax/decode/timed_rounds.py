@@ -27,7 +27,7 @@ def timed_rounds(
         The state, wall seconds by `ROUND_PHASES` (they add up to the time spent here), and seconds spent compiling beforehand.
     """
     programs, compiling = compilation.round_programs(decoder, (params, request, state))
-    seconds = dict.fromkeys(ROUND_PHASES, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(ROUND_PHASES, 0.0)
     last = time.perf_counter()
 
     def clock(phase):

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from s2d_jax.decode.acceptance import accept_greedy, accept_sampled
 from s2d_jax.decode.state import DecodeState, Verified
 from s2d_jax.draft.drafter import Proposal
+from s2d_jax.draft.guard import Steps
 from s2d_jax.draft.request import Request
 from s2d_jax.model.conditional import at_width
 from s2d_jax.model.kv_cache import write_window
@@ -62,16 +64,16 @@ class Verifier(Protocol):
         """What the target's pass computes."""
         ...
 
-    def needed_width(self, proposal: Any) -> jax.Array:
-        """int32 scalar: positions of the window that this round's pass has to compute."""
+    def needed_width(self, proposal: Any) -> Int[Array, ""]:
+        """int32: positions of the window that this round's pass has to compute."""
         ...
 
-    def num_proposed(self, proposal: Any) -> jax.Array:
-        """int32 `[B]`: drafted tokens that the target verifies."""
+    def num_proposed(self, proposal: Any) -> Int[Array, "B"]:
+        """int32: drafted tokens that the target verifies."""
         ...
 
-    def charged(self, steps_BE: jax.Array) -> jax.Array:
-        """int32 `[B, E]`: the draft's steps by exit that the guard charges a round with, from those that it made."""
+    def charged(self, steps_BE: Steps) -> Steps:
+        """int32: the draft's steps by exit that the guard charges a round with, from those that it made."""
         ...
 
     def judge(self, request: Request, state: DecodeState, verified: Verified) -> Judged:
@@ -90,13 +92,13 @@ class ChainVerifier:
         last_B1 = jnp.take_along_axis(state.tokens_BC, state.length_B[:, None] - 1, axis=1)
         return Window(jnp.concatenate([last_B1, proposal.tokens_BG], axis=1), None)
 
-    def needed_width(self, proposal: Proposal) -> jax.Array:
+    def needed_width(self, proposal: Proposal) -> Int[Array, ""]:
         return jnp.max(proposal.num_draft_B) + 1
 
-    def num_proposed(self, proposal: Proposal) -> jax.Array:
+    def num_proposed(self, proposal: Proposal) -> Int[Array, "B"]:
         return proposal.num_draft_B
 
-    def charged(self, steps_BE: jax.Array) -> jax.Array:
+    def charged(self, steps_BE: Steps) -> Steps:
         return steps_BE
 
     def judge(self, request: Request, state: DecodeState, verified: Verified) -> Judged:
@@ -117,8 +119,10 @@ class ChainVerifier:
 
 
 def append_next(
-    tokens_BG: jax.Array, num_accepted_B: jax.Array, next_token_B: jax.Array
-) -> jax.Array:
-    """int32 `[B, G + 1]`: the accepted tokens, and the next one behind them."""
+    tokens_BG: Int[Array, "B G"],
+    num_accepted_B: Int[Array, "B"],
+    next_token_B: Int[Array, "B"],
+) -> Int[Array, "B G+1"]:
+    """int32: the accepted tokens, and the next one behind them."""
     emitted_BT = jnp.pad(tokens_BG, ((0, 0), (0, 1)))
     return write_window(emitted_BT, next_token_B[:, None], num_accepted_B, axis=1)

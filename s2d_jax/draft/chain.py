@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from s2d_jax.draft.drafter import Proposal
 from s2d_jax.draft.length import confidence, decide
@@ -16,8 +17,11 @@ from s2d_jax.draft.request import Request, is_stop
 from s2d_jax.model.kv_cache import write_window
 from s2d_jax.sampling import fold_in, probabilities, sample
 
-# step(state, tokens_BC, end_B, live_B) -> (f32 logits [B, K] after the first end_B tokens, int32 [B] index of the exit, state)
-Step = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
+# step(state, tokens_BC, end_B, live_B) -> (f32 logits after the first end_B tokens, index of the exit, state)
+Step = Callable[
+    [Any, Int[Array, "B C"], Int[Array, "B"], Bool[Array, "B"]],
+    tuple[Float[Array, "B K"], Int[Array, "B"], Any],
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +46,11 @@ class ChainConfig:
 def propose_chain(
     config: ChainConfig,
     step: Step,
-    state,
-    tokens_BC,
-    length_B,
-    num_draft_B,
-    key_B,
+    state: Any,
+    tokens_BC: Int[Array, "B C"],
+    length_B: Int[Array, "B"],
+    num_draft_B: Int[Array, "B"],
+    key_B: Key[Array, "B"],
     request: Request,
 ) -> tuple[Proposal, Any]:
     """Drafts until every row has `num_draft_B` tokens, or has drafted one of its stop tokens, or its rule ends the chain.
@@ -84,8 +88,9 @@ def propose_chain(
     hope_B = jnp.ones(B, jnp.float32)
     start = (jnp.int32(0), num_draft_B > 0, hope_B, tokens_BC, proposal, state)
     *_, proposal, state = jax.lax.while_loop(unfinished, draft_one, start)
-    if keep_probs:  # once per round: it is as large as the target's vocabulary
-        probs_BGV = over_all_ids(proposal.draft_probs_BGV, request.vocabulary_K, config.vocab_size)
+    probs_BGK = proposal.draft_probs_BGV
+    if probs_BGK is not None:  # once per round: it is as large as the target's vocabulary
+        probs_BGV = over_all_ids(probs_BGK, request.vocabulary_K, config.vocab_size)
         proposal = proposal.replace(draft_probs_BGV=probs_BGV)
     return proposal, state
 
@@ -101,8 +106,9 @@ def _choose(config: ChainConfig, logits_BK, request: Request, key_B):
 def _append(proposal: Proposal, i, token_B, probs_BK, live_B) -> Proposal:
     """Writes the token of step `i` (a row that is not live keeps its count, so its entry means nothing)."""
     put = jax.lax.dynamic_update_slice_in_dim
-    if probs_BK is not None:
-        probs_BGK = put(proposal.draft_probs_BGV, probs_BK[:, None], i, 1)
+    probs_BGK = proposal.draft_probs_BGV
+    if probs_BGK is not None:
+        probs_BGK = put(probs_BGK, probs_BK[:, None], i, 1)
         proposal = proposal.replace(draft_probs_BGV=probs_BGK)
     return proposal.replace(
         tokens_BG=put(proposal.tokens_BG, token_B[:, None], i, 1),

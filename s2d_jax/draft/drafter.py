@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from s2d_jax.draft.request import Request
 
@@ -30,9 +32,12 @@ class Proposal(flax.struct.PyTreeNode):
         return self.replace(tokens_BG=self.tokens_BG[:, :count], draft_probs_BGV=probs_BGV)
 
 
-# States `[B, C, D]` of the target by their names, valid at the positions that have been through it: all but the last token's.
+# States of the target by their names, valid at the positions that have been through it: all but the last token's.
 # After a call that returns they are garbage beyond, like the entries of a cache.
-TargetStates = dict[str, jax.Array]
+TargetStates = dict[str, Float[Array, "B C D"]]
+
+# Counters of a drafter by their names: arrays, or NumPy arrays once the host has them.
+Counters = dict[str, Int[Array | np.ndarray, "..."]]
 
 
 class Drafter(Protocol):
@@ -62,8 +67,8 @@ class Drafter(Protocol):
     def init(
         self,
         params: Any,
-        tokens_BC: jax.Array,
-        length_B: jax.Array,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
         prompt_width: int,
         seen: TargetStates,
     ) -> Any:
@@ -74,15 +79,15 @@ class Drafter(Protocol):
         self,
         params: Any,
         state: Any,
-        tokens_BC: jax.Array,
-        length_B: jax.Array,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
         width: int,
         seen: TargetStates,
     ) -> Any:
         """The state after the first `length_B` of `tokens_BC`, of which `state` holds some; counters start again at 0."""
         ...
 
-    def grow(self, state, capacity: int):
+    def grow(self, state: Any, capacity: int) -> Any:
         """The same state with room for `capacity` positions in each row."""
         ...
 
@@ -90,20 +95,20 @@ class Drafter(Protocol):
         self,
         params: Any,
         state: Any,
-        tokens_BC: jax.Array,
-        length_B: jax.Array,
-        num_draft_B: jax.Array,
-        key_B: jax.Array,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        num_draft_B: Int[Array, "B"],
+        key_B: Key[Array, "B"],
         request: Request,
         seen: TargetStates,
     ) -> tuple[Any, Any]:
         """Drafts up to `num_draft_B` tokens after the first `length_B` of `tokens_BC`."""
         ...
 
-    def rewind(self, state, length_B: jax.Array):
+    def rewind(self, state: Any, length_B: Int[Array, "B"]) -> Any:
         """Forgets all but the first `length_B` positions of each row."""
         ...
 
-    def stats(self, state) -> dict[str, jax.Array]:
-        """Counters of this drafter, each `[B, ...]`."""
+    def stats(self, state: Any) -> Counters:
+        """Counters of this drafter."""
         ...

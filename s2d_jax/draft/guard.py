@@ -37,6 +37,8 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.draft.length import DraftingArrays
@@ -47,6 +49,9 @@ ALLOWANCE_PER_TOKEN = 0.015
 ALLOWANCE_TOKENS = 256
 FIRST_WAIT = 8
 LONGEST_WAIT = 1024
+
+# Steps of the draft in each row, by exit: arrays, or NumPy arrays once the host has them.
+Steps = Int[Array | np.ndarray, "B E"]
 
 
 class GuardState(flax.struct.PyTreeNode):
@@ -97,8 +102,8 @@ def worst_case(draft_step: Sequence[float], verify: Sequence[float]) -> list[flo
     )
 
 
-def affordable_length(guard: GuardState, drafting: DraftingArrays) -> jax.Array:
-    """int32 `[B]`: the longest chain that the credit covers if nothing of it is accepted; 0 is a plain round."""
+def affordable_length(guard: GuardState, drafting: DraftingArrays) -> Int[Array, "B"]:
+    """int32: the longest chain that the credit covers if nothing of it is accepted; 0 is a plain round."""
     G = drafting.verify_cost_W.shape[0] - 1
     if G == 0:
         return jnp.zeros_like(guard.plain_run_B)
@@ -113,14 +118,20 @@ def affordable_length(guard: GuardState, drafting: DraftingArrays) -> jax.Array:
     return jnp.maximum(length_B, probe_B.astype(jnp.int32))
 
 
-def charge(guard: GuardState, drafting: DraftingArrays, steps_BE) -> GuardState:
+def charge(guard: GuardState, drafting: DraftingArrays, steps_BE: Steps) -> GuardState:
     """Enters what this round's drafting cost: `steps_BE` draft steps (int32) by exit. A row that drafts has caught up."""
     steps_B = jnp.sum(steps_BE.astype(jnp.float32) * drafting.step_cost_E[None, :], axis=1)
     behind_B = guard.plain_run_B.astype(jnp.float32) * drafting.catch_up_cost
     return guard.replace(tried_B=jnp.any(steps_BE > 0, axis=1), spent_B=steps_B + behind_B)
 
 
-def settle(guard: GuardState, drafting: DraftingArrays, num_draft_B, num_emitted_B, live_B):
+def settle(
+    guard: GuardState,
+    drafting: DraftingArrays,
+    num_draft_B: Int[Array, "B"],
+    num_emitted_B: Int[Array, "B"],
+    live_B: Bool[Array, "B"],
+) -> GuardState:
     """Enters the end of a round: what it emitted, and what verifying cost."""
     tried_B = guard.tried_B
     emitted_B = num_emitted_B.astype(jnp.float32)

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
@@ -98,14 +99,19 @@ class DraftingArrays(flax.struct.PyTreeNode):
         )
 
 
-def next_length(drafting: DraftingArrays, limit_B, num_draft_B, num_accepted_B) -> jax.Array:
-    """int32 `[B]`: the limit of the next round."""
+def next_length(
+    drafting: DraftingArrays,
+    limit_B: Int[Array, "B"],
+    num_draft_B: Int[Array, "B"],
+    num_accepted_B: Int[Array, "B"],
+) -> Int[Array, "B"]:
+    """int32: the limit of the next round."""
     change_B = jnp.where(num_accepted_B == num_draft_B, drafting.grow_B, -drafting.shrink_B)
     return jnp.clip(limit_B + change_B, 1, jnp.maximum(drafting.max_B, 1))
 
 
-def confidence(logits: jax.Array) -> jax.Array:
-    """`[..., V]` -> f32 `[...]`: the largest softmax probability of raw logits, before temperature and filters.
+def confidence(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """f32: the largest softmax probability of raw logits, before temperature and filters.
 
     Under a trimmed head the softmax is over the K listed tokens only, so one threshold means a little less certainty than it
     does over all tokens. It depends on the vector q alone, so leaving by it keeps the target's distribution.
@@ -113,12 +119,19 @@ def confidence(logits: jax.Array) -> jax.Array:
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
 
 
-def decide(drafting: DraftingArrays, i, hope_B, confidence_B, exit_B, limit_B):
+def decide(
+    drafting: DraftingArrays,
+    i: Int[Array, ""],
+    hope_B: Float[Array, "B"],
+    confidence_B: Float[Array, "B"],
+    exit_B: Int[Array, "B"],
+    limit_B: Int[Array, "B"],
+) -> tuple[Bool[Array, "B"], Bool[Array, "B"], Float[Array, "B"]]:
     """Whether the token of a step is drawn, and whether another step follows, before the token is drawn.
 
     Args:
         drafting: the rules.
-        i: int32 scalar, tokens drafted before this one.
+        i: int32, tokens drafted before this one.
         hope_B: f32, the probability that all of those are accepted; 1 at first.
         confidence_B: f32, of this step's q.
         exit_B: int32, where it left.
@@ -130,23 +143,23 @@ def decide(drafting: DraftingArrays, i, hope_B, confidence_B, exit_B, limit_B):
     hope_B = hope_B * _acceptance(drafting.acceptance_EN, exit_B, confidence_B)
     G = drafting.verify_cost_W.shape[0] - 1
     step_cost_B = drafting.step_cost_E[exit_B]
-    n_N = jnp.arange(G + 1, dtype=jnp.int32)  # how many tokens after this one
-    powers_N = drafting.next_acceptance ** n_N.astype(jnp.float32)
-    further_N = jnp.cumsum(powers_N) - 1.0
-    verify_N = drafting.verify_cost_W[jnp.minimum(i + 1 + n_N, G)]
-    possible_BN = (i + 1 + n_N)[None, :] <= limit_B[:, None]
-    steps_BN = n_N.astype(jnp.float32)[None, :] * step_cost_B[:, None]
+    n_L = jnp.arange(G + 1, dtype=jnp.int32)  # how many tokens after this one
+    powers_L = drafting.next_acceptance ** n_L.astype(jnp.float32)
+    further_L = jnp.cumsum(powers_L) - 1.0
+    verify_L = drafting.verify_cost_W[jnp.minimum(i + 1 + n_L, G)]
+    possible_BL = (i + 1 + n_L)[None, :] <= limit_B[:, None]
+    steps_BL = n_L.astype(jnp.float32)[None, :] * step_cost_B[:, None]
 
-    def value_BN(tokens_N, verify_before):
-        cost_BN = steps_BN + (verify_N - verify_before)[None, :]
-        value = hope_B[:, None] * tokens_N[None, :] - drafting.gain_rate_B[:, None] * cost_BN
-        return jnp.where(possible_BN, value, -jnp.inf)
+    def value_BL(tokens_L, verify_before):
+        cost_BL = steps_BL + (verify_L - verify_before)[None, :]
+        value = hope_B[:, None] * tokens_L[None, :] - drafting.gain_rate_B[:, None] * cost_BL
+        return jnp.where(possible_BL, value, -jnp.inf)
 
     verify_W, free_B = drafting.verify_cost_W, drafting.gain_rate_B == 0.0
-    draw_value_BN = value_BN(1.0 + further_N, verify_W[jnp.minimum(i, G)])
-    more_value_BN = value_BN(further_N, verify_W[jnp.minimum(i + 1, G)])[:, 1:]
-    draw_B = free_B | (jnp.max(draw_value_BN, axis=-1) >= 0.0)
-    more_B = free_B | (jnp.max(more_value_BN, axis=-1) > 0.0)
+    draw_value_BL = value_BL(1.0 + further_L, verify_W[jnp.minimum(i, G)])
+    more_value_BL = value_BL(further_L, verify_W[jnp.minimum(i + 1, G)])[:, 1:]
+    draw_B = free_B | (jnp.max(draw_value_BL, axis=-1) >= 0.0)
+    more_B = free_B | (jnp.max(more_value_BL, axis=-1) > 0.0)
     more_B &= confidence_B >= drafting.min_confidence_B
     return draw_B, draw_B & more_B, hope_B
 

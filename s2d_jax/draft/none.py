@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
 
-from s2d_jax.draft.drafter import Proposal
+from s2d_jax.draft.drafter import Counters, Proposal, TargetStates
+from s2d_jax.draft.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +30,46 @@ class NoDrafter:
     def margin(self) -> int:
         return 0
 
-    def init(self, params, tokens_BC, length_B, prompt_width, seen):
+    def init(
+        self,
+        params: Any,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        prompt_width: int,
+        seen: TargetStates,
+    ) -> tuple[()]:
         return ()
 
-    def extend(self, params, state, tokens_BC, length_B, width, seen):
+    def extend(
+        self,
+        params: Any,
+        state: tuple[()],
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        width: int,
+        seen: TargetStates,
+    ) -> tuple[()]:
         return state
 
-    def grow(self, state, capacity):
+    def grow(self, state: tuple[()], capacity: int) -> tuple[()]:
         return state
 
-    def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request, seen):
+    def propose(
+        self,
+        params: Any,
+        state: tuple[()],
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        num_draft_B: Int[Array, "B"],
+        key_B: Key[Array, "B"],
+        request: Request,
+        seen: TargetStates,
+    ) -> tuple[Proposal, tuple[()]]:
         tokens_BG = jnp.zeros((tokens_BC.shape[0], self.width), jnp.int32)
         return Proposal(tokens_BG, jnp.zeros_like(num_draft_B), None), state
 
-    def rewind(self, state, length_B):
+    def rewind(self, state: tuple[()], length_B: Int[Array, "B"]) -> tuple[()]:
         return state
 
-    def stats(self, state):
+    def stats(self, state: tuple[()]) -> Counters:
         return {}

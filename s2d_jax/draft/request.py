@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.struct
 import jax
+from jaxtyping import Array, Bool, Int
 
 from s2d_jax.draft.length import DraftingArrays
 from s2d_jax.sampling import SamplingArrays
@@ -33,7 +34,7 @@ class Request(flax.struct.PyTreeNode):
     vocabulary_K: jax.Array | None = None
 
 
-def is_stop(tokens: jax.Array, stop_ids_BN: jax.Array) -> jax.Array:
-    """bool, like `tokens` (`[B]` or `[B, T]`): whether each is one of its row's stop tokens."""
+def is_stop(tokens: Int[Array, "B *T"], stop_ids_BN: Int[Array, "B N"]) -> Bool[Array, "B *T"]:
+    """bool, like `tokens`: whether each is one of its row's stop tokens."""
     stops = stop_ids_BN if tokens.ndim == 1 else stop_ids_BN[:, None, :]
     return (tokens[..., None] == stops).any(axis=-1)

@@ -11,19 +11,23 @@ Then a position's place in the text and what it may look at are told by `Slots`;
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
+from s2d_jax.draft.drafter import Counters, TargetStates
 from s2d_jax.draft.length import confidence
 from s2d_jax.draft.logits import fit_draft_logits, num_entries
+from s2d_jax.draft.request import Request
 from s2d_jax.model import tree_mask
 from s2d_jax.model.conditional import run_if
 from s2d_jax.model.kv_cache import KVCache, grow_axis, keep_path, read_window, write_window
 from s2d_jax.model.place import Place
 from s2d_jax.model.prefill import reached, states_at_end
-from s2d_jax.model.transformer import Transformer
+from s2d_jax.model.transformer import Transformer, apply_model
 
 
 class SortedState(flax.struct.PyTreeNode):
@@ -49,24 +53,24 @@ class Slots(flax.struct.PyTreeNode):
 
     Attributes:
         length_B: int32, tokens of the text, the root included; slot i is position `length + i`.
-        ancestors_BSS: bool, which slots each slot descends from, itself included.
+        ancestors_BLL: bool, which of the L slots each slot descends from, itself included.
         width: slots per level (static).
     """
 
     length_B: jax.Array
-    ancestors_BSS: jax.Array
+    ancestors_BLL: jax.Array
     width: int = flax.struct.field(pytree_node=False)
 
-    def place(self, start_B, width: int, capacity: int) -> Place:
+    def place(self, start_B: Int[Array, "B"], width: int, capacity: int) -> Place:
         """The place of the `width` positions from `start_B` on, in a cache of `capacity`."""
         text = Place.of_text(start_B, width, capacity)
         slot_BT = text.positions_BT - self.length_B[:, None]
         rotary_BT = jnp.where(
             slot_BT < 0, text.positions_BT, self.length_B[:, None] + slot_BT // self.width
         )
-        at_BT1 = jnp.clip(slot_BT, 0, self.ancestors_BSS.shape[1] - 1)[:, :, None]
-        ancestors_BTS = jnp.take_along_axis(self.ancestors_BSS, at_BT1, axis=1)
-        in_tree_BTC = tree_mask.mask(ancestors_BTS, self.length_B, capacity)
+        at_BT1 = jnp.clip(slot_BT, 0, self.ancestors_BLL.shape[1] - 1)[:, :, None]
+        ancestors_BTL = jnp.take_along_axis(self.ancestors_BLL, at_BT1, axis=1)
+        in_tree_BTC = tree_mask.mask(ancestors_BTL, self.length_B, capacity)
         mask_BTC = jnp.where((slot_BT < 0)[:, :, None], text.mask_BTS, in_tree_BTC)
         return Place(rotary_BT, mask_BTC)
 
@@ -106,22 +110,33 @@ class Segments:
     def _bounds(self, s: int) -> tuple[int, int]:
         return (0, *self.exit_layers)[s], self.exit_layers[s]
 
-    def init(self, params, tokens_BC, length_B, prompt_width) -> SortedState:
+    def init(
+        self,
+        params: Any,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        prompt_width: int,
+    ) -> SortedState:
         """As `Drafter.init`."""
-        c, (B, capacity) = self.model.config, tokens_BC.shape
+        c, dtype, (B, capacity) = self.model.config, self.model.dtype, tokens_BC.shape
         segments = tuple(
-            KVCache.create(
-                *(stop - start, B, c.num_kv_heads, capacity, c.head_dim), dtype=self.model.dtype
-            )
+            KVCache.create(stop - start, B, c.num_kv_heads, capacity, c.head_dim, dtype=dtype)
             for start, stop in map(self._bounds, range(len(self.exit_layers)))
         )
-        entry = jnp.zeros((B, capacity, c.embed_dim), self.model.dtype)
+        entry = jnp.zeros((B, capacity, c.embed_dim), dtype)
         counts_BE = jnp.zeros((B, len(self.exit_layers)), jnp.int32)
         entries = (entry,) * (len(segments) - 1)
         state = SortedState(segments, entries, counts_BE, counts_BE, counts_BE[0])
         return self.extend(params, state, tokens_BC, length_B, prompt_width)
 
-    def extend(self, params, state: SortedState, tokens_BC, length_B, width) -> SortedState:
+    def extend(
+        self,
+        params: Any,
+        state: SortedState,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        width: int,
+    ) -> SortedState:
         """As `Drafter.extend`."""
         for s in range(len(state.segments)):
             state, _ = self.catch_up(params, state, s, tokens_BC, length_B, width)
@@ -140,15 +155,15 @@ class Segments:
 
     def catch_up(
         self,
-        params,
+        params: Any,
         state: SortedState,
         s: int,
-        tokens_BC,
-        end_B,
+        tokens_BC: Int[Array, "B C"],
+        end_B: Int[Array, "B"],
         width: int,
         slots: Slots | None = None,
         count: int = 1,
-    ):
+    ) -> tuple[SortedState, Float[Array, "B {count} D"]]:
         """Runs segment `s` until it has computed `end_B` positions of each row, `width` at a time.
 
         Args:
@@ -162,22 +177,21 @@ class Segments:
             count: static; of how many positions the output is wanted.
 
         Returns:
-            The state, and the output `[B, count, D]` of segment `s` at the last `count` positions before `end_B`; zeros
+            The state, and the output of segment `s` at the last `count` positions before `end_B`; zeros
             where they were not computed here.
         """
         start, stop = self._bounds(s)
-
-        def apply(method, *args):
-            return self.model.apply({"params": params}, *args, method=method)
 
         def run_chunk(carry):
             state, last_BTD = carry
             cache = state.segments[s]
             source = tokens_BC if s == 0 else state.entries[s - 1]
             chunk = read_window(source, cache.length_B, width)
-            h_BWD = apply("embed", chunk) if s == 0 else chunk
+            h_BWD = apply_model(self.model, params, "embed", chunk) if s == 0 else chunk
             place = None if slots is None else slots.place(cache.length_B, width, source.shape[1])
-            h_BWD, written = apply("run_blocks", h_BWD, cache, start, stop, place)
+            h_BWD, written = apply_model(
+                self.model, params, "run_blocks", h_BWD, cache, start, stop, place
+            )
             entries = list(state.entries)
             if s < len(entries):
                 entries[s] = write_window(entries[s], h_BWD, cache.length_B, axis=1)
@@ -199,7 +213,15 @@ class Segments:
         return jax.lax.while_loop(behind, run_chunk, (state, nothing_BTD))
 
     def step(
-        self, params, state: SortedState, tokens_BC, end_B, live_BT, widths, request, slots=None
+        self,
+        params: Any,
+        state: SortedState,
+        tokens_BC: Int[Array, "B C"],
+        end_B: Int[Array, "B"],
+        live_BT: Bool[Array, "B T"],
+        widths: tuple[int, int],
+        request: Request,
+        slots: Slots | None = None,
     ) -> Step:
         """Takes the last T positions before `end_B` through the exits. Segments that no row needs are skipped.
 
@@ -241,12 +263,11 @@ class Segments:
         """Takes the rows with undecided tokens through segment `s` and reads its exit; the confident ones stay."""
         undecided_BT = step.undecided_BT
         target_B = jnp.where(jnp.any(undecided_BT, axis=1), end_B, 0)
+        count = undecided_BT.shape[1]
         state, last_BTD = self.catch_up(
-            *(params, step.state, s, tokens_BC, target_B, width, slots), undecided_BT.shape[1]
+            params, step.state, s, tokens_BC, target_B, width, slots, count
         )
-        logits_BTK = self.model.apply(
-            {"params": params}, last_BTD, self.exit_layers[s], method="logits"
-        )
+        logits_BTK = apply_model(self.model, params, "logits", last_BTD, self.exit_layers[s])
         logits_BTK = fit_draft_logits(logits_BTK, self.vocab_size, request)
         last = s == len(self.exit_layers) - 1  # it always accepts
         sure_BT = jnp.bool_(last) | (confidence(logits_BTK) > request.exit_threshold_E[s])
@@ -259,11 +280,13 @@ class Segments:
             undecided_BT=undecided_BT & ~sure_BT,
         )
 
-    def rewind(self, state: SortedState, length_B) -> SortedState:
+    def rewind(self, state: SortedState, length_B: Int[Array, "B"]) -> SortedState:
         """As `Drafter.rewind`."""
         return state.replace(segments=tuple(cache.rewind(length_B) for cache in state.segments))
 
-    def keep_path(self, state: SortedState, length_B, slot_BT) -> SortedState:
+    def keep_path(
+        self, state: SortedState, length_B: Int[Array, "B"], slot_BT: Int[Array, "B T"]
+    ) -> SortedState:
         """Of the tree behind the text keeps one path, as text.
 
         Args:
@@ -283,7 +306,7 @@ class Segments:
             entries.append(keep_path(entry, root_B, index_BT, axis=1))
         return state.replace(segments=tuple(segments), entries=tuple(entries))
 
-    def stats(self, state: SortedState) -> dict[str, jax.Array]:
+    def stats(self, state: SortedState) -> Counters:
         """As `Drafter.stats`."""
         return {
             "exit_counts": state.exit_counts_BE,
@@ -301,17 +324,32 @@ class SegmentedDrafter:
     def target_states(self) -> tuple[str, ...]:
         return ()
 
-    def init(self, params, tokens_BC, length_B, prompt_width, seen):
+    def init(
+        self,
+        params: Any,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        prompt_width: int,
+        seen: TargetStates,
+    ) -> SortedState:
         return self.segments.init(params, tokens_BC, length_B, prompt_width)
 
-    def extend(self, params, state, tokens_BC, length_B, width, seen):
+    def extend(
+        self,
+        params: Any,
+        state: SortedState,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        width: int,
+        seen: TargetStates,
+    ) -> SortedState:
         return self.segments.extend(params, state, tokens_BC, length_B, width)
 
-    def grow(self, state, capacity):
+    def grow(self, state: SortedState, capacity: int) -> SortedState:
         return self.segments.grow(state, capacity)
 
-    def rewind(self, state, length_B):
+    def rewind(self, state: SortedState, length_B: Int[Array, "B"]) -> SortedState:
         return self.segments.rewind(state, length_B)
 
-    def stats(self, state) -> dict[str, jax.Array]:
+    def stats(self, state: SortedState) -> Counters:
         return self.segments.stats(state)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
 
 from s2d_jax.draft.chain import ChainConfig, propose_chain
-from s2d_jax.draft.segments import SegmentedDrafter, Segments
+from s2d_jax.draft.drafter import Proposal, TargetStates
+from s2d_jax.draft.request import Request
+from s2d_jax.draft.segments import SegmentedDrafter, Segments, SortedState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,17 @@ class SortedDrafter(SegmentedDrafter):
     def margin(self) -> int:
         return self.chain.width + max(self.catch_up_width, self.return_width)
 
-    def propose(self, params, state, tokens_BC, length_B, num_draft_B, key_B, request, seen):
+    def propose(
+        self,
+        params: Any,
+        state: SortedState,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        num_draft_B: Int[Array, "B"],
+        key_B: Key[Array, "B"],
+        request: Request,
+        seen: TargetStates,
+    ) -> tuple[Proposal, SortedState]:
         segments = self.segments
         # The first segment sees every token as it comes: nearly always just one waits for it.
         widths = 1, self.catch_up_width
@@ -48,5 +62,5 @@ class SortedDrafter(SegmentedDrafter):
             end_B = jnp.where(num_draft_B > 0, length_B - 2, 0)
             state, _ = segments.catch_up(params, state, 0, tokens_BC, end_B, self.return_width)
         return propose_chain(
-            *(self.chain, step, state, tokens_BC, length_B, num_draft_B, key_B, request)
+            self.chain, step, state, tokens_BC, length_B, num_draft_B, key_B, request
         )

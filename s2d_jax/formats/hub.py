@@ -13,11 +13,11 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What is fetched of a model on the hub. A `*` there crosses folders, and a sorted draft has its truncated copies in folders, so
 # each pattern begins with a name. The index of .bin weights tells that there are no others.
 HUB_PATTERNS = (
-    *("config.json", "generation_config.json", SORTED_DRAFT, EXIT_PARTS, PEFT_CONFIG, PEFT_WEIGHTS),
-    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
-    *("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
+    "config.json", "generation_config.json", SORTED_DRAFT, EXIT_PARTS, PEFT_CONFIG, PEFT_WEIGHTS,
+    "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 def locate(path: str | Path) -> Path:

@@ -63,6 +63,7 @@ class Planner:
             return self
         if temperature not in self._settled:
             draft, file = self.draft, self.config.policy_file
+            assert draft is not None  # or there were no policy
             config = load_policy(self.target, draft, temperature, file).config
             chosen = (None, DecodeConfig()) if config is None else (draft, config)
             self._settled[temperature] = Planner(self.target, *chosen)
@@ -79,14 +80,15 @@ class Planner:
 
     def encode(self, prompt) -> list[int]:
         """The token ids of a prompt that can be answered; UserError as in `SpeculativeDecoder.generate`."""
-        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
-        if isinstance(prompt, str) or is_chat:
+        is_text = isinstance(prompt, str)
+        is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], dict)
+        if is_text or is_chat:
             tokenizer = self.target.tokenizer
             if tokenizer is None:
                 raise UserError(
                     f"prompt {str(prompt)[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
                 )
-            prompt = tokenizer.encode_chat(prompt) if is_chat else tokenizer.encode(prompt)
+            prompt = tokenizer.encode(prompt) if is_text else tokenizer.encode_chat(prompt)
         ids, context = list(prompt), self.target.config.max_context
         if not ids:
             raise UserError("a prompt is empty; give at least one token")

@@ -119,6 +119,7 @@ class Session:
     def _taken(self) -> DecodeState:
         """The state for a program that it is donated to: if that fails, there are no caches left."""
         state, self._state = self._state, None
+        assert state is not None, "begin first"
         return state
 
     def _request(self, rounds: int) -> Request:

@@ -100,9 +100,9 @@ def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
 
 
 _SUMMED = (
-    *("prompt_tokens", "emitted_tokens", "target_forwards", "plain_rounds"),
-    *("drafted_tokens", "accepted_tokens", "rows", "prefilled_tokens", "overshoot_tokens"),
-)
+    "prompt_tokens", "emitted_tokens", "target_forwards", "plain_rounds",
+    "drafted_tokens", "accepted_tokens", "rows", "prefilled_tokens", "overshoot_tokens",
+)  # fmt: skip
 
 
 def _add_dicts(dicts: Sequence[dict]) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -134,7 +134,7 @@ class Stream(Iterator[Delta]):
             pass
         return self.result
 
-    def _run(self, rounds_per_look: int | None, timing: Timing) -> Iterator[Delta]:
+    def _run(self, rounds_per_look: int | None, timing: Timing) -> Generator[Delta, None, None]:
         try:
             self._session.begin(self._plan, wait=timing.prefill or timing.rounds)
             if rounds_per_look is not None:

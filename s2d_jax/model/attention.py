@@ -7,14 +7,25 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from s2d_jax.config.model import ModelConfig, RopeScaling
 from s2d_jax.model.kv_cache import write_window
 from s2d_jax.model.layers import Linear
 
+# One number for each of T tokens of a row.
+PerToken = Int[Array | np.ndarray, "B T"]
+# Keys or values of one layer.
+HeadStates = Float[Array, "B K S H"]
+# Keys, values, and how many positions of each row are valid.
+CachePart = tuple[HeadStates, HeadStates, Int[Array, "B"]]
 
-def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """f32 `[H/2]` rotation per position (Su et al. 2021, eq. 15), after Llama-3's scaling if any."""
+
+def rope_frequencies(
+    head_dim: int, *, theta: float, scaling: RopeScaling | None
+) -> Float[Array, "{head_dim//2}"]:
+    """f32 rotation per position (Su et al. 2021, eq. 15), after Llama-3's scaling if any."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency = 1.0 / jnp.float32(theta) ** exponent
     if scaling is None:
@@ -26,16 +37,25 @@ def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None
     return (1 - blend) * frequency / scaling.factor + blend * frequency
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, frequency: jax.Array) -> jax.Array:
-    """Rotates pairs `(x[i], x[i + H/2])` by `position * frequency[i]` (the Hugging Face pairing)."""
-    angle_BTH = positions_BT.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
-    cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
+def rope(
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: PerToken,
+    frequency_P: Float[Array, "H//2"],
+) -> Float[Array, "B T N H"]:
+    """Rotates the P = H/2 pairs `(x[i], x[i + P])` by `position * frequency[i]` (the Hugging Face pairing)."""
+    angle_BTP = positions_BT.astype(jnp.float32)[:, :, None] * frequency_P[None, None, :]
+    cos, sin = jnp.cos(angle_BTP)[:, :, None, :], jnp.sin(angle_BTP)[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
-def attention(q_BTNH, k_BKSH, v_BKSH, mask_BTS) -> jax.Array:
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N*H"]:
     """Grouped-query attention; softmax in f32.
 
     Args:
@@ -44,7 +64,7 @@ def attention(q_BTNH, k_BKSH, v_BKSH, mask_BTS) -> jax.Array:
         mask_BTS: bool, True where a query may look.
 
     Returns:
-        `[B, T, N * H]` in the dtype of the queries.
+        The mixed values of all heads, in the dtype of the queries.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -78,19 +98,25 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.embed_dim, kv_dim, ("kv_heads", "embed"), c.qkv_bias)
         self.o_proj = Linear(q_dim, c.embed_dim, ("embed", "heads"))
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: PerToken,
+        mask_BTS: Bool[Array, "B T S"],
+        cache: CachePart | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[HeadStates, HeadStates]]:
         """Attends over the window itself, or over `cache = (k, v, start_B)` once the window is written into it from there on.
 
         Writing first keeps the cache in place inside a loop. Returns the mixed values, and keys and values.
         """
         c = self.config
         B, T, _ = x_BTD.shape
-        frequency = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
+        frequency_P = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
         q_BTNH = self.q_proj(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
         k_BTKH = self.k_proj(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
         v_BTKH = self.v_proj(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
-        q_BTNH = rope(q_BTNH, positions_BT, frequency)
-        k = jnp.swapaxes(rope(k_BTKH, positions_BT, frequency), 1, 2)
+        q_BTNH = rope(q_BTNH, positions_BT, frequency_P)
+        k = jnp.swapaxes(rope(k_BTKH, positions_BT, frequency_P), 1, 2)
         v = jnp.swapaxes(v_BTKH, 1, 2)
         if cache is not None:
             k_cache, v_cache, start_B = cache

@@ -7,12 +7,13 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 Carry = TypeVar("Carry")
 
 
-def run_if(predicate: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """Applies `body` to `carry` if the scalar `predicate` is true.
+def run_if(predicate: Bool[Array, ""], body: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """Applies `body` to `carry` if `predicate` is true.
 
     A `while_loop` of at most one trip: `lax.cond` would copy the caches that it carries.
     """
@@ -24,9 +25,12 @@ def run_if(predicate: jax.Array, body: Callable[[Carry], Carry], carry: Carry) -
 
 
 def at_width(
-    widths: Sequence[int], needed: jax.Array, body: Callable[[int, Carry], Carry], carry: Carry
+    widths: Sequence[int],
+    needed: Int[Array, ""],
+    body: Callable[[int, Carry], Carry],
+    carry: Carry,
 ) -> Carry:
-    """Applies `body(width, carry)` with the smallest of the static, ascending `widths` that is at least the scalar `needed`."""
+    """Applies `body(width, carry)` with the smallest of the static, ascending `widths` that is at least `needed`."""
     if len(widths) == 1:
         return body(widths[0], carry)
     for below, width in zip((-1, *widths), widths, strict=False):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from s2d_jax.config.draft import ExitParts
 from s2d_jax.config.model import ModelConfig
@@ -28,7 +29,7 @@ _ADAPTER_SPREAD = 0.02
 
 
 def init_exit_parts(
-    config: ModelConfig, params: Params, parts: ExitParts, key: jax.Array
+    config: ModelConfig, params: Params, parts: ExitParts, key: Key[Array, ""]
 ) -> Params:
     """`params` with heads and adapters that change no logits yet.
 

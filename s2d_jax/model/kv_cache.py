@@ -6,10 +6,13 @@ move only when the accepted path of a tree is put together.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
 
 from s2d_jax.model.conditional import run_if
 
@@ -34,7 +37,15 @@ class KVCache(flax.struct.PyTreeNode):
 
     @classmethod
     def create(
-        cls, num_layers, batch, num_kv_heads, capacity, head_dim, *, dtype, mesh=None
+        cls,
+        num_layers: int,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: Any,
+        mesh: Mesh | None = None,
     ) -> KVCache:
         """An empty cache; with a `mesh`, K/V heads are split over its tensor axis."""
 
@@ -60,23 +71,23 @@ class KVCache(flax.struct.PyTreeNode):
         """The part of layers [start, stop), counted from the first that this cache is of."""
         return KVCache(self.keys[start:stop], self.values[start:stop], self.length_B)
 
-    def write_states(self, states: dict[str, jax.Array]) -> KVCache:
-        """Writes states `[B, T, D]` behind the valid positions."""
+    def write_states(self, states: dict[str, Float[Array, "B T D"]]) -> KVCache:
+        """Writes states behind the valid positions."""
         written = {
             name: write_window(self.states[name], new_BTD, self.length_B, axis=1)
             for name, new_BTD in states.items()
         }
         return self.replace(states=written)
 
-    def rewind(self, length_B: jax.Array) -> KVCache:
+    def rewind(self, length_B: Int[Array, "B"]) -> KVCache:
         """Clips every row to at most `length_B`."""
         return self.replace(length_B=jnp.minimum(self.length_B, length_B))
 
-    def advance_to(self, length_B: jax.Array) -> KVCache:
+    def advance_to(self, length_B: Int[Array, "B"]) -> KVCache:
         """Declares the positions below `length_B` valid; the caller has written them."""
         return self.replace(length_B=length_B)
 
-    def keep_path(self, start_B: jax.Array, index_BT: jax.Array) -> KVCache:
+    def keep_path(self, start_B: Int[Array, "B"], index_BT: Int[Array, "B T"]) -> KVCache:
         """Moves the entries at `start + index` to `start`, `start + 1`, ...; see `keep_path`. The length stays."""
         keys, values = (
             tuple(keep_path(x, start_B, index_BT, axis=2) for x in arrays)
@@ -95,14 +106,20 @@ class KVCache(flax.struct.PyTreeNode):
         return self.replace(keys=keys, values=values, states=states)
 
 
-def grow_axis(array: jax.Array, size: int, *, axis: int) -> jax.Array:
+def grow_axis(array: Shaped[Array, "..."], size: int, *, axis: int) -> Shaped[Array, "..."]:
     """`array` with zeros behind it along `axis`, so that it has `size` entries there."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
     return jnp.pad(array, widths)
 
 
-def write_window(buffer: jax.Array, window: jax.Array, start_B: jax.Array, *, axis: int):
+def write_window(
+    buffer: Shaped[Array, "B *R"],
+    window: Shaped[Array, "B ..."],
+    start_B: Int[Array, "B"],
+    *,
+    axis: int,
+) -> Shaped[Array, "B *R"]:
     """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis), in place."""
     window = window.astype(buffer.dtype)
     if buffer.shape[0] > _UNROLLED_ROWS:
@@ -127,8 +144,10 @@ def write_window(buffer: jax.Array, window: jax.Array, start_B: jax.Array, *, ax
     return buffer
 
 
-def read_window(buffer: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
-    """`[B, width, ...]`: the entries of each row of `buffer` (`[B, S, ...]`) from `start_B` on."""
+def read_window(
+    buffer: Shaped[Array, "B S *R"], start_B: Int[Array, "B"], width: int
+) -> Shaped[Array, "B {width} *R"]:
+    """The `width` entries of each row of `buffer` from `start_B` on."""
 
     def read(row, start):
         return jax.lax.dynamic_slice_in_dim(row, start, width)
@@ -136,11 +155,17 @@ def read_window(buffer: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
     return jax.vmap(read)(buffer, start_B)
 
 
-def keep_path(buffer: jax.Array, start_B: jax.Array, index_BT: jax.Array, *, axis: int):
+def keep_path(
+    buffer: Shaped[Array, "B *R"],
+    start_B: Int[Array, "B"],
+    index_BT: Int[Array, "B T"],
+    *,
+    axis: int,
+) -> Shaped[Array, "B *R"]:
     """Copies the entries `start + index[t]` of each row of `buffer` to `start + t`, along `axis`, in place.
 
     Args:
-        buffer: `[B, ...]`.
+        buffer: of any shape behind the batch axis.
         start_B: int32.
         index_BT: int32, 0 or more.
         axis: counted with the batch axis.

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.model.products.linear import linear
 
 _kernel_init = nn.initializers.normal(0.02)
+
+
+def logical_param(
+    module: nn.Module, name: str, init: Callable, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> Any:
+    """A parameter of `module` whose axes have these logical names: an array, or an `Int8Weight`."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
 
 
 class RMSNorm(nn.Module):
@@ -21,9 +30,8 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", init, (self.embed_dim,))
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale_D = logical_param(self, "scale", nn.initializers.ones, ("norm",), (self.embed_dim,))
         x_f32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True)
         normed = (x_f32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
@@ -44,17 +52,17 @@ class Linear(nn.Module):
     out_dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(_kernel_init, self.axes)
-        kernel_OI = self.param("kernel", init, (self.out_dim, self.in_dim))
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        shape = (self.out_dim, self.in_dim)
+        kernel_OI = logical_param(self, "kernel", _kernel_init, self.axes, shape)
         out = linear(x, kernel_OI, self.out_dtype)
         if self.has_variable("params", "lora_a"):
             a_RI, b_OR = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             out = out + linear(linear(x, a_RI), b_OR, self.out_dtype)
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
-            bias_O = self.param("bias", zeros, (self.out_dim,)).astype(x.dtype)
-            out = out + jnp.expand_dims(bias_O, tuple(range(x.ndim - 1)))
+            zeros = nn.initializers.zeros
+            bias_O = logical_param(self, "bias", zeros, self.axes[:1], (self.out_dim,))
+            out = out + jnp.expand_dims(bias_O.astype(x.dtype), tuple(range(x.ndim - 1)))
         return out
 
 
@@ -69,7 +77,7 @@ class ExitAdapter(nn.Module):
         self.down = Linear(self.embed_dim, self.rank, ("rank", "embed"))
         self.up = Linear(self.rank, self.embed_dim, ("embed", "rank"))
 
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h_f32 = h.astype(jnp.float32)
         size = jnp.sqrt(jnp.mean(h_f32 * h_f32, axis=-1, keepdims=True) + self.eps)
         change = self.up(jax.nn.silu(self.down((h_f32 / size).astype(h.dtype))))
@@ -87,5 +95,5 @@ class MLP(nn.Module):
         self.up_proj = Linear(c.embed_dim, c.ffw_dim, ("ffw", "embed"))
         self.down_proj = Linear(c.ffw_dim, c.embed_dim, ("embed", "ffw"))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Key
 
 from s2d_jax.errors import UserError
 from s2d_jax.formats.names import FINAL_NORM, PROJECTIONS, WeightName, get_weight
@@ -82,7 +83,7 @@ def with_lora(tree: Params, lora: LoraConfig | None) -> Params:
     return _with_factors(tree, lora, factors_of)
 
 
-def init_lora(params: Params, lora: LoraConfig, key: jax.Array) -> Params:
+def init_lora(params: Params, lora: LoraConfig, key: Key[Array, ""]) -> Params:
     """`params` with adapters that change nothing yet: `lora_a` uniform within 1 / sqrt(I), `lora_b` zero.
 
     Source: PEFT's `LoraLayer.reset_lora_parameters`, Kaiming's uniform with a = sqrt(5).
@@ -104,7 +105,9 @@ def init_lora(params: Params, lora: LoraConfig, key: jax.Array) -> Params:
     return _with_factors(params, lora, factors_of)
 
 
-def placed_beside(kernel_OI: Any, a_RI: Any, b_OR: Any) -> tuple[jax.Array, jax.Array]:
+def placed_beside(
+    kernel_OI: Any, a_RI: Float[Array, "R I"], b_OR: Float[Array, "O R"]
+) -> tuple[Float[Array, "R I"], Float[Array, "O R"]]:
     """The factors on the kernel's mesh: each shares one axis with the kernel, and is split there as it is."""
     values = kernel_OI.values if isinstance(kernel_OI, Int8Weight) else kernel_OI
     sharding = getattr(values, "sharding", None)
@@ -161,7 +164,9 @@ def merge_lora(params: Params) -> Params:
 
 
 @jax.jit
-def merged_kernel(kernel_OI: jax.Array, a_RI: jax.Array, b_OR: jax.Array) -> jax.Array:
+def merged_kernel(
+    kernel_OI: Float[Array, "O I"], a_RI: Float[Array, "R I"], b_OR: Float[Array, "O R"]
+) -> Float[Array, "O I"]:
     """`kernel + b @ a` in the dtype of the kernel, computed in f32."""
     a_RI, b_OR = a_RI.astype(jnp.float32), b_OR.astype(jnp.float32)
     change_OI = jnp.matmul(b_OR, a_RI, precision=jax.lax.Precision.HIGHEST)

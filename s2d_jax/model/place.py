@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 
 class Place(flax.struct.PyTreeNode):
@@ -19,7 +20,7 @@ class Place(flax.struct.PyTreeNode):
     mask_BTS: jax.Array
 
     @classmethod
-    def of_text(cls, length_B: jax.Array, width: int, capacity: int) -> Place:
+    def of_text(cls, length_B: Int[Array, "B"], width: int, capacity: int) -> Place:
         """The `width` positions behind `length_B` of a text: each looks at all before it, and at itself."""
         positions_BT = length_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
         each_S = jnp.arange(capacity, dtype=jnp.int32)

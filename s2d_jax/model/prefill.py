@@ -6,14 +6,22 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from s2d_jax.model.kv_cache import KVCache, read_window
 
-# forward(tokens [B, W], cache) -> (states [B, W, D], the cache with them written, its length unchanged)
-Forward = Callable[[jax.Array, KVCache], tuple[jax.Array, KVCache]]
+# From W tokens their states, and the cache with them written, its length unchanged.
+Forward = Callable[[Int[Array, "B W"], KVCache], tuple[Float[Array, "B W D"], KVCache]]
 
 
-def run_chunks(forward: Forward, cache: KVCache, nothing_BD, tokens_BC, end_B, width: int):
+def run_chunks(
+    forward: Forward,
+    cache: KVCache,
+    nothing_BD: Float[Array, "B D"],
+    tokens_BC: Int[Array, "B C"],
+    end_B: Int[Array, "B"],
+    width: int,
+) -> tuple[Float[Array, "B D"], KVCache]:
     """Runs the model until the cache holds `end_B` positions of each row, `width` at a time.
 
     A row that holds as many already stays where it is; what is written behind it is overwritten later.
@@ -27,7 +35,7 @@ def run_chunks(forward: Forward, cache: KVCache, nothing_BD, tokens_BC, end_B, w
         width: static.
 
     Returns:
-        The state `[B, D]` at position `end_B - 1` (zeros in rows that did not move), and the cache.
+        The state at position `end_B - 1` (zeros in rows that did not move), and the cache.
     """
 
     def run_chunk(carry):
@@ -43,12 +51,17 @@ def run_chunks(forward: Forward, cache: KVCache, nothing_BD, tokens_BC, end_B, w
     return last_B1D[:, 0], cache
 
 
-def reached(length_B, width: int, end_B) -> jax.Array:
-    """int32 `[B]`: positions that each row holds after a chunk of `width` behind `length_B`: `end_B` at most, never fewer."""
+def reached(length_B: Int[Array, "B"], width: int, end_B: Int[Array, "B"]) -> Int[Array, "B"]:
+    """int32: positions that each row holds after a chunk of `width` behind `length_B`: `end_B` at most, never fewer."""
     return jnp.maximum(length_B, jnp.minimum(length_B + width, end_B))
 
 
-def states_at_end(h_BWD, length_B, end_B, last_BTD) -> jax.Array:
+def states_at_end(
+    h_BWD: Float[Array, "B W D"],
+    length_B: Int[Array, "B"],
+    end_B: Int[Array, "B"],
+    last_BTD: Float[Array, "B T D"],
+) -> Float[Array, "B T D"]:
     """`last_BTD`, with the states at the last T positions before `end_B` where the chunk behind `length_B` holds them."""
     (_, W, _), T = h_BWD.shape, last_BTD.shape[1]
     index_BT = (end_B - T - length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from s2d_jax.config.draft import NO_PARTS, ExitParts
 from s2d_jax.config.model import ModelConfig
-from s2d_jax.model.attention import Attention
+from s2d_jax.model.attention import Attention, CachePart, HeadStates, PerToken
 from s2d_jax.model.kv_cache import KVCache
-from s2d_jax.model.layers import MLP, ExitAdapter, Linear, RMSNorm
+from s2d_jax.model.layers import MLP, ExitAdapter, Linear, RMSNorm, logical_param
 from s2d_jax.model.place import Place
 from s2d_jax.model.products.linear import linear
-from s2d_jax.model.products.weight_formats import embed
+from s2d_jax.model.products.weight_formats import Indices, embed
 from s2d_jax.sharding import over_rows
 
 
@@ -26,16 +27,15 @@ class Embed(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        self.embedding = self.param(
-            "embedding", init, (self.config.vocab_size, self.config.embed_dim)
-        )
+        shape = (self.config.vocab_size, self.config.embed_dim)
+        init = nn.initializers.normal(0.02)
+        self.embedding = logical_param(self, "embedding", init, ("vocab", "embed"), shape)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Indices) -> Float[Array, "*B D"]:
         return embed(self.embedding, tokens)
 
-    def attend(self, h: jax.Array) -> jax.Array:
-        """`[..., D]` -> f32 `[..., V]`: the tied head."""
+    def attend(self, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """f32 logits: the tied head."""
         return linear(h, self.embedding, jnp.float32)
 
 
@@ -51,7 +51,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, h_BTD, positions_BT, mask_BTS, cache=None):
+    def __call__(
+        self,
+        h_BTD: Float[Array, "B T D"],
+        positions_BT: PerToken,
+        mask_BTS: Bool[Array, "B T S"],
+        cache: CachePart | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[HeadStates, HeadStates]]:
         mixed_BTD, written = self.attn(self.attn_norm(h_BTD), positions_BT, mask_BTS, cache)
         h_BTD = h_BTD + mixed_BTD
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), written
@@ -62,7 +68,7 @@ class Transformer(nn.Module):
 
     `Transformer(config).apply({"params": params}, ..., method="run_blocks")`
 
-    With `trimmed_head_size` K, logits are read through the K rows of each head that `pretrained.with_trimmed_head` gathered.
+    With `trimmed_head_size` K, logits are read through the K rows of each head that `weights.model.with_trimmed_head` gathered.
     `parts` says which exits have a head or an adapter of their own.
     """
 
@@ -94,15 +100,22 @@ class Transformer(nn.Module):
             for exit in self.parts.adapters
         }
 
-    def no_states(self, batch: int) -> jax.Array:
-        """Zeros `[B, D]` in the compute dtype: where the state after some layer will stand."""
+    def no_states(self, batch: int) -> Float[Array, "{batch} D"]:
+        """Zeros in the compute dtype: where the state after some layer will stand."""
         return jnp.zeros((batch, self.config.embed_dim), self.dtype)
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """`[B, T]` int32 -> `[B, T, D]` in the compute dtype. Ids beyond the vocabulary read its last row."""
+    def embed(self, tokens_BT: PerToken) -> Float[Array, "B T D"]:
+        """Tokens (int32) as vectors in the compute dtype. Ids beyond the vocabulary read its last row."""
         return self.embed_table(tokens_BT).astype(self.dtype)
 
-    def run_blocks(self, h_BTD, cache: KVCache, start: int, stop: int, place: Place | None = None):
+    def run_blocks(
+        self,
+        h_BTD: Float[Array, "B T D"],
+        cache: KVCache,
+        start: int,
+        stop: int,
+        place: Place | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Runs layers [start, stop) on the T positions that follow each row's cached length.
 
         Args:
@@ -111,7 +124,7 @@ class Transformer(nn.Module):
             place: of these positions; None continues the text.
 
         Returns:
-            The state `[B, T, D]` after layer `stop - 1`, and the cache with the window written but its length unchanged.
+            The state after layer `stop - 1`, and the cache with the window written but its length unchanged.
         """
         if place is None:
             place = Place.of_text(cache.length_B, h_BTD.shape[1], cache.capacity)
@@ -122,12 +135,14 @@ class Transformer(nn.Module):
             values.append(v)
         return h_BTD, cache.replace(keys=tuple(keys), values=tuple(values))
 
-    def normed(self, h: jax.Array) -> jax.Array:
-        """The state `[..., D]` after the last layer, after the final norm."""
+    def normed(self, h: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """The state after the last layer, after the final norm."""
         return self.final_norm(h)
 
-    def logits(self, h: jax.Array, exit_layer: int | None = None) -> jax.Array:
-        """`[..., D]` -> f32 `[..., V]` (`[..., K]` with a trimmed head): the final norm and a head.
+    def logits(
+        self, h: Float[Array, "*B D"], exit_layer: int | None = None
+    ) -> Float[Array, "*B V"]:
+        """f32, of the vocabulary (of the K listed ids with a trimmed head): the final norm and a head.
 
         Args:
             h: the state after layer `exit_layer`.
@@ -147,9 +162,15 @@ class Transformer(nn.Module):
         return self.embed_table.attend if self.config.tie_embeddings else self.lm_head
 
     def exit_hiddens(
-        self, tokens_BT, *, exit_layers, positions_BT=None, segment_ids_BT=None, remat=False
-    ) -> tuple[jax.Array, ...]:
-        """The states `[B, T, D]` after each of `exit_layers` (ascending), without a cache.
+        self,
+        tokens_BT: PerToken,
+        *,
+        exit_layers: Sequence[int],
+        positions_BT: PerToken | None = None,
+        segment_ids_BT: PerToken | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], ...]:
+        """The states after each of `exit_layers` (ascending), without a cache.
 
         Args:
             tokens_BT: int32.
@@ -174,8 +195,14 @@ class Transformer(nn.Module):
             exits[depth] = h_BTD
         return tuple(exits[depth] for depth in exit_layers)
 
-    def __call__(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None) -> jax.Array:
-        """f32 logits `[B, T, V]` of the full depth, without a cache."""
+    def __call__(
+        self,
+        tokens_BT: PerToken,
+        *,
+        positions_BT: PerToken | None = None,
+        segment_ids_BT: PerToken | None = None,
+    ) -> Float[Array, "B T V"]:
+        """f32 logits of the full depth, without a cache."""
         (h_BTD,) = self.exit_hiddens(
             tokens_BT,
             exit_layers=(self.config.num_layers,),
@@ -186,3 +213,8 @@ class Transformer(nn.Module):
             for exit in self.parts.exits:
                 self.logits(h_BTD, exit)
         return self.logits(h_BTD)
+
+
+def apply_model(model: Transformer, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """What `method` of the model returns with `params` (Linen's `apply`, without the variables that it may return beside)."""
+    return model.apply({"params": params}, *args, method=method, **kwargs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 
-def mask(ancestors_BTM: jax.Array, start_B: jax.Array, capacity: int) -> jax.Array:
-    """bool `[B, T, C]`: what nodes may look at in a cache of C positions that has the tree's window of M from `start_B` on.
+def mask(
+    ancestors_BTM: Bool[Array, "B T M"], start_B: Int[Array, "B"], capacity: int
+) -> Bool[Array, "B T {capacity}"]:
+    """bool: what nodes may look at in a cache of C positions that has the tree's window of M from `start_B` on.
 
     Args:
         ancestors_BTM: bool, who among the window's M nodes is an ancestor of each of T nodes, or the node itself.

@@ -132,7 +132,7 @@ def _saved_dataset(path: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(found, datasets.DatasetDict):
         if "train" not in found:
             raise UserError(
-                f"{path}: has the splits {', '.join(found)} and no train; give one as {path}/SPLIT"
+                f"{path}: has the splits {', '.join(map(str, found))} and no train; give one as {path}/SPLIT"
             )
         found = found["train"]
     yield from _dataset_rows(found, path)
@@ -198,7 +198,7 @@ def parse_messages(row: Any, where: str) -> list[Message]:
                 f"{where}: turn {number} needs `{role_key}` and `{text_key}` as text; "
                 "repair or remove the row"
             )
-        role = _ROLES.get(turn.get(role_key))  # type: ignore[arg-type]
+        role = _ROLES.get(turn.get(role_key, ""))
         if role is None:
             raise UserError(
                 f"{where}: turn {number} has {role_key}={turn.get(role_key)!r}; "

@@ -106,7 +106,7 @@ class _Walk(flax.struct.PyTreeNode):
         """bool: nothing was refused at this node yet."""
         return self.tried_B == self.node_B
 
-    def arrived(self, p_BV, q_BV) -> _Walk:
+    def arrived(self, p_BV: Float[Array, "B V"], q_BV: Float[Array, "B V"]) -> _Walk:
         """With these p and q in the rows whose node is new."""
         return self.replace(
             target_probs_BV=_where(self.is_new_B, p_BV, self.target_probs_BV),

@@ -8,11 +8,14 @@ which includes every ancestor of a node that goes deeper.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
 
+from s2d_jax.draft.drafter import TargetStates
 from s2d_jax.draft.logits import num_entries
 from s2d_jax.draft.request import Request
 from s2d_jax.draft.segments import SegmentedDrafter, Segments, Slots, SortedState
@@ -32,7 +35,7 @@ class TreeProposal(flax.struct.PyTreeNode):
     Attributes:
         tree: its nodes.
         num_draft_B: int32, how many levels each row may have; 0 drafts nothing.
-        draft_probs_BSK: f32, the q that the children of the node in slot S were drawn from (slot 0: the root), over the entries
+        draft_probs_BSK: f32, the q that the children of the node in each slot (0: the root) were drawn from, over the entries
             of the draft's logits; None when children are not drawn.
     """
 
@@ -46,12 +49,12 @@ class _Growing(flax.struct.PyTreeNode):
 
     Attributes:
         tokens_BC: int32, the text and behind it the slots.
-        ancestors_BSS: bool, of slots.
+        ancestors_BLL: bool, of the L slots.
     """
 
     state: SortedState
     tokens_BC: jax.Array
-    ancestors_BSS: jax.Array
+    ancestors_BLL: jax.Array
     found: Candidates
     draft_probs_BSK: jax.Array | None
 
@@ -82,19 +85,27 @@ class TreeDrafter(SegmentedDrafter):
         return self.growth.num_slots + max(level_width, _WAITING, self.return_width)
 
     def propose(
-        self, params, state, tokens_BC, length_B, num_draft_B, key_B, request: Request, seen
+        self,
+        params: Any,
+        state: SortedState,
+        tokens_BC: Int[Array, "B C"],
+        length_B: Int[Array, "B"],
+        num_draft_B: Int[Array, "B"],
+        key_B: Key[Array, "B"],
+        request: Request,
+        seen: TargetStates,
     ) -> tuple[TreeProposal, SortedState]:
         segments, growth = self.segments, self.growth
         if self.return_width:
             end_B = jnp.where(num_draft_B > 0, length_B - _WAITING, 0)
             state, _ = segments.catch_up(params, state, 0, tokens_BC, end_B, self.return_width)
-        B, S = len(length_B), growth.num_slots
+        B, L = len(length_B), growth.num_slots
         probs_BSK = None
         if growth.sampled:
             K = num_entries(segments.vocab_size, request)
-            probs_BSK = jnp.zeros((B, 1 + S, K), jnp.float32)
-        nothing_BSS = jnp.zeros((B, S, S), bool)
-        growing = _Growing(state, tokens_BC, nothing_BSS, growth.start(B), probs_BSK)
+            probs_BSK = jnp.zeros((B, 1 + L, K), jnp.float32)
+        nothing_BLL = jnp.zeros((B, L, L), bool)
+        growing = _Growing(state, tokens_BC, nothing_BLL, growth.start(B), probs_BSK)
         inputs = params, length_B, num_draft_B, key_B, request
 
         def root(growing):
@@ -119,7 +130,7 @@ class TreeDrafter(SegmentedDrafter):
         live_B1 = (limit_B > 0)[:, None]
         widths = _WAITING, self.catch_up_width
         left = self.segments.step(
-            *(params, growing.state, growing.tokens_BC, length_B, live_B1, widths, request)
+            params, growing.state, growing.tokens_BC, length_B, live_B1, widths, request
         )
         nothing_B1 = jnp.zeros(live_B1.shape, jnp.float32)
         children = self.growth.children(
@@ -147,16 +158,15 @@ class TreeDrafter(SegmentedDrafter):
         live_BW &= self.growth.in_use(level - 1)[None, :]
         first_slot = (level - 2) * W
         growing = self._enter(length_B, growing, beam_BW, live_BW, first_slot)
-        slots = Slots(length_B, growing.ancestors_BSS, W)
+        slots = Slots(length_B, growing.ancestors_BLL, W)
         widths = W, max(W, self.catch_up_width)
+        end_B = length_B + first_slot + W
         left = self.segments.step(
-            *(params, growing.state, growing.tokens_BC, length_B + first_slot + W),
-            *(live_BW, widths, request, slots),
+            params, growing.state, growing.tokens_BC, end_B, live_BW, widths, request, slots
         )
-        children = self.growth.children(
-            *(left.logits_BTK, of_beam(found.score_BN), live_BW),
-            *(fold_in(key_B, jnp.full_like(length_B, level)), request),
-        )
+        score_BW = of_beam(found.score_BN)
+        own_key_B = fold_in(key_B, jnp.full_like(length_B, level))
+        children = self.growth.children(left.logits_BTK, score_BW, live_BW, own_key_B, request)
         found = self.growth.add(growing.found, level, children, beam_BW, left.exit_BT)
         return growing.replace(
             state=left.state,
@@ -166,7 +176,7 @@ class TreeDrafter(SegmentedDrafter):
 
     def _enter(self, length_B, growing: _Growing, beam_BW, live_BW, first_slot) -> _Growing:
         """Gives the beam its slots: `first_slot` (int32 scalar, from 0) and those behind it."""
-        found, (B, S, _) = growing.found, growing.ancestors_BSS.shape
+        found, (B, L, _) = growing.found, growing.ancestors_BLL.shape
         entered_BW = jnp.where(
             live_BW, beam_BW, self.growth.num_candidates
         )  # beyond the last: none
@@ -175,22 +185,24 @@ class TreeDrafter(SegmentedDrafter):
         parent_BW = jnp.take_along_axis(found.parent_BN, beam_BW, axis=1)
         parent_slot_BW = jnp.take_along_axis(found.slot_BN, jnp.maximum(parent_BW, 0), axis=1)
         at_BW1 = jnp.maximum(parent_slot_BW - 1, 0)[:, :, None]
-        above_BWS = jnp.take_along_axis(growing.ancestors_BSS, at_BW1, axis=1)
-        above_BWS &= (parent_BW >= 0)[:, :, None]
-        own_WS = slot_W[:, None] == jnp.arange(S, dtype=jnp.int32)[None, :]
+        above_BWL = jnp.take_along_axis(growing.ancestors_BLL, at_BW1, axis=1)
+        above_BWL &= (parent_BW >= 0)[:, :, None]
+        own_WL = slot_W[:, None] == jnp.arange(L, dtype=jnp.int32)[None, :]
         token_BW = jnp.take_along_axis(found.tokens_BN, beam_BW, axis=1)
         rows_B1 = jnp.arange(B)[:, None]
         return growing.replace(
             tokens_BC=write_window(growing.tokens_BC, token_BW, length_B + first_slot, axis=1),
-            ancestors_BSS=jax.lax.dynamic_update_slice_in_dim(
-                growing.ancestors_BSS, above_BWS | own_WS[None], first_slot, 1
+            ancestors_BLL=jax.lax.dynamic_update_slice_in_dim(
+                growing.ancestors_BLL, above_BWL | own_WL[None], first_slot, 1
             ),
             found=found.replace(
                 slot_BN=found.slot_BN.at[rows_B1, entered_BW].set(1 + slot_W, mode="drop")
             ),
         )
 
-    def keep_path(self, state, length_B, slot_BT):
+    def keep_path(
+        self, state: SortedState, length_B: Int[Array, "B"], slot_BT: Int[Array, "B T"]
+    ) -> SortedState:
         """Of the tree behind `length_B` tokens keeps the path through these slots; see `Segments.keep_path`."""
         return self.segments.keep_path(state, length_B, slot_BT)
 

@@ -24,6 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.draft.logits import token_ids
@@ -105,7 +106,7 @@ class Growth:
 
     @property
     def num_slots(self) -> int:
-        """S, how many nodes beside the root the draft runs."""
+        """L, how many nodes beside the root the draft runs."""
         return self.width * (self.depth - 1)
 
     @property
@@ -159,7 +160,14 @@ class Growth:
             beams_BDW=jnp.broadcast_to(beams_DW, (B, *beams_DW.shape)),
         )
 
-    def children(self, logits_BRK, score_BR, live_BR, key_B, request: Request) -> Children:
+    def children(
+        self,
+        logits_BRK: Float[Array, "B R K"],
+        score_BR: Float[Array, "B R"],
+        live_BR: Bool[Array, "B R"],
+        key_B: Key[Array, "B"],
+        request: Request,
+    ) -> Children:
         """The candidates that R nodes bring forth.
 
         Args:
@@ -187,8 +195,15 @@ class Growth:
             probs_BRK=probs_BRK,
         )
 
-    def add(self, found: Candidates, level, children: Children, beam_BR, exit_BR) -> Candidates:
-        """Enters the candidates of `level` (int32 scalar, or static), and selects its beam.
+    def add(
+        self,
+        found: Candidates,
+        level: int | Int[Array, ""],
+        children: Children,
+        beam_BR: Int[Array, "B R"],
+        exit_BR: Int[Array, "B R"],
+    ) -> Candidates:
+        """Enters the candidates of `level`, and selects its beam.
 
         Args:
             found: of earlier levels.
@@ -231,14 +246,16 @@ class Growth:
                 of_level[i] = self._static_candidate(path) - self._first_D[len(path) - 1]
         return jnp.broadcast_to(jnp.asarray(beams_DW)[level - 1], (B, self.width))
 
-    def in_use(self, level) -> jax.Array:
-        """bool `[W]`: which places of the beam of `level` a static tree fills; all of a dynamic one."""
+    def in_use(self, level: Int[Array, ""]) -> Bool[Array, "W"]:
+        """Which places of the beam of `level` a static tree fills; all of a dynamic one."""
         if not self.shape.paths:
             return jnp.ones(self.width, bool)
         filled_D = jnp.asarray([len(beam) for beam in self._static_beams])
         return jnp.arange(self.width) < filled_D[level - 1]
 
-    def finish(self, found: Candidates, root_token_B, limit_B) -> Tree:
+    def finish(
+        self, found: Candidates, root_token_B: Int[Array, "B"], limit_B: Int[Array, "B"]
+    ) -> Tree:
         """The tree that is verified.
 
         Args:

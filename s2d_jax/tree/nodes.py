@@ -9,6 +9,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 
 class Tree(flax.struct.PyTreeNode):
@@ -34,8 +35,8 @@ class Tree(flax.struct.PyTreeNode):
     exit_BM: jax.Array
 
 
-def ancestors(parent_BM: jax.Array, depth: int) -> jax.Array:
-    """bool `[B, M, M]`: entry `[b, i, j]` says that node j is node i or an ancestor of it, the root included.
+def ancestors(parent_BM: Int[Array, "B M"], depth: int) -> Bool[Array, "B M M"]:
+    """bool: entry `[b, i, j]` says that node j is node i or an ancestor of it, the root included.
 
     Args:
         parent_BM: int32.
@@ -50,13 +51,18 @@ def ancestors(parent_BM: jax.Array, depth: int) -> jax.Array:
     return found_BMM
 
 
-def positions(depth_BM: jax.Array, length_B: jax.Array) -> jax.Array:
-    """int32 `[B, M]`: rotary positions; the root is the last of `length_B` tokens."""
+def positions(depth_BM: Int[Array, "B M"], length_B: Int[Array, "B"]) -> Int[Array, "B M"]:
+    """int32: rotary positions; the root is the last of `length_B` tokens."""
     return length_B[:, None] - 1 + depth_BM
 
 
-def path(parent_BM: jax.Array, depth_BM: jax.Array, node_B: jax.Array, depth: int) -> jax.Array:
-    """int32 `[B, depth + 1]`: the nodes from the root to `node_B`, by depth; beyond its own depth `node_B` is repeated."""
+def path(
+    parent_BM: Int[Array, "B M"],
+    depth_BM: Int[Array, "B M"],
+    node_B: Int[Array, "B"],
+    depth: int,
+) -> Int[Array, "B {depth+1}"]:
+    """int32: the nodes from the root to `node_B`, by depth; beyond its own depth `node_B` is repeated."""
     at_B1, found = node_B[:, None], []
     for level in range(depth, -1, -1):
         own_B1 = jnp.take_along_axis(depth_BM, at_B1, axis=1)

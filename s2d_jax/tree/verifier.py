@@ -6,9 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from s2d_jax.decode.state import DecodeState, Verified
 from s2d_jax.decode.verifier import Judged, Window, append_next
+from s2d_jax.draft.guard import Steps
 from s2d_jax.draft.request import Request
 from s2d_jax.model import tree_mask
 from s2d_jax.model.conditional import run_if
@@ -39,14 +41,14 @@ class TreeVerifier:
         place = Place(trees.positions(tree.depth_BM, state.length_B), mask_BMC)
         return Window(tree.tokens_BM, place)
 
-    def needed_width(self, proposal: TreeProposal) -> jax.Array:
+    def needed_width(self, proposal: TreeProposal) -> Int[Array, ""]:
         drafts = jnp.any(proposal.num_draft_B > 0)
         return jnp.where(drafts, self.widths[-1], 1)
 
-    def num_proposed(self, proposal: TreeProposal) -> jax.Array:
+    def num_proposed(self, proposal: TreeProposal) -> Int[Array, "B"]:
         return jnp.sum(proposal.tree.valid_BM, axis=1, dtype=jnp.int32) - 1
 
-    def charged(self, steps_BE: jax.Array) -> jax.Array:
+    def charged(self, steps_BE: Steps) -> Steps:
         """Every level counts as one at the deepest exit of the round: a level that goes there takes earlier ones along."""
         E = steps_BE.shape[1]
         deepest_B = E - 1 - jnp.argmax(steps_BE[:, ::-1] > 0, axis=1)

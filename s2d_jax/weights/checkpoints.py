@@ -44,14 +44,13 @@ class Checkpoints:
         self._directory = directory
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_of_orbax)
-        policy = ocp.training.preservation_policies
         self._checkpointer = None
         if keep is not None:
             directory.mkdir(parents=True, exist_ok=True)
         if directory.is_dir():
             self._checkpointer = ocp.training.Checkpointer(
-                directory.absolute(),
-                preservation_policy=_newest_and_best(keep) if keep else policy.PreserveAll(),
+                str(directory.absolute()),
+                preservation_policy=_preserved(keep),
                 cleanup_tmp_directories=keep is not None,
             )
 
@@ -106,7 +105,8 @@ class Checkpoints:
         with self._explained():
             self._checkpointer.wait()
             self._checkpointer.save_checkpointables_async(
-                *(step, trees),
+                step,
+                trees,
                 force=True,
                 metrics=None if score is None else {_SCORE: score},
                 custom_metadata=metadata,
@@ -140,9 +140,10 @@ class Checkpoints:
         )
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the arrays."""
+        """What `save` was given beside the arrays; empty if that is damaged."""
         assert self._checkpointer is not None
-        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+        found = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        return found if isinstance(found, dict) else {}
 
     def wait(self) -> None:
         """Returns once the last save is on disk.
@@ -194,8 +195,11 @@ def _score(metrics: Any) -> float:
     return metrics[_SCORE]
 
 
-def _newest_and_best(keep: int) -> Any:
+def _preserved(keep: int | None) -> Any:
+    """Which checkpoints stay: all, or the newest and the best. The types of Orbax's policies do not fit its own protocol."""
     policy = ocp.training.preservation_policies
+    if not keep:
+        return policy.PreserveAll()
     best = policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
     return policy.AnyPreservationPolicy([policy.LatestN(keep), best])
 

@@ -15,9 +15,9 @@ from s2d_jax.config.model import ModelConfig
 _SAMPLED_WEIGHTS = 16
 # The fields whose values made up the hash of version 0.1, in its order.
 _FIRST_FIELDS = (
-    *("family", "vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-    *("norm_eps", "rope_theta", "max_context", "rope_scaling", "qkv_bias", "tie_embeddings"),
-    *("bos_token_id", "eos_token_ids"),
+    "family", "vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "norm_eps", "rope_theta", "max_context", "rope_scaling", "qkv_bias", "tie_embeddings",
+    "bos_token_id", "eos_token_ids",
 )  # fmt: skip
 
 
@@ -67,4 +67,6 @@ def _described(config: Any) -> dict[str, Any]:
 
 
 def _as_tuple(value: Any) -> Any:
-    return dataclasses.astuple(value) if dataclasses.is_dataclass(value) else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.astuple(value)
+    return value

@@ -27,9 +27,9 @@ _PEFT_REQUIRED: dict[str, Any] = {
     "lora_bias": False,
 }
 _PEFT_UNSUPPORTED = (
-    *("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
-    *("target_parameters", "alora_invocation_tokens"),
-)
+    "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
+    "target_parameters", "alora_invocation_tokens",
+)  # fmt: skip
 _PEFT_FACTORS = ("lora_A", "lora_B")
 
 

@@ -19,8 +19,9 @@ from s2d_jax.model.products.weight_formats import (
     quantise,
 )
 from s2d_jax.sharding import mesh_of, put_whole
+from s2d_jax.weights.model import Model
 
-ModelT = TypeVar("ModelT")
+ModelT = TypeVar("ModelT", bound=Model)
 
 
 def prepare_for_decode(model: ModelT, weight_format: str) -> ModelT:
@@ -37,13 +38,13 @@ def prepare_for_decode(model: ModelT, weight_format: str) -> ModelT:
         UserError: for an unknown format.
     """
     check_weight_format(weight_format)
-    params = merge_lora(model.params)  # pyright: ignore[reportAttributeAccessIssue]
+    params = merge_lora(model.params)
     dtype = compute_dtype(weight_format, platform_of(mesh_of(params)))
     is_weight = lambda x: isinstance(x, Int8Weight)  # noqa: E731
     prepared = jax.tree.map(
         lambda leaf: _converted(leaf, weight_format, dtype), params, is_leaf=is_weight
     )
-    return dataclasses.replace(model, params=prepared)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(model, params=prepared)
 
 
 def platform_of(mesh: jax.sharding.Mesh | None) -> str:
@@ -63,9 +64,11 @@ def load_weight(
         sharding: of the tensor on a mesh; None puts it on the default device.
     """
     weight = _converted(array, weight_format, dtype)
-    if isinstance(weight, Int8Weight) and isinstance(sharding, jax.sharding.NamedSharding):
+    if not isinstance(weight, Int8Weight):
+        return put_whole(weight, sharding)
+    if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.device_put(weight, Int8Weight(sharding, channel_sharding(sharding)))
-    return put_whole(weight, sharding)
+    return jax.device_put(weight, sharding)
 
 
 def _converted(weight: Any, weight_format: str, dtype: Any) -> Any:

@@ -122,13 +122,15 @@ def _base_from_json(raw: Any, file: Path) -> Base | None:
         return None
     try:
         path, layers, fingerprint, lora = (raw[field.name] for field in dataclasses.fields(Base))
-        layers = None if layers is None else tuple(layers)
-        readable = all(isinstance(value, str) for value in (path, fingerprint))
-        readable &= all(isinstance(i, int) for i in layers or ())
+        base = Base(path, None if layers is None else tuple(layers), fingerprint, bool(lora))
     except (KeyError, TypeError):
-        readable = False
-    if not readable:
+        base = None
+    if (
+        base is None
+        or not all(isinstance(value, str) for value in (base.path, base.fingerprint))
+        or not all(isinstance(i, int) for i in base.layers or ())
+    ):
         raise UserError(
             f"{file}: base={raw!r} is unreadable; path, layers, fingerprint and lora are expected; export the draft again"
         )
-    return Base(path, layers, fingerprint, bool(lora))
+    return base

@@ -72,7 +72,7 @@ def _build(section: type, values: Any, prefix: str) -> Any:
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
     """`value` as `hint`, or UserError; an int is taken where a float is asked for."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:

@@ -12,6 +12,10 @@ from s2d_jax.errors import UserError
 from s2d_jax.sharding import MeshConfig
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
+# Of `train`: what is 1 or more.
+_COUNTS = (
+    "batch_size", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
 
 
 def require(condition: bool, message: str) -> None:
@@ -259,10 +263,7 @@ class TrainSection:
 
     def __post_init__(self):
         require(bool(self.run_dir), "train.run_dir is empty; give a directory")
-        for name in (
-            *("batch_size", "accumulate", "loss_chunk", "log_every"),
-            *("eval_every", "checkpoint_every", "keep_checkpoints"),
-        ):
+        for name in _COUNTS:
             value = getattr(self, name)
             require(value >= 1, f"train.{name}={value} must be at least 1")
         for name in ("epochs", "max_steps", "max_minutes"):

@@ -93,7 +93,7 @@ def read_rows(directory: Path) -> datasets.Dataset:
         for name, known in hashes.items():
             if _file_hash(directory / name) != known:
                 raise DamagedRows(f"{name} is not what was saved")
-        return datasets.load_from_disk(str(directory))
+        return datasets.Dataset.load_from_disk(str(directory))
     except (OSError, ValueError, AttributeError) as error:
         raise DamagedRows(" ".join(str(error).split())[:160]) from None
 

@@ -227,11 +227,13 @@ def _devices(topology: str, count: int) -> list[Any]:
 
 def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> list[StepMemory]:
     """Under a bar, or with a line for each step where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     rows: list[StepMemory] = []
     with Progress(
-        *columns,
-        *(TextColumn("ETA"), TimeRemainingColumn()),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
         speed_estimate_period=3600.0,  # seconds; a program of many layers compiles for minutes
@@ -251,9 +253,8 @@ def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> 
 
 
 _HEADINGS = (
-    *("step", "target", "frozen", "trained", "optim.", "temp.", "peak", "total"),
-    *("fits 80/95", "paper, MB"),
-)
+    "step", "target", "frozen", "trained", "optim.", "temp.", "peak", "total", "fits 80/95", "paper, MB",
+)  # fmt: skip
 
 
 def _cells(row: StepMemory, args: Args) -> tuple[str, ...]:
@@ -268,9 +269,14 @@ def _cells(row: StepMemory, args: Args) -> tuple[str, ...]:
         return "-" if size is None else f"{size / 1e9:,.2f}"
 
     return (
-        *(row.system, Path(row.target).name if row.target else "any"),
-        *(giga(row.frozen), giga(row.trained), giga(row.optimizer), giga(row.temporaries)),
-        *(giga(row.peak), "-" if row.peak is None else f"{row.devices * row.peak / 1e9:,.1f}"),
+        row.system,
+        Path(row.target).name if row.target else "any",
+        giga(row.frozen),
+        giga(row.trained),
+        giga(row.optimizer),
+        giga(row.temporaries),
+        giga(row.peak),
+        "-" if row.peak is None else f"{row.devices * row.peak / 1e9:,.1f}",
         "/".join("yes" if row.fits(size) else "no" for size in CAPACITIES),
         PUBLISHED.get((row.system, row.target), "") if is_papers else "",
     )

@@ -13,7 +13,7 @@ from s2d_jax.config.draft import ExitParts
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.formats.names import EXIT_ADAPTERS, EXIT_HEADS, get_weight, shared_head
 from s2d_jax.model.params import Params
-from s2d_jax.model.transformer import Transformer
+from s2d_jax.model.transformer import Transformer, apply_model
 from s2d_jax.weights.vocabulary import TRIMMED, TRIMMED_HEAD
 from train.config.sections import ObjectiveSection
 from train.data.batch import TopK
@@ -74,15 +74,16 @@ class Reading:
 
     def exit_hiddens(self, params: Params, batch, *, remat: bool = False) -> tuple[jax.Array, ...]:
         """The states `[B, T, D]` at the exits, of a `train.data.batch.Batch`."""
-        return self.transformer.apply(
-            {"params": params},
+        return apply_model(
+            self.transformer,
+            params,
+            "exit_hiddens",
             batch.tokens_BT,
             exit_layers=self.exit_layers,
             positions_BT=batch.positions_BT,
             segment_ids_BT=batch.segment_ids_BT,
             remat=remat,
-            method="exit_hiddens",
-        )  # pyright: ignore[reportReturnType]
+        )
 
     def teacher(self, index: int) -> Reading:
         """Reads a running teacher."""
@@ -106,7 +107,11 @@ class Reading:
         best_BEC = ce_BEC <= total_BEC - jnp.max(logits_BECK, axis=-1)
         ce_BEC = jnp.where(listed_BC[:, None, :], ce_BEC, 0.0)
         correct_BEC = (listed_BC[:, None, :] & best_BEC).astype(jnp.float32)
-        values = {"loss": objective.ce_weight * ce_BEC, "ce": ce_BEC, "correct": correct_BEC}
+        values: dict[str, Any] = {
+            "loss": objective.ce_weight * ce_BEC,
+            "ce": ce_BEC,
+            "correct": correct_BEC,
+        }
         if teachers:
             log_q_BECK = logits_BECK - total_BEC[..., None]
             apart_BEC = sum(self._apart(of, log_q_BECK) for of in teachers) / len(teachers)
@@ -139,9 +144,7 @@ class Reading:
 
     def logits(self, head: Params, h_BCD: jax.Array, exit_layer: int) -> jax.Array:
         """f32 `[B, C, K]` of an exit."""
-        return self.transformer.apply(
-            {"params": head}, h_BCD, exit_layer=exit_layer, method="logits"
-        )
+        return apply_model(self.transformer, head, "logits", h_BCD, exit_layer=exit_layer)
 
     def _exit_logits(self, head: Params, h_EBCD: jax.Array) -> jax.Array:
         """f32 `[B, E, C, K]`; what exits share is multiplied at once, for larger products are faster.

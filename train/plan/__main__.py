@@ -106,8 +106,9 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
             f"the step needs {needed / 1e9:.1f} GB on each of {mesh.size} chips, more than they have; "
             "raise mesh.fsdp or train.accumulate"
         ) from None
-    memory = compiled.memory_analysis()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None  # CPU, GPU and TPU all tell
+    assert hlo is not None
     return Plan(
         devices=mesh.size,
         params=bytes_per_device(state.params),
@@ -115,7 +116,7 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
         batch=bytes_per_device(batch),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=count_collectives(compiled.as_text()),
+        collectives=count_collectives(hlo),
     )
 
 
@@ -249,8 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _fake_devices(count: int) -> list:
     if count < 1:
         raise UserError(f"--devices {count} must be at least 1")
+    # JAX adds its flags to the class at run time.
+    before = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.suppress(RuntimeError):  # too late where something was computed already
-        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+        jax.config.update("jax_num_cpu_devices", max(count, before))
     if len(jax.devices("cpu")) < count:
         raise UserError(
             f"--devices {count} exceeds the {len(jax.devices('cpu'))} that JAX began with; set JAX_NUM_CPU_DEVICES={count}"

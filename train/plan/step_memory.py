@@ -76,14 +76,18 @@ class StepMemory:
 
 def shapes_of_batch(rows: int, length: int) -> Batch:
     """Packed rows as shapes."""
-    integers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    return Batch(
-        tokens_BT=integers,
-        targets_BT=integers,
-        weights_BT=jax.ShapeDtypeStruct((rows, length), jnp.float32),
-        positions_BT=integers,
-        segment_ids_BT=integers,
-    )
+
+    def zeros() -> Batch:
+        integers = jnp.zeros((rows, length), jnp.int32)
+        return Batch(
+            tokens_BT=integers,
+            targets_BT=integers,
+            weights_BT=jnp.zeros((rows, length), jnp.float32),
+            positions_BT=integers,
+            segment_ids_BT=integers,
+        )
+
+    return jax.eval_shape(zeros)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

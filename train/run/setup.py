@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,12 @@ from train.step.trainer import Trainer, TrainState
 
 _CONFIG = "config.yaml"
 _ROWS = "rows"
+# A run that goes on keeps these.
+_KEPT = (
+    "model.path", "model.num_layers", "model.layers", "model.lora_rank", "draft.exit_layers", "draft.parts",
+    "draft.vocabulary", "objective.teachers", "objective.teacher_top_k", "watch.target", "train.learn", "data.paths",
+    "data.weights", "data.max_length", "data.held_out_fraction", "train.seed", "train.batch_size",
+)  # fmt: skip
 
 
 def train(config: Config) -> Path:
@@ -106,19 +113,11 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
 def _check_resume(run_dir: Path, config: Config) -> None:
     """What decides which rows a step sees, or what the checkpoint holds, cannot change when a run goes on."""
     before = load_config(run_dir / _CONFIG)
-    for section, name in (
-        *(("model", "path"), ("model", "num_layers"), ("model", "layers"), ("model", "lora_rank")),
-        *(("draft", "exit_layers"), ("draft", "parts"), ("draft", "vocabulary")),
-        *(("objective", "teachers"), ("objective", "teacher_top_k"), ("watch", "target")),
-        ("train", "learn"),
-        *(("data", "paths"), ("data", "weights"), ("data", "max_length")),
-        ("data", "held_out_fraction"),
-        *(("train", "seed"), ("train", "batch_size")),
-    ):
-        old, new = (getattr(getattr(c, section), name) for c in (before, config))
+    for field in _KEPT:
+        old, new = (operator.attrgetter(field)(each) for each in (before, config))
         if old != new:
             raise UserError(
-                f"{section}.{name}={new!r} differs from {old!r} in {run_dir / _CONFIG}; "
+                f"{field}={new!r} differs from {old!r} in {run_dir / _CONFIG}; "
                 "a resumed run keeps it, so set it back or start another run"
             )
 

@@ -214,7 +214,8 @@ def prepare_teachers(
     """
     objective, watched = config.objective, _watched(config)
     models, read = [], _reader(config, mesh, rows, report)
-    for path in dict.fromkeys((*objective.teachers, *([watched] if watched else []))):
+    paths = (*objective.teachers, watched) if watched else objective.teachers
+    for path in dict.fromkeys(paths):
         model = load_teacher(path, config, tokenizer, mesh)
         if path == watched and len(held_out):
             batches = read(f"what {path} writes on held-out rows", held_out)

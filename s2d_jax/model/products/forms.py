@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from s2d_jax.model.products.weight_formats import Int8Weight
+from s2d_jax.model.products.weight_formats import Int8Weight, Matrix, Weight
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 # The weight-first product of 5 to 7 rows costs more than that of 8, and that of 9 to 15 more than that of 16.
@@ -23,12 +24,12 @@ def _dot(a, b, out_dtype) -> jax.Array:
     return jax.lax.dot_general(a, b, _CONTRACT_LAST, preferred_element_type=out_dtype)
 
 
-def plain(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
+def plain(x_MI: Float[Array, "M I"], w_OI: Matrix) -> Float[Array, "M O"]:
     """One dot, the activations first."""
     return _dot(x_MI, w_OI, jnp.float32)
 
 
-def weight_first(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
+def weight_first(x_MI: Float[Array, "M I"], w_OI: Matrix) -> Float[Array, "M O"]:
     """XLA's CPU library packs its second operand on every call, so it must get the small one.
 
     The barrier keeps XLA from rewriting `dot(w, x).T` back into `dot(x, w)`.
@@ -42,12 +43,12 @@ def _padded_rows(rows: int) -> int:
     return next((r for r in _ROUND_ROWS_UP_TO if r // 2 < rows <= r), rows)
 
 
-def scaled(x_MI: jax.Array, w: Int8Weight) -> jax.Array:
+def scaled(x_MI: Float[Array, "M I"], w: Int8Weight) -> Float[Array, "M O"]:
     """int8 values as numbers of the compute dtype (they fit exactly), one dot, then the scales."""
     return plain(x_MI, w.values.astype(x_MI.dtype)) * w.scale[None, :]
 
 
-def blocked(x_MI: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
+def blocked(x_MI: Float[Array, "M I"], w: Weight) -> Float[Array, "M O"]:
     """Weights become f32 a block at a time, inside a loop, so that no f32 copy of a matrix exists.
 
     Without the loop XLA hoists the conversion out of the decoding loop: a conversion of weights is loop-invariant.
@@ -83,7 +84,7 @@ def _two_digits(x_MI: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([first_MI, last_MI]).astype(jnp.int8), step_M1
 
 
-def two_digits(x_MI: jax.Array, w: Int8Weight) -> jax.Array:
+def two_digits(x_MI: Float[Array, "M I"], w: Int8Weight) -> Float[Array, "M O"]:
     """Integer products: activations rounded to 16 bits, as two int8 digits that share one pass over the int8 weights.
 
     The sums are exact, so a row's result does not depend on how many rows there are. Rounding moves an activation by at most

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from s2d_jax.model.products.forms import blocked, plain, scaled, two_digits, weight_first
 from s2d_jax.model.products.mixed import mixed_product
-from s2d_jax.model.products.weight_formats import Int8Weight
+from s2d_jax.model.products.weight_formats import Int8Weight, Weight
 
 # Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
 _FEW_ROWS = 32
@@ -19,30 +20,30 @@ _FEW_BF16_ROWS = 4
 # Above this many, two int8 digits an activation are more arithmetic than converting the weights.
 _FEW_DIGIT_ROWS = 8
 
-Form = Callable[[jax.Array, Any], jax.Array]
+Form = Callable[[Float[Array, "M I"], Any], Float[Array, "M O"]]
 
 
-def linear(x: jax.Array, w: jax.Array | Int8Weight, out_dtype: Any = None) -> jax.Array:
+def linear(x: Float[Array, "*B I"], w: Weight, out_dtype: Any = None) -> Float[Array, "*B O"]:
     """Multiplies the last axis of `x` by a weight stored as PyTorch stores it.
 
     Args:
-        x: `[..., I]`, f32 or bf16.
-        w: `[O, I]`: an array, cast to the dtype of `x`, or an `Int8Weight`.
+        x: f32 or bf16.
+        w: an array, cast to the dtype of `x`, or an `Int8Weight`.
         out_dtype: of the result; None is the dtype of `x`.
 
     Returns:
-        `[..., O]`; sums are accumulated in f32, or exactly.
+        Sums that were accumulated in f32, or exactly.
     """
     out_MO = _product(x.reshape(-1, x.shape[-1]), w)
     return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
-def _product(x_MI: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
+def _product(x_MI: jax.Array, w: Weight) -> jax.Array:
     """f32 `[M, O]`."""
     stored, computed = format_of(w), format_of(x_MI)
     if (stored, computed) == ("f32", "bf16"):
         return mixed_product(x_MI, w)
-    if stored != "int8":
+    if not isinstance(w, Int8Weight):
         w, stored = w.astype(x_MI.dtype), computed
     forms = {platform: form_of(platform, stored, x_MI.shape[0]) for platform in ("cpu", "tpu")}
     if forms["cpu"] is forms["tpu"]:
@@ -50,7 +51,7 @@ def _product(x_MI: jax.Array, w: jax.Array | Int8Weight) -> jax.Array:
     return jax.lax.platform_dependent(x_MI, w, cpu=forms["cpu"], default=forms["tpu"])
 
 
-def format_of(w: jax.Array | Int8Weight) -> str:
+def format_of(w: Weight) -> str:
     """The weight format of a matrix, or of activations, that `linear` takes."""
     if isinstance(w, Int8Weight):
         return "int8"

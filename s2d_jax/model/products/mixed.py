@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from s2d_jax.model.products.forms import plain
+from s2d_jax.model.products.weight_formats import Matrix
 
 # XLA's CPU library multiplies bf16 twice as fast as f32, but no product that contracts the first axis of its first operand.
 _TRANSPOSED_ROWS = 16
 
 
 @jax.custom_vjp
-def mixed_product(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
+def mixed_product(x_MI: Float[Array, "M I"], w_OI: Matrix) -> Float[Array, "M O"]:
     """`x @ w.T`, the weight rounded to the dtype of `x`; sums in f32.
 
     Its gradients are products of the same precision (Micikevicius et al. 2018, section 3): the gradient of the result is
@@ -24,7 +26,7 @@ def mixed_product(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
         w_OI: a master weight, f32.
 
     Returns:
-        f32 `[M, O]`.
+        f32.
     """
     return plain(x_MI, w_OI.astype(x_MI.dtype))
 

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from s2d_jax.errors import UserError
 
@@ -40,6 +41,12 @@ class Int8Weight(flax.struct.PyTreeNode):
         return self.values.dtype
 
 
+# What a model is given may be NumPy arrays where nothing is jitted.
+Matrix = Float[Array | np.ndarray, "O I"]
+Weight = Matrix | Int8Weight
+Indices = Int[Array | np.ndarray, "*B"]
+
+
 def check_weight_format(weight_format: str) -> None:
     """Raises UserError unless `weight_format` is known."""
     if weight_format not in WEIGHT_FORMATS:
@@ -58,14 +65,14 @@ def compute_dtype(weight_format: str, platform: str) -> Any:
     return jnp.bfloat16
 
 
-def quantise(w_OI: Any) -> Int8Weight:
+def quantise(w_OI: Matrix | jax.ShapeDtypeStruct) -> Int8Weight:
     """The nearest int8 weight: `scale = max |row| * (1 / 127)`, `values = round(row * (1 / scale))`, halves to even.
 
     The error of an element is at most half its row's scale. A row of zeros (or of
     numbers below 2e-36, which become zeros) has scale 1.
 
     Args:
-        w_OI: f32, f16 or bf16, `[O, I]`. A NumPy array is quantised on the host, piece by piece; a JAX array where it is,
+        w_OI: f32, f16 or bf16. A NumPy array is quantised on the host, piece by piece; a JAX array where it is,
             and a `jax.ShapeDtypeStruct` gives structs. A sharding on a mesh is kept: the scale is split like the output axis.
     """
     if isinstance(w_OI, np.ndarray):
@@ -112,23 +119,23 @@ def _quantise_on_host(w_OI: np.ndarray) -> Int8Weight:
     return Int8Weight(values, scale)
 
 
-def dequantise(weight: Int8Weight) -> Any:
-    """f32 `[O, I]`: `values * scale`."""
+def dequantise(weight: Int8Weight) -> Matrix:
+    """f32: `values * scale`."""
     return weight.values.astype(jnp.float32) * weight.scale[:, None]
 
 
-def take_rows(weight: Any, rows: Any) -> Any:
+def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*B I"] | Int8Weight:
     """Some output channels of a weight, in its own format. Indices beyond the end read the last one.
 
     Args:
-        weight: array `[O, I]` or `Int8Weight`.
-        rows: int32, any shape.
+        weight: array or `Int8Weight`.
+        rows: int32.
     """
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), weight)
 
 
-def embed(weight: Any, tokens: jax.Array) -> jax.Array:
-    """Rows of an embedding table as vectors `[..., D]`: f32 from an int8 table, else the table's dtype."""
+def embed(weight: Weight, tokens: Indices) -> Float[Array, "*B I"]:
+    """Rows of an embedding table as vectors: f32 from an int8 table, else the table's dtype."""
     found = take_rows(weight, tokens)
     if not isinstance(found, Int8Weight):
         return found
