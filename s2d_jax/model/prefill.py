@@ -49,7 +49,7 @@ def reached(length_B, width: int, end_B) -> jax.Array:
 
 
 def states_at_end(h_BWD, length_B, end_B, last_BTD) -> jax.Array:
-    """`last_BTD`, with the states at the last T positions before `end_B` where the chunk behind `length_B` holds them."""
+    """The states at the last T positions before `end_B`: from the chunk behind `length_B` if it has them, else `last_BTD`."""
     (_, W, _), T = h_BWD.shape, last_BTD.shape[1]
     index_BT = (end_B - T - length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     inside_BT = (index_BT >= 0) & (index_BT < W)
