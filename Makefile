@@ -50,9 +50,10 @@ PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadgroup
 test: $(VENV)/.test
 	$(PYTEST)
 
-# What needs hours: each test that is marked `exhaustive` says why. Programs are optimized, as users have them.
+# What needs an hour: each test that is marked `exhaustive` says why. Then decoding again, compiled as users have it.
 test-all: $(VENV)/.test
-	$(PYTEST) --all --optimize --kills 20
+	$(PYTEST) --all --kills 20
+	$(PYTEST) --optimize tests/model tests/decode tests/tree
 
 test-newest:
 	@test -n '$(NEWEST)' || { echo 'error: no python3.13 or python3.12; give one: make test-newest NEWEST=...'; exit 2; }

@@ -15,6 +15,7 @@ from .generation.stream import Delta as Delta
 from .generation.stream import GenerationResult as GenerationResult
 from .generation.stream import Stream as Stream
 from .model.lora import LoraConfig as LoraConfig
+from .model.lora import init_lora as init_lora
 from .model.lora import merge_lora as merge_lora
 from .sharding import MeshConfig as MeshConfig
 from .sharding import make_mesh as make_mesh
@@ -27,6 +28,7 @@ from .weights.model import Draft as Draft
 from .weights.model import Model as Model
 from .weights.model import with_trimmed_head as with_trimmed_head
 from .weights.peft import load_peft as load_peft
+from .weights.peft import save_peft as save_peft
 from .weights.prepare import prepare_for_decode as prepare_for_decode
 from .weights.vocabulary import DraftVocabulary as DraftVocabulary
 from .weights.vocabulary import read_vocabulary as read_vocabulary

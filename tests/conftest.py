@@ -19,7 +19,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing is what tests do most; it is quicker where programs do not note the line of each operation, and garbage waits longer.
 jax.config.update("jax_traceback_in_locations_limit", 0)
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(50_000, 20, 10)
 
 ROOT = Path(__file__).parent.parent
 _MOST_MEMORY_MAPS = 30_000

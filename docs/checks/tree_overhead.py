@@ -94,8 +94,7 @@ class Silent:
     def run_blocks(self, params, h_BTD, cache, start, stop, place=None):
         if place is None:
             return h_BTD, cache
-        positions_BT, mask_BTS = place
-        seen_BT = positions_BT + jnp.sum(mask_BTS, axis=-1, dtype=jnp.int32)
+        seen_BT = place.positions_BT + jnp.sum(place.mask_BTS, axis=-1, dtype=jnp.int32)
         return h_BTD.at[:, :, 1].set(seen_BT.astype(self.dtype)), cache
 
     def logits(self, params, h, exit_layer=None):

@@ -61,7 +61,7 @@ def build_methods(
 
 
 def check_trees(names: tuple[str, ...], options: DraftingOptions) -> None:
-    """Raises UserError for a tree that cannot be, flags that shape one where no method has one, or costs where one has."""
+    """Raises UserError for an impossible tree, for tree flags without a tree method, and for costs beside a tree method."""
     if options.tree:
         raise UserError("--tree is said of single methods here, as in --methods s2d,s2d+tree")
     drafting = [_of_method(name, options) for name in names]

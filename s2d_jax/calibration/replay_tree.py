@@ -35,7 +35,7 @@ class Grown:
     Attributes:
         exit_ND: int, index of the deepest exit at which nodes left that bring forth each level.
         ahead_NDD: int, `[n, levels - 1, depth - 1]`: how many candidates of a tree of so many levels rank before the target's
-            own token at that depth; a token that is no candidate has more than any tree holds.
+            own token at that depth; a token that the draft did not find has a rank beyond any tree.
     """
 
     exit_ND: np.ndarray

@@ -15,7 +15,7 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError
 
-# What shapes a tree, and what is said of chains only; a method `+tree` of infer.bench leaves the latter out.
+# Flags of trees, and flags of chains. A method `+tree` of infer.bench ignores the latter.
 _OF_TREES = ("tree_depth", "tree_top_k", "tree_nodes", "tree_leaving", "tree_paths")
 _COSTS = ("draft_step_costs", "verify_costs", "guard", "narrow_widths")
 _OF_CHAINS = (

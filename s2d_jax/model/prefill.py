@@ -62,7 +62,7 @@ def states_at_end(
     end_B: Int[Array, "B"],
     last_BTD: Float[Array, "B T D"],
 ) -> Float[Array, "B T D"]:
-    """`last_BTD`, with the states at the last T positions before `end_B` where the chunk behind `length_B` holds them."""
+    """The states at the last T positions before `end_B`: from the chunk behind `length_B` if it has them, else `last_BTD`."""
     (_, W, _), T = h_BWD.shape, last_BTD.shape[1]
     index_BT = (end_B - T - length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     inside_BT = (index_BT >= 0) & (index_BT < W)

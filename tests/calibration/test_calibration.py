@@ -7,10 +7,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import noisy_pair
 import numpy as np
 import pytest
 from infer_tiny import failing_run, run, save_tiny_models
-from noisy_pair import EXITS, GREEDY, PROMPTS, draft, target  # noqa: F401 (fixtures)
+from noisy_pair import EXITS, GREEDY, PROMPTS
 from tiny_trace import COSTS, certain, coins
 
 from infer.bench import __main__ as bench
@@ -35,6 +36,7 @@ from s2d_jax.generation.policy import (
     read_policies,
     write_policies,
 )
+from s2d_jax.weights.model import Draft, Model
 
 WIDTHS = (1, 2, 4, 9)
 BEFORE_TREES = """{
@@ -46,6 +48,16 @@ BEFORE_TREES = """{
     },
     "draft_sampling": "sample", "catch_up_width": 4, "prefill_chunk": 512, "initial_room": 512
 }"""
+
+
+@pytest.fixture(scope="module")
+def target() -> Model:
+    return noisy_pair.make_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target) -> Draft:
+    return noisy_pair.make_draft(target)
 
 
 def config(**fields) -> DecodeConfig:
@@ -91,12 +103,12 @@ def test_gain_limits_are_the_rule_of_the_loop():
 
 
 @pytest.fixture(scope="module")
-def plain(target):  # noqa: F811
+def plain(target):
     return SpeculativeDecoder(target).generate(PROMPTS, GREEDY)
 
 
 @pytest.fixture(scope="module")
-def trace(target, draft, plain):  # noqa: F811
+def trace(target, draft, plain):
     """Of the plain greedy answers."""
     sequences = [[*p, *ids] for p, ids in zip(PROMPTS, plain.token_ids, strict=True)]
     lengths = [len(p) for p in PROMPTS]
@@ -130,7 +142,7 @@ def trace(target, draft, plain):  # noqa: F811
     ],
     ids=str,
 )
-def test_the_replay_counts_the_rounds_of_real_decoding(target, draft, plain, trace, fields):  # noqa: F811
+def test_the_replay_counts_the_rounds_of_real_decoding(target, draft, plain, trace, fields):
     """Greedy: one teacher-forced pass predicts exactly how many rounds the real loop takes, for every rule."""
     fields = {"exits": EXITS, **fields}
     exits = len(fields["exits"])
@@ -145,7 +157,7 @@ def test_the_replay_counts_the_rounds_of_real_decoding(target, draft, plain, tra
     assert result.stats.target_forwards == round(emitted / found.mean_acceptance_length)
 
 
-def test_a_sampled_trace_holds_exact_acceptance_probabilities(target, draft):  # noqa: F811
+def test_a_sampled_trace_holds_exact_acceptance_probabilities(target, draft):
     """The mean over emitted tokens of min(1, q / p) is that of sum(min(p, q)); here p = q, and all are accepted."""
     sampling = SamplingParams(temperature=1.0, max_new_tokens=20)
     ids = SpeculativeDecoder(target).generate(PROMPTS[:1], sampling).token_ids[0]
@@ -216,7 +228,7 @@ def test_trees_are_kept_and_policies_from_before_them_are_read(tmp_path):
     assert policy.config.num_draft_tokens == 2
 
 
-def test_auto_decodes_with_the_tree_of_its_policy(target, draft, plain, tmp_path):  # noqa: F811
+def test_auto_decodes_with_the_tree_of_its_policy(target, draft, plain, tmp_path):
     file = tmp_path / "policies.json"
     costs = RoundCosts((0.05, 0.1), (1.0, 1.2, 1.2, 1.2), 0.01)
     chosen = DecodeConfig(
@@ -231,7 +243,7 @@ def test_auto_decodes_with_the_tree_of_its_policy(target, draft, plain, tmp_path
     assert result.stats.accepted_tokens > 20
 
 
-def test_fingerprints_tell_weights_apart(target):  # noqa: F811
+def test_fingerprints_tell_weights_apart(target):
     first = str(fingerprint(target))
     assert first == str(fingerprint(dataclasses.replace(target, source="elsewhere")))
     changed = jax.tree.map(lambda x: x, target.params)

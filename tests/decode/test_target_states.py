@@ -6,9 +6,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import noisy_pair
 import numpy as np
 import pytest
-from noisy_pair import EXITS, GREEDY, draft, target  # noqa: F401 (fixtures)
+from noisy_pair import EXITS, GREEDY
 
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.tree import TreeShape
@@ -19,6 +20,7 @@ from s2d_jax.generation.planner import Planner
 from s2d_jax.generation.session import Session
 from s2d_jax.generation.stream import Stream
 from s2d_jax.tree.drafter import TreeDrafter
+from s2d_jax.weights.model import Draft, Model
 
 SHOWN = ("input_1", "final_norm")
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50]]
@@ -26,6 +28,16 @@ CONFIGS = {
     "chain": DecodeConfig(EXITS, num_draft_tokens=3, initial_room=16),
     "tree": DecodeConfig(EXITS, tree=TreeShape(depth=3, top_k=2, nodes=6), initial_room=16),
 }
+
+
+@pytest.fixture(scope="module")
+def target() -> Model:
+    return noisy_pair.make_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target) -> Draft:
+    return noisy_pair.make_draft(target)
 
 
 def _limited(num_draft_B, length_B, seen) -> jax.Array:
@@ -85,7 +97,7 @@ def _check_states(session: Session, model) -> None:
 
 
 @pytest.mark.parametrize("way", CONFIGS)
-def test_a_drafter_sees_the_states_of_the_text(target, draft, way):  # noqa: F811
+def test_a_drafter_sees_the_states_of_the_text(target, draft, way):
     """Over prefill in chunks, rounds of all lengths, growing caches, and a second turn that rewinds."""
     planner, session = Planner(target, draft, CONFIGS[way]), Session()
     first = Stream(session, _looking(planner.plan(PROMPTS, GREEDY)), keep=True).finish()
@@ -102,7 +114,7 @@ def test_a_drafter_sees_the_states_of_the_text(target, draft, way):  # noqa: F81
 
 
 @pytest.mark.parametrize("way", CONFIGS)
-def test_who_asks_for_no_states_pays_for_none(target, draft, way):  # noqa: F811
+def test_who_asks_for_no_states_pays_for_none(target, draft, way):
     decoder, width, args = SpeculativeDecoder(target, draft, CONFIGS[way]).prepare(PROMPTS, GREEDY)
     params, request, tokens_BC, length_B = args
     state = jax.eval_shape(lambda: decoder.prefill(params, request, tokens_BC, length_B, width))

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import noisy_pair
 import numpy as np
 import pytest
 from noisy_pair import EXITS, GREEDY, PROMPTS
@@ -33,6 +34,16 @@ RULES = {
         draft_length_rule="expected_gain", costs=COSTS, guard=True, narrow_widths=(1, 3)
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def target() -> Model:
+    return noisy_pair.make_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target) -> Draft:
+    return noisy_pair.make_draft(target)
 
 
 @pytest.fixture(scope="module")

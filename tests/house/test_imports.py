@@ -16,11 +16,21 @@ ROOT = Path(__file__).parents[2]
 # Those on one line do not import each other.
 WINGS = {
     "s2d_jax": (
-        *("errors", "files machine", "config", "sharding sampling", "formats", "model text"),
-        *("draft weights", "decode", "tree", "generation", "calibration", "cli"),
+        "errors",
+        "files machine",
+        "config",
+        "sharding sampling",
+        "formats",
+        "model text",
+        "draft weights",
+        "decode",
+        "tree",
+        "generation",
+        "calibration",
+        "cli",
     ),
     "infer": ("demo_model export trim calibrate", "bench generate"),
-    "train": (*("config", "data", "objective", "step", "medusa", "run plan", "memory main"),),
+    "train": ("config", "data", "objective", "step", "medusa", "run plan", "memory main"),
 }
 PACKAGES = tuple(WINGS)
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

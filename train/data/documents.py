@@ -45,7 +45,7 @@ class _Answer:
         start: where the answer begins, behind the prompt.
         content_end: where its content ends.
         end: where its end-of-turn token ends; without one in the template, its content.
-        cut_off: that the turn is over at `content_end` no model said.
+        cut_off: the answer was cut off at `content_end`: no model ended the turn there.
     """
 
     text: str

@@ -50,7 +50,7 @@ _LLAMA_7B = ModelConfig(
     rope_theta=10_000.0,
     max_context=4096,
 )
-# The shapes of the seeds' table; those of any other model are read from its config.json.
+# The shapes of the S2D paper's table; those of any other model are read from its config.json.
 MODELS: dict[str, ModelConfig] = {
     "vicuna-7b": _LLAMA_7B,
     "vicuna-13b": dataclasses.replace(
