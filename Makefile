@@ -53,7 +53,7 @@ test: $(VENV)/.test
 # What needs an hour: each test that is marked `exhaustive` says why. Then decoding again, compiled as users have it.
 test-all: $(VENV)/.test
 	$(PYTEST) --all --kills 20
-	$(PYTEST) --optimize tests/model tests/decode tests/tree
+	$(PYTEST) --optimize tests/decode
 
 test-newest:
 	@test -n '$(NEWEST)' || { echo 'error: no python3.13 or python3.12; give one: make test-newest NEWEST=...'; exit 2; }

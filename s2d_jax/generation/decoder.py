@@ -63,7 +63,7 @@ class SpeculativeDecoder:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[dict[str, str]]],
         sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
         *,
         time_phases: bool = False,
