@@ -17,6 +17,7 @@ from tiny_trace import COSTS, certain, coins
 from infer.bench import __main__ as bench
 from infer.calibrate import __main__ as command
 from infer.generate import __main__ as generate
+from s2d_jax.calibration import choose
 from s2d_jax.calibration import time_trees as tree_costs
 from s2d_jax.calibration.candidates import Candidate, best_of_families, candidates
 from s2d_jax.calibration.record import record_trace
@@ -259,8 +260,8 @@ def models(tmp_path_factory):
 
 
 def test_calibrate_then_auto(models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "WIDTHS", (1, 3))
-    monkeypatch.setattr(command, "CONFIRMED", 1)
+    monkeypatch.setattr(choose, "WIDTHS", (1, 3))
+    monkeypatch.setattr(choose, "CONFIRMED", 1)
     monkeypatch.setattr(tree_costs, "MEASURED_NODES", (8, 16))
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two")))
