@@ -12,10 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes that public signatures declare are checked on every call that a test makes.
-install_import_hook(
-    [f"s2d_jax.{wing}" for wing in ("sampling", "model", "draft", "decode", "tree")],
-    "shape_checks.checked",
-)
+install_import_hook("s2d_jax", "shape_checks.checked")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

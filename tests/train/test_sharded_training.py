@@ -199,9 +199,15 @@ def fake_devices(slices: int, per_slice: int) -> list:
 
 @pytest.mark.parametrize("slices", [None, 2])
 def test_the_data_axis_lies_between_slices(monkeypatch, slices):
-    monkeypatch.setattr("s2d_jax.sharding.Mesh", lambda devices, *_, **__: devices)
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2, slices=slices), fake_devices(2, 4))
-    found = [[[d.slice_index for d in tensor] for tensor in fsdp] for fsdp in mesh]
+    laid, any_mesh = [], make_mesh(ONE_DEVICE)
+
+    def made(devices, *_, **__):
+        laid.extend(devices)
+        return any_mesh  # JAX makes no mesh of devices that are none
+
+    monkeypatch.setattr("s2d_jax.sharding.Mesh", made)
+    make_mesh(MeshConfig(data=4, fsdp=2, slices=slices), fake_devices(2, 4))
+    found = [[[d.slice_index for d in tensor] for tensor in fsdp] for fsdp in laid]
     assert found == [[[0], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]
 
 
