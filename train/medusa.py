@@ -1,5 +1,4 @@
-"""Medusa-1 (Cai et al. 2024, arXiv 2401.10774): decoding heads trained on a frozen target. Training of a sorted
-draft is compared with it in memory.
+"""Medusa-1 (Cai et al. 2024, arXiv 2401.10774): heads on a frozen target. SoFT's memory is compared with theirs.
 
 A sorted draft is trained without its target; Medusa's heads read the target's last state, so every step runs the whole
 target. Head k of K predicts the token k + 1 steps ahead (section 2.1.1):

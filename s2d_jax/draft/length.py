@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from s2d_jax.config.costs import RoundCosts
@@ -65,7 +66,11 @@ class DraftingArrays(flax.struct.PyTreeNode):
 
     @classmethod
     def create(
-        cls, config: DecodeConfig, allowances: Sequence[float], width: int, num_exits: int
+        cls,
+        config: DecodeConfig,
+        allowances: Sequence[float] | np.ndarray,
+        width: int,
+        num_exits: int,
     ) -> DraftingArrays:
         """The arrays of a call.
 
