@@ -140,7 +140,10 @@ def run(args: Args) -> list[StepMemory]:
     if topology == "auto":
         topology = _TPU if importlib.util.find_spec("libtpu") else "cpu"
     if topology != "cpu" and args.quick:
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        if jax.__version_info__ < (0, 11):
+            jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        else:  # later versions have levels instead
+            jax.config.update("jax_optimization_level", "O1")
     try:
         mesh = make_mesh(args.mesh, _devices(topology, math.prod(args.mesh.shape)))
     except AssertionError as error:  # how JAX refuses chips whose cores are devices of their own
