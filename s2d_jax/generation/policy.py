@@ -46,10 +46,17 @@ class PolicyKey:
     temperature: float
 
     @classmethod
-    def of(cls, target: Model, draft: Model, temperature: float) -> PolicyKey:
+    def of(
+        cls,
+        target: Model,
+        draft: Model,
+        temperature: float,
+        prints: tuple[Fingerprint, Fingerprint] | None = None,
+    ) -> PolicyKey:
+        """The key of these models here and now; `prints` are their fingerprints, where they are known already."""
+        of_target, of_draft = prints or (fingerprint(target), fingerprint(draft))
         formats = f"{weight_format(target)}/{weight_format(draft)}"
-        target_print, draft_print = str(fingerprint(target)), str(fingerprint(draft))
-        return cls(target_print, draft_print, formats, device_kind(), float(temperature))
+        return cls(str(of_target), str(of_draft), formats, device_kind(), float(temperature))
 
     @property
     def temperature_class(self) -> str:
@@ -161,8 +168,8 @@ def load_policy(target: Model, draft: Model, temperature: float, file: str | Pat
         UserError: if nothing was calibrated for this target, draft, device and class of temperature. Nothing is guessed.
     """
     path = policy_file_of(draft, file)
-    key = PolicyKey.of(target, draft, temperature)
     prints = fingerprint(target), fingerprint(draft)
+    key = PolicyKey.of(target, draft, temperature, prints)
     found = [_renamed(policy, prints, key) for policy in read_policies(path)]
     policy = find_policy(found, key)
     if policy is None:

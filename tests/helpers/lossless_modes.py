@@ -104,6 +104,7 @@ MODES = [
     Mode("independent"),
     Mode("fixed", False, sampling=FILTERED, trimmed=True),
     Mode("thresholds"),
+    Mode("thresholds", rule="heuristic"),
     Mode("thresholds", rule="heuristic", sampling=FILTERED),
     Mode("thresholds", False, sampling=FILTERED),
     Mode("thresholds", False, "heuristic"),
