@@ -43,8 +43,8 @@ _DEFAULT_DIMS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A form to time. New ones are added to `CANDIDATES`; the function is what `linear` would call."""
+class TimedForm:
+    """A form to time. New ones are added to `FORMS`; the function is what `linear` would call."""
 
     weight_format: str
     name: str
@@ -65,19 +65,19 @@ def _weight_first_no_barrier(x_MI, w_OI):
     return jax.lax.dot_general(w_OI, x_MI, contract, preferred_element_type=jnp.float32).T
 
 
-CANDIDATES = (
-    Candidate("f32", "x first", product_forms.plain),
-    Candidate("f32", "weight first", _weight_first_no_barrier),
-    Candidate("f32", "weight first, barrier", product_forms.weight_first),
-    Candidate("bf16", "x first", product_forms.plain),
-    Candidate("bf16", "x first, tied", _tied(product_forms.plain)),
-    Candidate("bf16", "weight first, barrier", product_forms.weight_first),
-    Candidate("bf16", "weight first, tied", _tied(product_forms.weight_first)),
-    Candidate("bf16", "blocks to f32", product_forms.blocked),
-    Candidate("int8", "to f32, x first", product_forms.scaled),
-    Candidate("int8", "to f32, x first, tied", _tied(product_forms.scaled)),
-    Candidate("int8", "blocks to f32", product_forms.blocked),
-    Candidate("int8", "two int8 digits", product_forms.two_digits),
+FORMS = (
+    TimedForm("f32", "x first", product_forms.plain),
+    TimedForm("f32", "weight first", _weight_first_no_barrier),
+    TimedForm("f32", "weight first, barrier", product_forms.weight_first),
+    TimedForm("bf16", "x first", product_forms.plain),
+    TimedForm("bf16", "x first, tied", _tied(product_forms.plain)),
+    TimedForm("bf16", "weight first, barrier", product_forms.weight_first),
+    TimedForm("bf16", "weight first, tied", _tied(product_forms.weight_first)),
+    TimedForm("bf16", "blocks to f32", product_forms.blocked),
+    TimedForm("int8", "to f32, x first", product_forms.scaled),
+    TimedForm("int8", "to f32, x first, tied", _tied(product_forms.scaled)),
+    TimedForm("int8", "blocks to f32", product_forms.blocked),
+    TimedForm("int8", "two int8 digits", product_forms.two_digits),
 )
 
 
@@ -157,7 +157,7 @@ def time_forms(
     platform = jax.default_backend()
     weights = {name: make_weights(chain, name) for name in WEIGHT_FORMATS}
     programs = []
-    for candidate in CANDIDATES:
+    for candidate in FORMS:
         dtype = compute_dtype(candidate.weight_format, platform)
         for count in rows:
             x_MI = jnp.ones((count, chain.dims[0]), dtype) * 0.5
@@ -236,7 +236,7 @@ def bench_kernels(target: str | None, out: Path) -> None:
     chain = chain_of(None if target is None else read_description(target)[0])
     say_devices()
     with counting_bar(*eta()) as progress:
-        runs = len(CANDIDATES) * len(ROWS) * (1 + _REPEATS)
+        runs = len(FORMS) * len(ROWS) * (1 + _REPEATS)
         task = progress.add_task("measuring the machine", total=runs)
         before = {"gb_per_s": read_bandwidth(), "gf_per_s": matmul_peak()}
         rows = time_forms(

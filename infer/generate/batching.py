@@ -20,19 +20,19 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompt numbers that go together; `padding` rows repeat the first prompt for one token."""
 
     indices: tuple[int, ...]
     padding: int
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[PromptBatch]:
     """Sorts prompts by length and cuts them into batches of one size, so that it compiles once."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups = [tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     full = batch_size if len(groups) > 1 else len(order)
-    return [Batch(group, full - len(group)) for group in groups]
+    return [PromptBatch(group, full - len(group)) for group in groups]
 
 
 def answer_all(

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn
 from rich.table import Table
 
-from infer.generate.batching import Answer, Batch, answer_batch, plan_batches
+from infer.generate.batching import Answer, PromptBatch, answer_batch, plan_batches
 from infer.generate.journal import Journal
 from infer.generate.talks import Talk, read_talks
 from s2d_jax.cli.command import check_writable
@@ -198,7 +198,7 @@ def _new_entry(
     talks: Sequence[Talk],
     turn: int,
     members: list[int],
-    batch: Batch,
+    batch: PromptBatch,
     prompts: Sequence[list[int]],
 ) -> dict[str, Any]:
     """The journal's entry of a batch: its answers by the target."""

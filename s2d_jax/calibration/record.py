@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2d_jax.calibration.trace import CHILDREN, Answer, Trace
+from s2d_jax.calibration.trace import CHILDREN, AnswerTrace, Trace
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.draft.length import confidence
 from s2d_jax.draft.logits import fit_vocabulary, over_all_ids
@@ -83,13 +83,13 @@ def record_trace(
                 np.asarray(p)[:, :count] for p in scored
             )
             exact = sure_EN.astype(np.float64), accepted_EN.astype(np.float64)
-            answers.append(Answer(number, *exact, log_probs_ENK, rank_EN))
+            answers.append(AnswerTrace(number, *exact, log_probs_ENK, rank_EN))
         on_answer()
     return Trace(draft.draft_config.exit_layers, tuple(answers), new_tokens)
 
 
 def _score(target, draft, exits, target_params, *rest):
-    """What `Answer` keeps of each exit, `[E, N, ...]`, of N tokens from position `first` on."""
+    """What `AnswerTrace` keeps of each exit, `[E, N, ...]`, of N tokens from position `first` on."""
     draft_params, ids_K, tokens_1T, first, count, temperature = rest
     T = tokens_1T.shape[1]
     at_N = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), T - 1)

@@ -16,7 +16,7 @@ from s2d_jax.calibration.account import Account
 from s2d_jax.calibration.candidates import Candidate, Prediction
 from s2d_jax.calibration.costs import Costs
 from s2d_jax.calibration.replay_tree import Forest, replay_tree
-from s2d_jax.calibration.trace import Answer, Trace
+from s2d_jax.calibration.trace import AnswerTrace, Trace
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 
@@ -93,7 +93,7 @@ class _Walker:
         widths = config.verify_widths
         return widths[bisect.bisect_left(widths, num_draft + 1)]
 
-    def walk(self, answer: Answer, coin: np.ndarray) -> tuple[float, int, int]:
+    def walk(self, answer: AnswerTrace, coin: np.ndarray) -> tuple[float, int, int]:
         """Seconds, rounds and drafted tokens of one answer."""
         confidence = answer.confidence[self.rows].T.tolist()
         accepted = (coin[None, :] < answer.accepted[self.rows]).T.tolist()

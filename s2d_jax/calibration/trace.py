@@ -12,7 +12,7 @@ CHILDREN = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class AnswerTrace:
     """The trace of one answer.
 
     Attributes:
@@ -41,7 +41,7 @@ class Trace:
     """
 
     exits: tuple[int, ...]
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerTrace, ...]
     max_new_tokens: int
 
     def of_prompts(self, numbers: Collection[int]) -> Trace:

@@ -13,7 +13,7 @@ from s2d_jax.calibration.candidates import Candidate, candidates, relative_tree_
 from s2d_jax.calibration.record import record_trace
 from s2d_jax.calibration.replay import predict
 from s2d_jax.calibration.replay_tree import Forest, replay_tree
-from s2d_jax.calibration.trace import Answer, Trace
+from s2d_jax.calibration.trace import AnswerTrace, Trace
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import DraftConfig
@@ -51,7 +51,7 @@ def random_trace(rng, exits: int, length: int = 30) -> Trace:
         probs = np.sort(rng.dirichlet(np.full(12, 0.3), size=(exits, length)), axis=-1)[..., ::-1]
         rank = np.minimum(rng.geometric(0.5, size=(exits, length)) - 1, 4)
         log_probs = np.log(probs[..., :4] + 1e-9).astype(np.float32)
-        return Answer(0, probs[..., 0], (rank == 0).astype(float), log_probs, rank)
+        return AnswerTrace(0, probs[..., 0], (rank == 0).astype(float), log_probs, rank)
 
     return Trace(tuple(range(1, exits + 1)), (answer(), answer()), length + 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from s2d_jax.calibration.costs import Costs, TreeCosts
-from s2d_jax.calibration.trace import Answer, Trace
+from s2d_jax.calibration.trace import AnswerTrace, Trace
 
 TREE_COSTS = TreeCosts(
     verify={8: 1.6, 16: 1.8, 60: 3.0},
@@ -28,7 +28,7 @@ COSTS = Costs(
 )
 
 
-def answer_of(rank_ET, confidence_ET, *, top_k: int = 10, among: int = 1) -> Answer:
+def answer_of(rank_ET, confidence_ET, *, top_k: int = 10, among: int = 1) -> AnswerTrace:
     """An answer whose draft spreads `confidence` evenly over its `among` most probable tokens, and the rest over the others.
 
     Args:
@@ -41,7 +41,7 @@ def answer_of(rank_ET, confidence_ET, *, top_k: int = 10, among: int = 1) -> Ans
     probs = [first] * among + [others] * (top_k - among)
     # A little less from rank to rank: no ties.
     log_probs_ETK = np.stack(probs, axis=-1) - 1e-3 * np.arange(top_k)
-    return Answer(0, np.exp(first), (rank_ET == 0).astype(float), log_probs_ETK, rank_ET)
+    return AnswerTrace(0, np.exp(first), (rank_ET == 0).astype(float), log_probs_ETK, rank_ET)
 
 
 def certain(*accepted, confidence: float = 0.9) -> Trace:

@@ -13,9 +13,9 @@ from tiny import tiny_config, tiny_params
 from infer.bench import __main__ as bench
 from infer.bench import kernels
 from infer.bench.kernels import (
-    CANDIDATES,
-    Candidate,
+    FORMS,
     Chain,
+    TimedForm,
     chain_of,
     compile_loop,
     make_weights,
@@ -51,13 +51,13 @@ def test_the_loop_runs_the_whole_chain_every_trip():
 def test_every_form_is_timed_and_the_picked_ones_are_marked():
     ticks = []
     rows = time_forms(SMALL, (2,), 2, ticks.append)
-    assert len(rows) == len(CANDIDATES)
+    assert len(rows) == len(FORMS)
     assert len(ticks) == 3 * len(rows)
     assert all(row["milliseconds"] > 0 for row in rows)
     for weight_format in WEIGHT_FORMATS:
         (picked,) = [r["form"] for r in rows if r["picked"] and r["format"] == weight_format]
         form = form_of("cpu", weight_format, 2)
-        assert Candidate(weight_format, picked, form) in CANDIDATES
+        assert TimedForm(weight_format, picked, form) in FORMS
     flops = 2 * sum(out * columns for out, columns in SMALL.shapes)
     assert rows[0]["gf_per_s"] == pytest.approx(flops * 2 / rows[0]["milliseconds"] / 1e6)
     held = weight_bytes(make_weights(SMALL, "f32"))
@@ -67,7 +67,7 @@ def test_every_form_is_timed_and_the_picked_ones_are_marked():
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "_SMALLEST_BYTES", 1)
     monkeypatch.setattr(kernels, "ROWS", (1, 16))
-    monkeypatch.setattr(kernels, "CANDIDATES", (CANDIDATES[0], CANDIDATES[-1]))
+    monkeypatch.setattr(kernels, "FORMS", (FORMS[0], FORMS[-1]))
     monkeypatch.setattr(kernels, "_REPEATS", 1)
     monkeypatch.setattr(kernels, "read_bandwidth", lambda: 10.0)
     monkeypatch.setattr(kernels, "matmul_peak", lambda: 100.0)

@@ -21,7 +21,7 @@ from train.config.files import load_config
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.memory import __main__ as memory
 from train.memory.__main__ import Args, main, plan, run
-from train.plan.step_memory import StepToCompile, bytes_per_device, measure
+from train.plan.step_memory import StepToCompile, bytes_per_device, measure_step
 
 ROOT = Path(__file__).parents[2]
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -133,7 +133,7 @@ def test_a_step_that_does_not_fit_is_a_row(said, peak):
     def compile():
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    row = measure(StepToCompile("Medusa", "huge", 1, (), (), (), compile), devices=8)
+    row = measure_step(StepToCompile("Medusa", "huge", 1, (), (), (), compile), devices=8)
     assert row.peak == (peak and int(peak * 2**30))
     assert row.temporaries is None
     assert not row.fits(95e9)
@@ -145,7 +145,7 @@ def test_a_compiler_that_fails_otherwise_is_heard():
 
     step = StepToCompile("Medusa", "any", 1, (), (), (), compile)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        measure(step, devices=8)
+        measure_step(step, devices=8)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 import tyro
 import yaml
 
-from s2d_jax.errors import UserError
-from train.config.sections import Config, require
+from s2d_jax.errors import UserError, require
+from train.config.sections import Config
 
 
 class _Loader(yaml.SafeLoader):

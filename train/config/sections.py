@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from s2d_jax.config.draft import DraftConfig, ExitParts
-from s2d_jax.errors import UserError
+from s2d_jax.errors import require
 from s2d_jax.sharding import MeshConfig
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
@@ -16,12 +16,6 @@ Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
 _COUNTS = (
     "batch_size", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError with `message` unless `condition`."""
-    if not condition:
-        raise UserError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

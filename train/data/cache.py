@@ -74,7 +74,7 @@ class DamagedRows(Exception):
     """Saved rows are not what was saved."""
 
 
-def write_rows(rows: datasets.Dataset, directory: Path) -> None:
+def write_dataset(rows: datasets.Dataset, directory: Path) -> None:
     """Saves rows with the hash of each file, and waits until all is on the disk."""
     rows.save_to_disk(str(directory))
     files = sorted(directory.iterdir())
@@ -84,8 +84,8 @@ def write_rows(rows: datasets.Dataset, directory: Path) -> None:
         _to_disk(path)
 
 
-def read_rows(directory: Path) -> datasets.Dataset:
-    """What `write_rows` saved. Raises DamagedRows if it is not whole, FileNotFoundError if it is not there at all."""
+def read_dataset(directory: Path) -> datasets.Dataset:
+    """What `write_dataset` saved. Raises DamagedRows if it is not whole, FileNotFoundError if it is not there at all."""
     if not directory.is_dir():
         raise FileNotFoundError(directory)
     try:
@@ -111,7 +111,7 @@ class RowsCache:
             return None
         try:
             facts = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
-            return read_rows(entry / ROWS), facts
+            return read_dataset(entry / ROWS), facts
         except (OSError, ValueError, DamagedRows):
             shutil.rmtree(entry, ignore_errors=True)
             return None
@@ -122,7 +122,7 @@ class RowsCache:
         self._remove_leftovers()
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.directory))
         try:
-            write_rows(rows, partial / ROWS)
+            write_dataset(rows, partial / ROWS)
             (partial / _ENTRY).write_text(json.dumps(facts, indent=2), encoding="utf-8")
             for path in (partial / _ENTRY, partial):
                 _to_disk(path)

@@ -25,8 +25,8 @@ from train.data.cache import (
     RowsCache,
     cache_directory,
     cache_key,
-    read_rows,
-    write_rows,
+    read_dataset,
+    write_dataset,
 )
 from train.data.documents import training_turns
 from train.data.packing import _fill_rows
@@ -146,7 +146,7 @@ def save_rows(rows: datasets.Dataset, directory: Path) -> None:
     partial = directory.with_name(f".{directory.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        write_rows(rows, partial)
+        write_dataset(rows, partial)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
     finally:
@@ -161,7 +161,7 @@ def load_rows(directory: Path) -> datasets.Dataset:
     """
     remedy = "copy the rows of the cache entry that data.json names there, or start another run"
     try:
-        return read_rows(directory)
+        return read_dataset(directory)
     except FileNotFoundError:
         raise UserError(f"{directory} is missing; a resumed run needs its rows: {remedy}") from None
     except DamagedRows as error:

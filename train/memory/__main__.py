@@ -34,7 +34,7 @@ from train.config.sections import Config, DataSection, DraftSection, ModelSectio
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.memory.systems import medusa_step, soft_step
 from train.plan.chips import tpu_devices
-from train.plan.step_memory import StepMemory, StepToCompile, measure
+from train.plan.step_memory import StepMemory, StepToCompile, measure_step
 from train.step.trainer import Trainer
 
 _LLAMA_7B = ModelConfig(
@@ -248,7 +248,7 @@ def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> 
         for step, amount in zip(steps, work, strict=True):
             label = f"compiling {step.system}, {step.target or 'any target'}"
             bar.update(task, description=label)
-            rows.append(measure(step, devices))
+            rows.append(measure_step(step, devices))
             bar.advance(task, amount)
             done = f"{label}: {rows[-1].compile_seconds:.0f} s"
             console.print(done, markup=False, highlight=False)

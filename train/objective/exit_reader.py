@@ -19,7 +19,7 @@ from train.config.sections import ObjectiveSection
 from train.data.batch import TopK
 from train.objective.divergences import at_tokens, cross_entropy, divergence, restricted, with_rest
 from train.objective.labels import Labels, TokenValues
-from train.objective.trainable import join
+from train.objective.trainable import join_params
 
 _OWN = (EXIT_HEADS, EXIT_ADAPTERS)
 
@@ -96,7 +96,7 @@ class Reading:
             learned, fixed: two halves of the head parameters; fixed also holds those of the teachers.
         """
         objective = self.objective
-        head = join(learned, fixed["head"])
+        head = join_params(learned, fixed["head"])
         targets_BC, listed_BC = self._indices(labels.targets_BT)
         read = zip(labels.teachers, fixed["teachers"], strict=True)
         teachers = [self._distribution(i, *pair) for i, pair in enumerate(read)]

@@ -26,7 +26,7 @@ def part_of(path: tuple[str, ...]) -> Part:
     return "lora" if path[-1] in ("lora_a", "lora_b") else "trunk"
 
 
-def split(params: Params, parts: tuple[Part, ...]) -> tuple[Params, Params]:
+def split_params(params: Params, parts: tuple[Part, ...]) -> tuple[Params, Params]:
     """The parameters that learn and those that are frozen; each tree lacks what the other has."""
     flat = flatten_dict(params)
     learned = {path: value for path, value in flat.items() if part_of(path) in parts}
@@ -34,6 +34,6 @@ def split(params: Params, parts: tuple[Part, ...]) -> tuple[Params, Params]:
     return unflatten_dict(learned), unflatten_dict(frozen)
 
 
-def join(learned: Params, frozen: Params) -> Any:
-    """Undoes `split`."""
+def join_params(learned: Params, frozen: Params) -> Any:
+    """Undoes `split_params`."""
     return unflatten_dict({**flatten_dict(frozen), **flatten_dict(learned)})

@@ -54,7 +54,7 @@ class Collectives:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Bytes on one chip, and what the chips send each other.
 
     Attributes:
@@ -79,7 +79,7 @@ class Plan:
         return self.arguments + self.temporaries
 
 
-def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
+def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> StepPlan:
     """Compiles the training step for `mesh`, whose devices need not exist.
 
     Args:
@@ -109,7 +109,7 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> Plan:
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None  # CPU, GPU and TPU all tell
     assert hlo is not None
-    return Plan(
+    return StepPlan(
         devices=mesh.size,
         params=bytes_per_device(state.params),
         optimizer=bytes_per_device(state.opt_state),
@@ -173,7 +173,7 @@ def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> M
     return dataclasses.replace(shape, num_layers=depth)
 
 
-def _table(plan: Plan, title: str) -> Table:
+def _table(plan: StepPlan, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("on each chip")
     table.add_column("GB", justify="right")

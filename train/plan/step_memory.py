@@ -104,7 +104,7 @@ def bytes_per_device(placed: Any) -> int:
     )
 
 
-def measure(step: StepToCompile, devices: int) -> StepMemory:
+def measure_step(step: StepToCompile, devices: int) -> StepMemory:
     """Compiles, which may take minutes, and asks the compiler.
 
     Raises:

@@ -22,7 +22,7 @@ from train.data.batch import Batch
 from train.objective.exit_reader import Reading
 from train.objective.labels import Labels, TokenValues
 from train.objective.sorted_loss import sorted_loss, values_of_positions
-from train.objective.trainable import join, split
+from train.objective.trainable import join_params, split_params
 from train.step.optimizer import learning_rate, make_optimizer
 
 
@@ -141,7 +141,7 @@ class Trainer:
         return LoraConfig(rank) if rank else None
 
     def _split(self, params: Params) -> tuple[Params, Params]:
-        return split(params, self.config.learned_parts)
+        return split_params(params, self.config.learned_parts)
 
     def _teacher_values(self, teachers: tuple[Params, ...], batch: Batch):
         """For each teacher what its distributions are read from, and the head that reads them."""
@@ -165,7 +165,7 @@ class Trainer:
     ):
         """The loss of these rows, times `scale`: one over the tokens that the whole step counts."""
         trunk_learns = not {"trunk", "lora"}.isdisjoint(self.config.learned_parts)
-        params = join(learned, frozen)
+        params = join_params(learned, frozen)
         hiddens = self.reading.exit_hiddens(
             params, batch, remat=self.config.model.remat and trunk_learns
         )
@@ -232,7 +232,7 @@ class Trainer:
             (moved, opt_state),
             (learned, state.opt_state),
         )
-        return TrainState(join(moved, frozen), opt_state), metrics
+        return TrainState(join_params(moved, frozen), opt_state), metrics
 
     def _eval_step(self, params: Params, batch: Batch) -> TokenValues:
         return values_of_positions(
