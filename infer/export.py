@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import yaml
 
 from s2d_jax.cli.command import run_command_line, say_devices
+from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.weights.export import exits_left_out, export_draft, export_parts
 from s2d_jax.weights.prepare import prepare_for_decode
 from s2d_jax.weights.runs import load_run
@@ -19,18 +20,21 @@ _FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Export the draft of a training run: full depth, one model per earlier exit, the parts of single exits,
-    sorted_draft.json; or only what was trained beside a frozen trunk."""
+    """Export the draft of a training run.
 
-    run: Path
+    Full depth, one model per earlier exit, the parts of single exits, and sorted_draft.json;
+    or only what was trained beside a frozen trunk.
+    """
+
+    run: Annotated[Path, flag("DIR")]
     """The directory that train.main wrote."""
-    out: Path
+    out: Annotated[Path, flag("DIR")]
     """Where the export appears, once it is complete."""
-    step: int | Literal["best"] | None = None
-    """Which checkpoint; best is that of the highest acceptance on held-out rows. Default: the newest."""
+    step: Annotated[int | Literal["best"] | None, flag("{INT,best}", "the newest")] = None
+    """Which checkpoint; best is that of the highest acceptance on held-out rows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights written."""
-    adapters_only: bool = False
+    adapters_only: Switch = False
     """Write only own heads, residual adapters and LoRA (as PEFT does); the trunk stays where training found it."""
 
 

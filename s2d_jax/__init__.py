@@ -5,4 +5,6 @@ The public names stand in `__init__.pyi`; each is loaded when it is first asked 
 
 import lazy_loader
 
+from s2d_jax.version import __version__ as __version__
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

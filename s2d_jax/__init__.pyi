@@ -20,6 +20,7 @@ from .model.lora import merge_lora as merge_lora
 from .sharding import MeshConfig as MeshConfig
 from .sharding import make_mesh as make_mesh
 from .text.tokenizer import Tokenizer as Tokenizer
+from .version import __version__ as __version__
 from .weights.export import export_draft as export_draft
 from .weights.export import export_parts as export_parts
 from .weights.load import load_draft as load_draft

@@ -11,6 +11,17 @@ from typing import Any
 
 from s2d_jax.errors import UserError
 
+# What comes with s2d-jax: configurations of training and prompts, in `configs`.
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+def here_or_shipped(path: str | Path) -> Path:
+    """`path`; or, where that does not exist and is `configs/NAME`, the file of that name that comes with s2d-jax."""
+    path = Path(path).expanduser()
+    shipped = SHIPPED / path
+    is_shipped = path.parts[:1] == ("configs",) and ".." not in path.parts and shipped.is_file()
+    return shipped if is_shipped and not path.exists() else path
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:

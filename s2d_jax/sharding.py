@@ -44,7 +44,7 @@ class MeshConfig:
     """Devices that split the heads, hidden units and vocabulary of one row."""
     slices: int | None = None
     """Groups of devices with a fast network of their own (TPU slices); the data axis lies over the slow one between them.
-    None asks the devices; 1 takes no notice of slices."""
+    1 takes no notice of slices; without a number the devices are asked."""
 
     def __post_init__(self):
         for axis in (*MESH_AXES, "slices"):

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import traceback
 
 import datasets
 import jax
 
+from s2d_jax.cli.command import told
+from s2d_jax.cli.parsing import other_command
 from s2d_jax.errors import UserError
-from train.config.files import parse_command_line
+from train.config.files import FlagsWithConfig, parse_command_line
 from train.run.preemption import PREEMPTED_STATUS, Preempted
 from train.run.processes import end_all, ending_together, is_main_process, start_processes
 from train.run.setup import train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(FlagsWithConfig):
+    """Train a sorted draft. Every field of the configuration is a flag, and goes before the file.
+
+    Most used beside --config: --model.path, --data.paths, --train.run-dir, --train.resume.
+    """
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,28 +35,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        config = parse_command_line(
-            sys.argv[1:] if arguments is None else arguments, "python -m train.main"
-        )
+        config = parse_command_line(Args, arguments, "train.main").settings
         start_processes()
         with ending_together():
             run_dir = train(config)
-    except UserError as error:
-        return _failed(2, f"error: {error}")
-    except OSError as error:
-        return _failed(2, f"error: {error}; check the path, its permissions and the disk")
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        return _failed(*told(error, "go on from the last checkpoint with --train.resume"))
     except Preempted as stop:
-        print(f"{stop}; go on with --train.resume True", file=sys.stderr)
+        print(f"{stop}; go on with --train.resume", file=sys.stderr)
         return PREEMPTED_STATUS
-    except KeyboardInterrupt:
-        return _failed(130, "interrupted; go on from the last checkpoint with --train.resume True")
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         words = " ".join(str(error).split())[:160]
         return _failed(
             1,
-            f"error: {words}; most often another process is gone: see what it said, then go on with --train.resume True",
+            f"error: {words}; most often another process is gone: see what it said, then go on with --train.resume",
         )
     except Exception as error:
         if jax.process_count() == 1:
@@ -53,9 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         return _failed(1, f"error: {type(error).__name__}, see the lines above")
     if is_main_process():
-        print(
-            f"trained: {run_dir}\nexport with: python -m infer.export --run {run_dir} --out {run_dir}/export"
-        )
+        export = other_command("infer.export")
+        print(f"trained: {run_dir}\nexport with: {export} --run {run_dir} --out {run_dir}/export")
     return 0
 
 

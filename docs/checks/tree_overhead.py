@@ -44,7 +44,7 @@ from rich.table import Table
 from s2d_jax import SamplingParams, SpeculativeDecoder, use_compile_cache
 from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.loading import load_listed_draft, load_target
-from s2d_jax.cli.options import ComputeOptions, DraftingOptions
+from s2d_jax.cli.options import DraftingOptions, LoadingOptions
 from s2d_jax.cli.screen import screen
 from s2d_jax.cli.short_text import short_name
 from s2d_jax.decode import programs as compilation
@@ -76,7 +76,7 @@ class Args:
     out: Path | None = None
     """Write the figures here as JSON."""
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions(tree=True)
-    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
+    loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
 
 
 class Silent:
@@ -330,9 +330,9 @@ def main(args: Args) -> None:
     path = args.draft or args.independent_draft
     if path is None:
         raise UserError("there is nothing to draft with; give --draft or --independent-draft")
-    use_compile_cache(args.compute.compile_cache)
-    target = load_target(args.target, args.compute.target_format)
-    draft = load_listed_draft(path, args.draft_vocabulary, args.compute.draft_format)
+    use_compile_cache(args.loading.compile_cache)
+    target = load_target(args.target, args.loading.target_format)
+    draft = load_listed_draft(path, args.draft_vocabulary, args.loading.draft_format)
     prompt = target.tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
     found = [
         measure(Rounds(decoder, prompt, args.temperature, args.rounds, index), args.repeats, name)

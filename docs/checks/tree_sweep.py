@@ -28,7 +28,7 @@ from s2d_jax.cli.command import check_writable, run_command_line
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.figures import save_figure
 from s2d_jax.cli.loading import load_listed_draft, load_target
-from s2d_jax.cli.options import ComputeOptions, DraftingOptions, SamplingOptions, parse_numbers
+from s2d_jax.cli.options import DraftingOptions, LoadingOptions, SamplingOptions, parse_numbers
 from s2d_jax.cli.prompts import read_questions
 from s2d_jax.cli.screen import counting_bar, eta, screen
 from s2d_jax.cli.short_text import short_name
@@ -63,7 +63,7 @@ class Args:
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions(max_new_tokens=96)
     drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
     """--tree-depth, --tree-top-k and --tree-leaving shape the trees."""
-    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
+    loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +91,14 @@ def main(args: Args) -> None:
         raise UserError(f"repeats={args.repeats} must be at least 1")
     check_writable(args.out / "sweep.json")
     method_names(args)
-    use_compile_cache(args.compute.compile_cache)
+    use_compile_cache(args.loading.compile_cache)
     questions = read_questions(args.questions, max_questions=args.max_questions)
-    compute = args.compute
+    loading = args.loading
     draft, independent = (
-        load_listed_draft(path, args.draft_vocabulary if path else None, compute.draft_format)
+        load_listed_draft(path, args.draft_vocabulary if path else None, loading.draft_format)
         for path in (args.draft, args.independent_draft)
     )
-    target = load_target(args.target, compute.target_format)
+    target = load_target(args.target, loading.target_format)
     methods = sweep_methods(args, target, draft, independent)
     with counting_bar(TextColumn("{task.fields[last]}"), *eta()) as progress:
         total = len(questions) * len(methods) * args.repeats

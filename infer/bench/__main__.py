@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.progress import TextColumn
@@ -17,12 +18,15 @@ from infer.bench.plots import write_plots
 from infer.bench.report import make_rows, show_report, write_report
 from s2d_jax.cli.command import check_writable, run_command_line
 from s2d_jax.cli.environment import environment
+from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.cli.loading import load_listed_draft, load_target, tokenizer_of
 from s2d_jax.cli.options import (
-    ComputeOptions,
+    ChainOptions,
     DraftingOptions,
-    DraftOptions,
+    LengthOptions,
+    LoadingOptions,
     SamplingOptions,
+    TreeOptions,
     require_targets,
 )
 from s2d_jax.cli.profiling import write_profile
@@ -35,42 +39,26 @@ from s2d_jax.files import write_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    """Compare ways of decoding on the same prompts, one prompt at a time."""
+class MeasuringOptions:
+    """What is measured, and how often."""
 
-    questions: Path | None = None
-    """Prompts file, or Spec-Bench's (question_id, category, turns)."""
-    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Model directory, hub id or .gguf file; several are measured in turn."""
-    draft: str | None = None
-    """Exported sorted draft, loaded once for all targets."""
-    independent_draft: str | None = None
-    """Another model of the same vocabulary, for the method `draft`."""
-    methods: str = "ar,s2d"
-    """Some of ar, draft, sd@K (exit K of the draft), s2d, auto; :G behind one drafts G tokens a round, as in
-    s2d:2,s2d:5; +tree drafts a tree, +tree:N one of N nodes, as in s2d+tree:16. ar, the baseline, is
-    always measured."""
-    out: Path = Path("runs/bench")
-    """Directory of report.json, report.md, samples.jsonl and plots."""
-    max_questions: int | None = None
+    max_questions: Annotated[int | None, flag("INT", "all")] = None
     """Only the first so many."""
-    categories: str | None = None
-    """Only these categories, separated by commas."""
+    categories: Annotated[str | None, flag("A,B", "all")] = None
+    """Only these categories."""
     repeats: int = 1
     """Runs of each method on each prompt."""
-    raw: bool = False
+    independent_draft: Annotated[str | None, flag("MODEL", "none")] = None
+    """Another model of the same vocabulary, for the method `draft`."""
+    raw: Switch = False
     """Leave the chat template out."""
-    phase_questions: int = 0
-    """Split the time of a round (draft, verify, rest) on this many of the first questions."""
-    profile: Path | None = None
-    """Write a trace of a warm generation of each method here, for TensorBoard or Perfetto."""
-    skip_identity_check: bool = False
+    skip_identity_check: Switch = False
     """Do not compare greedy tokens with the width-matched reference."""
-    draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
-    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
-    drafting: tyro.conf.OmitArgPrefixes[DraftingOptions] = DraftingOptions()
-    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
-    kernels: bool = False
+    phase_questions: Annotated[int, flag(unset="0, none")] = 0
+    """Split the time of a round (draft, verify, rest) on this many of the first questions."""
+    profile: Annotated[Path | None, flag("DIR", "no trace")] = None
+    """Write a trace of a warm generation of each method here, for TensorBoard or Perfetto."""
+    kernels: Switch = False
     """Time the forms of matrix products instead, with the first target's shapes; needs no weights."""
 
     def __post_init__(self):
@@ -80,37 +68,66 @@ class Args:
             raise UserError(f"phase-questions {self.phase_questions} must be 0 or more")
 
 
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Compare ways of decoding on the same prompts, one prompt at a time."""
+
+    target: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
+    """Model directory, hub id or .gguf file; several are measured in turn."""
+    draft: Annotated[str | None, flag("MODEL", "none")] = None
+    """Exported sorted draft, loaded once for all targets."""
+    questions: Annotated[Path | None, flag("FILE", "none; must be given")] = None
+    """Prompts file, or Spec-Bench's (question_id, category, turns)."""
+    methods: str = "ar,s2d"
+    """Some of ar, draft, sd@K (exit K of the draft), s2d, auto. The baseline, ar, is always measured.
+    :G behind a method drafts G tokens a round, as in s2d:2,s2d:5.
+    +tree behind one drafts a tree, +tree:N a tree of N nodes, as in s2d+tree:16."""
+    out: Annotated[Path, flag("DIR")] = Path("runs/bench")
+    """Directory of report.json, report.md, samples.jsonl and plots."""
+    measuring: tyro.conf.OmitArgPrefixes[MeasuringOptions] = MeasuringOptions()
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
+    chain: tyro.conf.OmitArgPrefixes[ChainOptions] = ChainOptions()
+    length: tyro.conf.OmitArgPrefixes[LengthOptions] = LengthOptions()
+    tree: tyro.conf.OmitArgPrefixes[TreeOptions] = TreeOptions()
+    loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
+
+    @property
+    def drafting(self) -> DraftingOptions:
+        """How tokens are drafted."""
+        return DraftingOptions.of(self.chain, self.length, self.tree)
+
+
 def main() -> None:
     run_command_line(Args, bench)
 
 
 def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
-    if args.kernels:
+    if args.measuring.kernels:
         bench_kernels(args.target[0] if args.target else None, args.out)
         return
     require_targets(args.target)
     check_writable(args.out / "report.json")
-    use_compile_cache(args.compute.compile_cache)
+    use_compile_cache(args.loading.compile_cache)
     names = parse_methods(args.methods)
     args.sampling.params()
     _check_drafting(args, names)
-    categories = tuple(args.categories.split(",")) if args.categories else ()
+    categories = tuple(args.measuring.categories.split(",")) if args.measuring.categories else ()
     if args.questions is None:
         raise UserError("no --questions were given; give a file of prompts")
     questions = read_questions(
-        args.questions, categories=categories, max_questions=args.max_questions
+        args.questions, categories=categories, max_questions=args.measuring.max_questions
     )
-    vocabulary = args.draft_options.draft_vocabulary
-    if vocabulary is not None and not (args.draft or args.independent_draft):
+    vocabulary = args.loading.draft_vocabulary
+    if vocabulary is not None and not (args.draft or args.measuring.independent_draft):
         raise UserError("--draft-vocabulary needs a draft; give --draft or --independent-draft")
     draft, independent = (
-        load_listed_draft(path, vocabulary if path else None, args.compute.draft_format)
-        for path in (args.draft, args.independent_draft)
+        load_listed_draft(path, vocabulary if path else None, args.loading.draft_format)
+        for path in (args.draft, args.measuring.independent_draft)
     )
     rows, samples, dtype = [], [], ""
     for path in args.target:
-        target = load_target(path, args.compute.target_format)
+        target = load_target(path, args.loading.target_format)
         dtype = target.dtype.name
         methods = build_methods(names, target, draft, independent, args.drafting)
         for method in methods:  # a policy that is missing is known before anything is measured
@@ -120,16 +137,16 @@ def bench(args: Args) -> None:
             method.name: round_shares(
                 target,
                 method,
-                questions[: args.phase_questions],
+                questions[: args.measuring.phase_questions],
                 args.sampling,
-                raw=args.raw,
+                raw=args.measuring.raw,
             )
             for method in methods
         }
         rows += make_rows(path, args.sampling.temperature, methods, own, shares)
         samples += [_sample_row(path, sample) for sample in own]
-        if args.profile is not None:
-            _profile(args, args.profile / short_name(path), target, methods, questions[0])
+        if args.measuring.profile is not None:
+            _profile(args, args.measuring.profile / short_name(path), target, methods, questions[0])
         del target, methods
     settings = _settings(args, questions)
     write_report(args.out, environment(dtype), settings, rows)
@@ -140,7 +157,7 @@ def bench(args: Args) -> None:
 
 
 def _profile(args: Args, directory: Path, target, methods, question: Question) -> None:
-    prompt = encode(tokenizer_of(target), question.messages([]), raw=args.raw)
+    prompt = encode(tokenizer_of(target), question.messages([]), raw=args.measuring.raw)
     for method in methods:
         write_profile(directory / method.name, method.decoder, prompt, args.sampling.params())
 
@@ -156,7 +173,7 @@ def _measure(
     args: Args, target, methods: Sequence[Method], questions: list[Question]
 ) -> list[Sample]:
     with counting_bar(TextColumn("{task.fields[last]}"), *eta()) as progress:
-        total = len(questions) * len(methods) * args.repeats
+        total = len(questions) * len(methods) * args.measuring.repeats
         task = progress.add_task(Path(target.source).name[:32], total=total, last="")
 
         def on_sample(sample: Sample) -> None:
@@ -169,9 +186,9 @@ def _measure(
             methods,
             questions,
             args.sampling,
-            repeats=args.repeats,
-            raw=args.raw,
-            check_identity=greedy and not args.skip_identity_check,
+            repeats=args.measuring.repeats,
+            raw=args.measuring.raw,
+            check_identity=greedy and not args.measuring.skip_identity_check,
             on_sample=on_sample,
         )
 
@@ -188,15 +205,14 @@ def _settings(args: Args, questions: list[Question]) -> dict:
         "prompts": len(questions),
         "turns": sum(len(question.turns) for question in questions),
         "draft": args.draft,
-        "independent_draft": args.independent_draft,
-        **dataclasses.asdict(args.draft_options),
+        "independent_draft": args.measuring.independent_draft,
         "baseline": f"{BASELINE}: the target alone, one position per pass, on the same engine",
         "batch_size": 1,
-        "repeats": args.repeats,
-        "chat_template": not args.raw,
+        "repeats": args.measuring.repeats,
+        "chat_template": not args.measuring.raw,
         **dataclasses.asdict(args.sampling),
         **dataclasses.asdict(args.drafting),
-        **dataclasses.asdict(args.compute),
+        **dataclasses.asdict(args.loading),
     }
 
 

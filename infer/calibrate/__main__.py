@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -19,13 +20,15 @@ from s2d_jax.calibration.choose import Calibration, Choice, Effort
 from s2d_jax.calibration.time_trees import MEASURED_TOP_KS
 from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.environment import environment
+from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.cli.loading import load_listed_draft, load_target, tokenizer_of
-from s2d_jax.cli.options import ComputeOptions, DraftOptions, require_targets
+from s2d_jax.cli.options import LoadingOptions, require_targets
 from s2d_jax.cli.prompts import encode, read_questions
 from s2d_jax.cli.screen import counting_bar, screen
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
+from s2d_jax.files import SHIPPED
 from s2d_jax.generation.checks import num_known_tokens
 from s2d_jax.generation.policy import (
     policy_file_of,
@@ -34,41 +37,51 @@ from s2d_jax.generation.policy import (
 )
 from s2d_jax.weights.model import Draft
 
-DEFAULT_QUESTIONS = Path(__file__).parents[2] / "configs" / "demo_prompts_train.jsonl"
+DEFAULT_QUESTIONS = SHIPPED / "configs" / "demo_prompts_train.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    """Measure costs, record acceptance, compute the best policy, confirm it, and write it down."""
+class EffortOptions:
+    """How much is measured."""
 
-    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Model directory, hub id or .gguf file; several are calibrated in turn."""
-    draft: str | None = None
-    """Exported sorted draft, or any model with the same vocabulary."""
-    questions: Path = DEFAULT_QUESTIONS
-    """Prompts like those that will be asked."""
-    temperature: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
-    """Temperatures to calibrate for; several may be given. Default: 0 and 1."""
-    out: Path | None = None
-    """Write policies here instead of into the draft's sorted_draft.json (see --policy-file)."""
     prompts: int = 6
     """Answers that the trace is recorded on; the best candidates are timed on some of them."""
     new_tokens: int = 48
     """Tokens of each answer."""
     minutes: float = 9.5
     """No more prompts are timed after so many minutes per target; compiling and recording take what they take."""
-    trees: bool = True
+    trees: Switch = True
     """Compare trees of tokens too."""
-    raw: bool = False
+    raw: Switch = False
     """Leave the chat template out."""
-    draft_options: tyro.conf.OmitArgPrefixes[DraftOptions] = DraftOptions()
-    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
 
     def __post_init__(self):
         for name in ("prompts", "new_tokens", "minutes"):
             value = getattr(self, name)
             if value <= 0:
                 raise UserError(f"{name.replace('_', '-')} {value} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Measure costs, record acceptance, compute the best policy, confirm it, and write it down."""
+
+    target: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
+    """Model directory, hub id or .gguf file; several are calibrated in turn."""
+    draft: Annotated[str | None, flag("MODEL", "none; must be given")] = None
+    """Exported sorted draft, or any model with the same vocabulary."""
+    questions: Annotated[Path, flag("FILE", "demo prompts that come with s2d-jax")] = (
+        DEFAULT_QUESTIONS
+    )
+    """Prompts like those that will be asked."""
+    temperature: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
+    """Temperatures to calibrate for. Without this flag: 0 and 1."""
+    out: Annotated[Path | None, flag("FILE", "the draft's sorted_draft.json")] = None
+    """Write policies here (see --policy-file of infer.generate)."""
+    effort: tyro.conf.OmitArgPrefixes[EffortOptions] = EffortOptions()
+    loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
+
+    def __post_init__(self):
         for temperature in self.temperature:
             SamplingParams(temperature=temperature)
 
@@ -82,10 +95,10 @@ def calibrate(args: Args) -> None:
     require_targets(args.target)
     if args.draft is None:
         raise UserError("no --draft was given; give an exported sorted draft, or another model")
-    use_compile_cache(args.compute.compile_cache)
+    use_compile_cache(args.loading.compile_cache)
     questions = read_questions(args.questions)
-    vocabulary = args.draft_options.draft_vocabulary
-    draft = load_listed_draft(args.draft, vocabulary, args.compute.draft_format)
+    vocabulary = args.loading.draft_vocabulary
+    draft = load_listed_draft(args.draft, vocabulary, args.loading.draft_format)
     assert draft is not None  # there is a path
     _check_trees(args, draft)
     file = policy_file_of(draft, args.out)
@@ -93,18 +106,21 @@ def calibrate(args: Args) -> None:
     temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
     for path in args.target:
         started = time.perf_counter()
-        target = load_target(path, args.compute.target_format)
+        target = load_target(path, args.loading.target_format)
         # Prompts from all over the file.
-        chosen = questions[:: max(1, len(questions) // args.prompts)][: args.prompts]
+        chosen = questions[:: max(1, len(questions) // args.effort.prompts)][: args.effort.prompts]
         prompts = [
-            encode(tokenizer_of(target), question.messages([]), raw=args.raw) for question in chosen
+            encode(tokenizer_of(target), question.messages([]), raw=args.effort.raw)
+            for question in chosen
         ]
         with counting_bar(TextColumn("elapsed"), TimeElapsedColumn()) as progress:
             calibration = Calibration(
                 target,
                 draft,
                 prompts,
-                Effort(temperatures, args.new_tokens, args.minutes, args.trees),
+                Effort(
+                    temperatures, args.effort.new_tokens, args.effort.minutes, args.effort.trees
+                ),
                 on_phase=partial(_bar, progress),
                 environment=environment(target.dtype.name),
                 started=started,
@@ -118,7 +134,7 @@ def calibrate(args: Args) -> None:
 
 def _check_trees(args: Args, draft: Draft) -> None:
     known = num_known_tokens(draft, draft.config.vocab_size)
-    if args.trees and known < max(MEASURED_TOP_KS):
+    if args.effort.trees and known < max(MEASURED_TOP_KS):
         raise UserError(
             f"trees are measured with {max(MEASURED_TOP_KS)} children of a node, the draft knows {known} tokens; "
             "give --no-trees, or a longer list"

@@ -39,29 +39,29 @@ def main() -> None:
 def generate(args: Args) -> None:
     """Answers all prompts with each target; writes `args.out` whole or not at all."""
     require_targets(args.target)
-    if args.as_conversations:
+    if args.answering.as_conversations:
         regenerate(args)
         return
     if args.out is not None:
         check_writable(args.out)
-    if args.explain:
-        check_writable(args.explain_out / "trees.txt")
-    use_compile_cache(args.compute.compile_cache)
+    if args.looking.explain:
+        check_writable(args.looking.explain_out / "trees.txt")
+    use_compile_cache(args.loading.compile_cache)
     questions, console = _questions(args), screen()
     args.sampling.params()
-    draft, config = load_drafting(
-        args.draft, args.draft_options, args.drafting, args.compute.draft_format
-    )
+    draft, config = load_drafting(args.draft, args.loading, args.drafting)
     rows = []
     for path in args.target:
-        target = load_target(path, args.compute.target_format)
+        target = load_target(path, args.loading.target_format)
         decoder = SpeculativeDecoder(target, draft, config)
-        if args.explain:  # what cannot be shown is known before anything is answered
+        if args.looking.explain:  # what cannot be shown is known before anything is answered
             drafting_trees(decoder, args.sampling.temperature)
         start = time.perf_counter()
-        if args.stream:
+        if args.answering.stream:
             params = [args.sampling.params(i) for i in range(len(questions))]
-            conversations = stream_answers(console, decoder, questions, params, raw=args.raw)
+            conversations = stream_answers(
+                console, decoder, questions, params, raw=args.answering.raw
+            )
         else:
             conversations = _converse(args, decoder, target, questions)
         seconds = time.perf_counter() - start
@@ -69,16 +69,18 @@ def generate(args: Args) -> None:
             _row(args, path, question, answers, target.config.eos_token_ids)
             for question, answers in zip(questions, conversations, strict=True)
         ]
-        if args.out is None and not args.stream:
+        if args.out is None and not args.answering.stream:
             _show_answers(console, questions, conversations)
         flat = [answer.stats for answers in conversations for answer in answers]
         _show_stats(console, path, sum_stats(flat), seconds)
-        prompt = encode(tokenizer_of(target), questions[0].messages([]), raw=args.raw)
-        if args.explain:
-            directory = args.explain_out / short_name(path)
-            explain(console, decoder, prompt, args.sampling.params(), args.explain, directory)
-        if args.profile is not None:
-            directory = args.profile / short_name(path)
+        prompt = encode(tokenizer_of(target), questions[0].messages([]), raw=args.answering.raw)
+        if args.looking.explain:
+            directory = args.looking.explain_out / short_name(path)
+            explain(
+                console, decoder, prompt, args.sampling.params(), args.looking.explain, directory
+            )
+        if args.looking.profile is not None:
+            directory = args.looking.profile / short_name(path)
             write_profile(directory, decoder, prompt, args.sampling.params())
             console.print(f"trace written to {directory}", soft_wrap=True)
     if args.out is not None:
@@ -117,9 +119,9 @@ def _converse(
             prompts = []
             for i in active:
                 messages = questions[i].messages([answer.text for answer in conversations[i]])
-                prompts.append(encode(tokenizer, messages, raw=args.raw))
+                prompts.append(encode(tokenizer, messages, raw=args.answering.raw))
             sampling = [args.sampling.params(i) for i in active]
-            answers = answer_all(decoder, prompts, sampling, args.batch_size, on_batch)
+            answers = answer_all(decoder, prompts, sampling, args.answering.batch_size, on_batch)
             for i, answer in zip(active, answers, strict=True):
                 conversations[i].append(answer)
     return conversations

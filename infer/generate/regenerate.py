@@ -48,14 +48,12 @@ def regenerate(args: Args) -> None:
     _check(args)
     assert args.prompts is not None
     assert args.out is not None
-    use_compile_cache(args.compute.compile_cache)
+    use_compile_cache(args.loading.compile_cache)
     console, began = screen(), time.perf_counter()
     talks, left_out = read_talks(args.prompts)
     args.sampling.params()
-    draft, config = load_drafting(
-        args.draft, args.draft_options, args.drafting, args.compute.draft_format
-    )
-    target = load_target(args.target[0], args.compute.target_format)
+    draft, config = load_drafting(args.draft, args.loading, args.drafting)
+    target = load_target(args.target[0], args.loading.target_format)
     decoder = SpeculativeDecoder(target, draft, config)
     with Journal(journal_of(args.out), _settings(args, target, draft)) as journal:
         if args.out.exists():  # another process finished it while this one loaded
@@ -96,10 +94,10 @@ def _check(args: Args) -> None:
         raise UserError("--as-conversations needs --prompts CONVERSATIONS and --out FILE.jsonl")
     refused = {
         "prompt": args.prompt,
-        "stream": args.stream,
-        "raw": args.raw,
-        "profile": args.profile,
-        "explain": args.explain,
+        "stream": args.answering.stream,
+        "raw": args.answering.raw,
+        "profile": args.looking.profile,
+        "explain": args.looking.explain,
     }
     for flag, value in refused.items():
         if value:
@@ -119,13 +117,13 @@ def _settings(args: Args, target: Model, draft: Model | None) -> dict[str, Any]:
         "prompts": content_hash(args.prompts),
         "target": args.target[0],
         "target_weights": _weights_hash(target),
-        "target_format": args.compute.target_format,
+        "target_format": args.loading.target_format,
         "tokenizer": tokenizer_of(target).fingerprint(),
         "draft": args.draft,
         "draft_weights": None if draft is None else _weights_hash(draft),
-        "draft_format": args.compute.draft_format,
-        "draft_vocabulary": args.draft_options.draft_vocabulary,
-        "batch_size": args.batch_size,
+        "draft_format": args.loading.draft_format,
+        "draft_vocabulary": args.loading.draft_vocabulary,
+        "batch_size": args.answering.batch_size,
         **dataclasses.asdict(args.sampling),
         **{f"drafting.{k}": v for k, v in dataclasses.asdict(args.drafting).items()},
     }
@@ -149,7 +147,7 @@ def _answer(
         bar.advance(task, sum(len(batch["answers"]) for batch in journal.batches))
         for turn in range(max(len(talk.question.turns) for talk in talks)):
             active, prompts = _prompts(decoder, talks)
-            batches = plan_batches([len(prompt) for prompt in prompts], args.batch_size)
+            batches = plan_batches([len(prompt) for prompt in prompts], args.answering.batch_size)
             bar.update(task, total=sum(_turns_left(talk) + len(talk.answers) for talk in talks))
             for batch in batches:
                 members = [active[i] for i in batch.indices]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from infer.trim.choose import FOLDS, choose_tokens, coverage
 from s2d_jax.cli.command import run_command_line
+from s2d_jax.cli.flags import flag
 from s2d_jax.cli.screen import screen
 from s2d_jax.errors import UserError
 from s2d_jax.files import read_json, write_text
@@ -28,17 +29,20 @@ _SMALLEST_SHOWN = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """List the tokens that a draft's head is read over, from answers of its targets; their output stays exact."""
+    """List the tokens that a draft's head is read over, from answers of its targets.
 
-    draft: str
+    The targets' output stays exact.
+    """
+
+    draft: Annotated[str, flag("MODEL")]
     """Exported sorted draft, whose sorted_draft.json receives the list; or, with --out, any model."""
-    answers: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """JSONL that infer.generate --out wrote; may be repeated. Answers of every target in use."""
-    text: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    answers: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
+    """JSONL that infer.generate --out wrote. Answers of every target in use."""
+    text: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], flag("FILE")] = ()
     """Further UTF-8 text, such as prompts or code; its tokens come after those of the answers, and are not judged."""
     size: int = 32_000
     """Tokens in the list."""
-    out: Path | None = None
+    out: Annotated[Path | None, flag("FILE", "the draft's sorted_draft.json")] = None
     """Write the list to this .json, for --draft-vocabulary, and leave the draft as it is."""
 
 

@@ -1,18 +1,15 @@
-"""What the command lines of `infer` share: parsing, one-line errors, the screen and its progress bars."""
+"""How every command begins and ends: flags in, one line for a user's mistake, the devices in use."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
+from s2d_jax.cli.parsing import parse
 from s2d_jax.cli.screen import screen
 from s2d_jax.errors import UserError
 from s2d_jax.machine import device_notice
@@ -22,44 +19,34 @@ Args = TypeVar("Args")
 
 def run_command_line(args_type: type[Args], run: Callable[[Args], None]) -> None:
     """Parses `sys.argv` into `args_type` and runs; a user's mistake exits 2 with one line."""
+    if status := status_of(lambda: run(parse(args_type))):
+        sys.exit(status)
+
+
+def status_of(
+    work: Callable[[], object], interrupted: str = "nothing half-written was left"
+) -> int:
+    """Does the work of a command; returns its exit status. A user's mistake is one line on stderr."""
     try:
-        run(_parse(args_type))
-    except UserError as error:
-        _fail(str(error), 2)
-    except OSError as error:
-        _fail(f"{error}; check the path, its permissions and the disk", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left", 130)
+        work()
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        status, message = told(error, interrupted)
+        print(message, file=sys.stderr)
+        return status
+    return 0
 
 
-def _parse(args_type: type[Args]) -> Args:
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            config = (tyro.conf.FlagCreatePairsOff,)
-            return tyro.cli(args_type, prog=_program(), config=config)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(f"{_unboxed(message.getvalue())}; --help lists the flags") from None
+def told(error: BaseException, interrupted: str) -> tuple[int, str]:
+    """The exit status and the line for a `UserError`, an `OSError` or a `KeyboardInterrupt`.
 
-
-def _program() -> str | None:
-    """What the user typed, where it was `python -m MODULE`; tyro would show the path of the file."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else None
-
-
-def _unboxed(box: str) -> str:
-    """The first paragraph inside the box that tyro draws around a mistake."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
-    paragraph = "\n".join(lines).split("─" * 10)[0]
-    return " ".join(paragraph.split())
-
-
-def _fail(message: str, status: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
+    Args:
+        error: what ended the command.
+        interrupted: what is true after Ctrl-C.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"interrupted; {interrupted}"
+    remedy = "; check the path, its permissions and the disk" if isinstance(error, OSError) else ""
+    return 2, f"error: {' '.join(str(error).split())}{remedy}"
 
 
 def check_writable(path: Path) -> None:

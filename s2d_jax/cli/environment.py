@@ -14,6 +14,7 @@ import flax
 import jax
 
 from s2d_jax.machine import cpu_name, usable_cores
+from s2d_jax.version import __version__
 
 
 def environment(dtype: str) -> dict[str, Any]:
@@ -26,12 +27,20 @@ def environment(dtype: str) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "dtype": dtype,
+        **versions(),
+        "system": platform.platform(),
+        "commit": _commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of s2d-jax and of what it computes with."""
+    return {
+        "s2d_jax": __version__,
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "flax": flax.__version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
-        "commit": _commit(),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from s2d_jax.cli.command import say_devices
-from s2d_jax.cli.options import DraftingOptions, DraftOptions
+from s2d_jax.cli.options import DraftingOptions, LoadingOptions
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.errors import UserError
 from s2d_jax.text.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: s
 
 
 def load_drafting(
-    path: str | None, options: DraftOptions, drafting: DraftingOptions, weight_format: str
+    path: str | None, loading: LoadingOptions, drafting: DraftingOptions
 ) -> tuple[Draft | None, DecodeConfig]:
     """The draft of `--draft`, if any, and how it is used.
 
@@ -52,7 +52,7 @@ def load_drafting(
     config = drafting.config()
     if (given := drafting.tree_flags()) and not drafting.tree:
         raise UserError(f"{given[0]} shapes a tree, and --tree is not given; give both")
-    draft = load_listed_draft(path, options.draft_vocabulary, weight_format)
+    draft = load_listed_draft(path, loading.draft_vocabulary, loading.draft_format)
     if draft is None and (config.exits or config.exit_thresholds):
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
     if draft is None and config.tree:

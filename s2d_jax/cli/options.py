@@ -1,14 +1,15 @@
-"""Flags that `infer.generate` and `infer.bench` share, as dataclasses for tyro."""
+"""Flags that commands share, in the groups that `--help` shows."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
@@ -29,18 +30,18 @@ class SamplingOptions:
 
     temperature: float = 0.0
     """0 is greedy."""
-    top_k: int = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_k: Annotated[int, flag(unset="0, which keeps all")] = 0
+    """Keep the k most probable tokens."""
+    top_p: Annotated[float, flag(unset="1, which keeps all")] = 1.0
     """Keep the smallest set of tokens whose probability reaches this."""
-    min_p: float = 0.0
+    min_p: Annotated[float, flag(unset="0, which keeps all")] = 0.0
     """Drop tokens below this fraction of the largest probability."""
     seed: int = 0
     """Prompt number i is sampled with seed + i, whichever batch it is in."""
     max_new_tokens: int = 256
     """At most this many tokens per answer."""
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End an answer before this text; may be repeated."""
+    stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], flag("TEXT")] = ()
+    """End an answer before this text."""
 
     def params(self, index: int = 0) -> SamplingParams:
         """The sampling parameters of prompt number `index`. Raises UserError for a bad value."""
@@ -49,56 +50,81 @@ class SamplingOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftingOptions:
-    """How tokens are drafted."""
+class ChainOptions:
+    """Which exits of the draft are used, and how many tokens a round drafts."""
 
-    exits: str | None = None
-    """The draft's exits to use, such as 6,9,12; one exit is the fixed-exit policy. Default: all."""
-    exit_thresholds: str | None = None
-    """Confidence above which a token leaves, one per exit, the last 0, such as .5,.5,0."""
+    exits: Annotated[str | None, flag("6,9,12", "all")] = None
+    """The draft's exits to use; one exit is the fixed-exit policy."""
+    exit_thresholds: Annotated[str | None, flag(".5,.5,0", "those of the draft")] = None
+    """Confidence above which a token leaves, one per exit, the last 0."""
     num_draft_tokens: int = 5
     """Tokens drafted per round (at the start, with the heuristic rule)."""
+    draft_sampling: Literal["sample", "argmax"] = "sample"
+    """At temperatures above 0: draft a sample of the exit's distribution, or its mode.
+    A tree draws children without replacement, or takes the most probable ones."""
+    policy: Annotated[Literal["auto"] | None, flag("auto", "as the other flags say")] = None
+    """auto: as infer.calibrate found for this target, device and temperature."""
+    policy_file: Annotated[str | None, flag("FILE", "the draft's sorted_draft.json")] = None
+    """Where infer.calibrate --out wrote the policy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthOptions:
+    """Rules that end a draft early, and what they need to know."""
+
     draft_length_rule: Literal["fixed", "heuristic", "confidence", "expected_gain"] = "fixed"
-    """heuristic: +2 after a round that accepted everything, else -1. confidence: a token of low
-    confidence is the last of its round. expected_gain: on while another token pays (needs costs)."""
-    max_draft_tokens: int | None = None
-    """The most that a round may draft. Default: 10 for the heuristic, else num-draft-tokens."""
+    """heuristic: +2 after a round that accepted everything, else -1.
+    confidence: a token of low confidence is the last of its round.
+    expected_gain: on while another token pays (needs costs)."""
+    max_draft_tokens: Annotated[
+        int | None, flag("INT", "10 for the heuristic, else --num-draft-tokens")
+    ] = None
+    """The most that a round may draft."""
     min_confidence: float = 0.4
     """Where the confidence rule stops."""
     gain_rate: float = 1.0
     """Tokens that a plain round's time must bring, for expected_gain; 1 is plain decoding's rate."""
-    draft_step_costs: str | None = None
-    """Cost of drafting a token, per exit in use, in plain rounds, such as .2,.3,.4."""
-    verify_costs: str | None = None
-    """Cost of a round beside drafting, after 0, 1, 2, ... drafted tokens, such as 1,1.1,1.3."""
-    guard: bool = False
+    draft_step_costs: Annotated[str | None, flag(".2,.3,.4", "unknown")] = None
+    """Cost of drafting a token, per exit in use, in plain rounds."""
+    verify_costs: Annotated[str | None, flag("1,1.1,1.3", "unknown")] = None
+    """Cost of a round beside drafting, after 0, 1, 2, ... drafted tokens."""
+    guard: Switch = False
     """Fall back to plain rounds where drafting does not pay (needs costs)."""
-    narrow_widths: str | None = None
-    """Further widths of a target pass for rounds with short chains, such as 1,3."""
-    policy: Literal["auto"] | None = None
-    """auto: as infer.calibrate found for this target, device and temperature."""
-    policy_file: str | None = None
-    """Where infer.calibrate --out wrote the policy; default: the draft's sorted_draft.json."""
-    draft_sampling: Literal["sample", "argmax"] = "sample"
-    """At temperatures above 0: draft a sample of the exit's distribution, or its mode. A tree draws
-    children without replacement, or takes the most probable ones."""
-    tree: bool = False
-    """Draft a tree of tokens in each round instead of a chain: several tokens to choose from at every depth,
-    verified in one pass. infer.bench: +tree behind a method."""
+    narrow_widths: Annotated[
+        str | None, flag("1,3", "1 with --guard or expected_gain, else none")
+    ] = None
+    """Further widths of a target pass for rounds with short chains."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeOptions:
+    """Trees of drafted tokens instead of chains: several tokens to choose from at every depth, verified in one pass."""
+
+    tree: Switch = False
+    """Draft a tree in each round. infer.bench: +tree behind a method."""
     tree_depth: int = 4
     """Levels of the tree below the last emitted token: as many as --num-draft-tokens of a chain to compare."""
     tree_top_k: int = 10
     """Tokens tried after a node, and nodes of a level that are drafted after."""
     tree_nodes: int = 60
-    """Positions that the target verifies, the last emitted token included: the most probable ones of the tree.
+    """Positions that the target verifies, the last emitted token included: the most probable of the tree.
     Drawn children are counted before they are drawn: 41 of 60 at depth 4, top-k 10."""
     tree_leaving: Literal["level", "node"] = "level"
-    """With several exits. level: all nodes of a level leave as soon as one of them is confident; node: each
-    for itself."""
-    tree_paths: str | None = None
-    """The same tree in every round: a JSON list of paths of ranks, such as [[0], [1], [0, 0]], where [1] is the
-    second most probable token and [0, 0] the most probable one after the most probable one. Sets depth, top-k
-    and nodes."""
+    """With several exits. level: all nodes of a level leave as soon as one of them is confident.
+    node: each for itself."""
+    tree_paths: Annotated[str | None, flag("FILE", "trees follow the draft's confidence")] = None
+    """The same tree in every round, which sets depth, top-k and nodes: a JSON list of paths of ranks.
+    In [[0], [1], [0, 0]], [1] is the second most probable token, [0, 0] the most probable one after the most probable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftingOptions(TreeOptions, LengthOptions, ChainOptions):
+    """How tokens are drafted: the flags of all three groups."""
+
+    @classmethod
+    def of(cls, *groups: ChainOptions | LengthOptions | TreeOptions) -> DraftingOptions:
+        """The flags of these groups together."""
+        return cls(**{name: value for group in groups for name, value in vars(group).items()})
 
     def shape(self) -> TreeShape:
         """The tree that the flags describe. Raises UserError for a bad value, or a file that holds no paths."""
@@ -152,24 +178,19 @@ class DraftingOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeOptions:
-    """How the numbers of the weights are kept."""
+class LoadingOptions:
+    """How models are read and kept."""
 
     target_format: Literal["f32", "bf16", "int8"] = "f32"
     """Of the target's weights; int8 takes a quarter of the memory of f32, and changes the target a little."""
     draft_format: Literal["f32", "bf16", "int8"] = "f32"
     """Of the draft's weights; the output stays the target's whatever it is."""
-    compile_cache: Path | None = None
-    """Keep compiled programs here, so that the next start is quick. Default: $JAX_COMPILATION_CACHE_DIR, if set."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DraftOptions:
-    """How the draft is read."""
-
-    draft_vocabulary: str | None = None
-    """List of tokens that any draft's head is read over, from infer.trim; full: all tokens.
-    Default: the list in the draft's sorted_draft.json, if there is one."""
+    draft_vocabulary: Annotated[
+        str | None, flag("FILE", "the list in the draft's sorted_draft.json, if any")
+    ] = None
+    """List of tokens that any draft's head is read over, from infer.trim; full: all tokens."""
+    compile_cache: Annotated[Path | None, flag("DIR", "$JAX_COMPILATION_CACHE_DIR, if set")] = None
+    """Keep compiled programs here, so that the next start is quick."""
 
 
 def read_paths(file: str) -> list[list[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d_jax.errors import UserError
+from s2d_jax.files import here_or_shipped
 from s2d_jax.text.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -56,6 +57,7 @@ def read_questions(
     Raises:
         UserError: for a missing file, a row that has none of these, or when nothing is left.
     """
+    path = here_or_shipped(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a .jsonl or .txt file of prompts")
     parse = _parse_text if path.suffix == ".txt" else _parse_row

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Those on one line do not import each other.
 WINGS = {
     "s2d_jax": (
-        "errors",
+        "errors version",
         "files machine",
         "config",
         "sharding sampling",

@@ -70,13 +70,13 @@ def test_two_processes_stop_together_and_one_goes_on(source, teacher, tmp_path):
     assert (first, second) == (PREEMPTED_STATUS, PREEMPTED_STATUS), told
     step = last_step(run_dir)
     assert 3 <= step < 16
-    assert f"SIGTERM: saved at step {step}; go on with --train.resume True" in told
+    assert f"SIGTERM: saved at step {step}; go on with --train.resume" in told
     assert load_run(run_dir).source.endswith(f"step {step}")
     # The second wrote nothing; what its collectives say comes from C++, whose threads write into each other's lines.
     assert "compiling for 4 device(s)" in out
     words = nothing.split()
     assert not [w for w in words if w not in _FROM_GLOO.split() and not w.isdigit()]
-    assert launch(source, run_dir, *flags, "--train.resume", "True") == 0
+    assert launch(source, run_dir, *flags, "--train.resume") == 0
     check_equal(run_dir, tmp_path / "alone")
 
 
@@ -106,7 +106,7 @@ def test_one_process_stops_and_two_go_on(source, teacher, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(ProgressReport, "update", update)
         assert launch(source, run_dir, *flags) == 130
-    again = (source, run_dir, *FOUR, "--train.accumulate", 2, *flags, "--train.resume", "True")
+    again = (source, run_dir, *FOUR, "--train.accumulate", 2, *flags, "--train.resume")
     results = finish(spawn_together([again] * 2, devices=2))
     assert [status for status, *_ in results] == [0, 0], results
     assert "resuming" in results[0][1]

@@ -71,11 +71,11 @@ def test_sigterm_saves_ends_with_its_own_status_and_the_rest_is_as_if_nothing_wa
     ((status, out, told),) = finish([process])
     step = last_step(run_dir)
     assert status == PREEMPTED_STATUS == 75
-    assert told == f"SIGTERM: saved at step {step}; go on with --train.resume True\n"
+    assert told == f"SIGTERM: saved at step {step}; go on with --train.resume\n"
     assert "trained:" not in out
     assert 7 <= step < flags[1]
     assert load_run(run_dir).source.endswith(f"step {step}")
-    assert launch(source, run_dir, *flags, "--train.resume", "True") == 0
+    assert launch(source, run_dir, *flags, "--train.resume") == 0
     check_same_run(run_dir, whole)
 
 
@@ -161,7 +161,7 @@ def test_an_older_checkpoint_that_was_half_deleted_does_no_harm(source, finished
     old = finished / CHECKPOINTS / "4"
     (old / "_CHECKPOINT_METADATA").unlink()
     shutil.rmtree(old / "params")
-    again = ("--train.resume", "True", "--train.max-steps", 12)
+    again = ("--train.resume", "--train.max-steps", 12)
     assert launch(source, finished, *again) == 0
     assert [path.name for path in sorted((finished / CHECKPOINTS).iterdir())] == ["12", "8"]
 
@@ -179,7 +179,7 @@ def cut_in_half(path: Path) -> None:
 def test_damaged_rows_are_named_before_a_run_goes_on(source, finished, capsys):
     file = next((finished / "rows").glob("*.arrow"))
     good, saved = file.read_bytes(), load_run(finished).params
-    again = ("--train.resume", "True", "--train.max-steps", 12)
+    again = ("--train.resume", "--train.max-steps", 12)
     capsys.readouterr()
     for damage in (flip_a_bit, cut_in_half, Path.unlink):
         damage(file)
@@ -202,6 +202,6 @@ def test_metrics_outlive_a_rewrite_that_the_disk_refuses(source, finished, monke
 
     with monkeypatch.context() as patch:
         patch.setattr("s2d_jax.files.os.replace", full)
-        assert launch(source, finished, "--train.resume", "True") == 2
+        assert launch(source, finished, "--train.resume") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert (finished / "metrics.jsonl").read_text() == before

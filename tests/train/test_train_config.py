@@ -8,7 +8,7 @@ import pytest
 
 from s2d_jax.errors import UserError
 from train.config.files import load_config, parse_command_line
-from train.main import main
+from train.main import Args, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = "model: {path: some/model, num_layers: 12}\ndata: {paths: [chat.json]}\n"
@@ -25,7 +25,7 @@ def write(tmp_path):
 
 
 def parse(path: str, *overrides: str):
-    return parse_command_line(["--config", path, *overrides], "train")
+    return parse_command_line(Args, ["--config", path, *overrides], "train.main").settings
 
 
 def test_defaults_are_the_papers_recipe(write):
@@ -120,7 +120,10 @@ def test_a_bad_file_gets_one_line_that_names_it(write, text, message):
         ),
         (("--optim.learning-rate", "-1"), "error: optim.learning_rate=-1.0 must be above 0"),
         (("--model.num-layers", "11"), "error: exit_layers=(6, 9, 12) exceeds num_layers=11; drop"),
-        (("--model.remat", "maybe"), "invalid choice 'maybe' for argument '--model.remat'"),
+        (
+            ("--model.remat", "maybe"),
+            "--model.remat maybe: give --model.remat or --model.no-remat, without a value",
+        ),
         (("--draft.exit-layers", "6", "x"), "--draft.exit-layers"),
         (("--model.path", "/nowhere/model"), "/nowhere/model does not exist; give a"),
     ],

@@ -147,7 +147,7 @@ def test_training_starts_from_the_weights_of_the_source(source, tmp_path, num_la
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, interrupted):
     run_dir = interrupted
-    assert launch(source, run_dir, "--train.resume", "True") == 0
+    assert launch(source, run_dir, "--train.resume") == 0
     for got, expected in zip(metrics(run_dir), metrics(finished), strict=True):
         for name in (
             "step",
@@ -164,7 +164,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, interrupte
 
 def test_a_run_resumes_on_another_mesh(source, finished, interrupted):
     mesh = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
-    assert launch(source, interrupted, "--train.resume", "True", *mesh) == 0
+    assert launch(source, interrupted, "--train.resume", *mesh) == 0
     losses = [[row["loss"] for row in metrics(path)] for path in (interrupted, finished)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
@@ -235,7 +235,7 @@ def one_error(capsys) -> str:
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(source, interrupted, capsys):
     run_dir, good = interrupted, load_run(interrupted).params
-    explode = ("--train.resume", "True", "--optim.learning-rate", "1e30")
+    explode = ("--train.resume", "--optim.learning-rate", "1e30")
     # The loss that step 5 reports is that of the parameters before its update.
     for every, when in ((1, "after the update of step 5"), (4, "at step 6")):
         capsys.readouterr()
@@ -246,7 +246,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(source, interrupted, capsy
         assert "lower --optim.learning-rate" in message
         assert "nan" in message
         jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, good)
-    assert launch(source, run_dir, "--train.resume", "True") == 0
+    assert launch(source, run_dir, "--train.resume") == 0
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, 9))
 
 
@@ -278,12 +278,12 @@ def test_a_disk_that_refuses_arrays_keeps_the_earlier_checkpoint(
             save(self, *arguments, **trees)
 
         patch.setattr(Checkpoints, "save", limited)
-        assert launch(source, run_dir, "--train.resume", "True") == 2
+        assert launch(source, run_dir, "--train.resume") == 2
     message = one_error(capsys)
     assert "File too large; checkpoints [4] are intact; check the directory and resume" in message
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["4"]
-    assert launch(source, run_dir, "--train.resume", "True") == 0
+    assert launch(source, run_dir, "--train.resume") == 0
 
 
 def test_a_start_that_the_disk_refuses_leaves_nothing(source, tmp_path, capsys, monkeypatch):
@@ -320,13 +320,13 @@ def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_
         file = run_dir / "checkpoints" / "8" / name
         good = file.read_bytes()
         file.write_bytes(good[:20])
-        assert launch(source, run_dir, "--train.resume", "True") == 2, name
+        assert launch(source, run_dir, "--train.resume") == 2, name
         message = one_error(capsys)
         assert "checkpoint 8 in " in message
         assert f"or delete {run_dir / 'checkpoints' / '8'} to go on from there" in message
         file.write_bytes(good)
     shutil.rmtree(run_dir / "checkpoints" / "8")
-    assert launch(source, run_dir, "--train.resume", "True") == 0
+    assert launch(source, run_dir, "--train.resume") == 0
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_
         (("--mesh.fsdp", "4", "--mesh.data", "4", "--train.batch-size", "16"), "needs 16 devices"),
         (("--mesh.tensor", "4"), "num_kv_heads=2 does not divide by mesh axis tensor=4"),
         (("--data.paths", "nowhere.json"), "nowhere.json: No such file or directory"),
-        (("--train.resume", "True"), "holds no checkpoint; train first"),
+        (("--train.resume"), "holds no checkpoint; train first"),
     ],
 )
 def test_a_bad_run_is_refused_in_one_line_and_leaves_nothing(
@@ -355,8 +355,8 @@ def test_a_finished_run_is_not_overwritten_and_keeps_its_data_when_resumed(
     source, finished, capsys
 ):
     assert launch(source, finished) == 2
-    assert "holds checkpoints [4, 8]; add --train.resume True, or choose" in one_error(capsys)
-    assert launch(source, finished, "--train.resume", "True", "--train.seed", 3) == 2
+    assert "holds checkpoints [4, 8]; add --train.resume, or choose" in one_error(capsys)
+    assert launch(source, finished, "--train.resume", "--train.seed", 3) == 2
     assert "train.seed=3 differs from 0 in" in one_error(capsys)
-    assert launch(source, finished, "--train.resume", "True", "--data.weights", 2) == 2
+    assert launch(source, finished, "--train.resume", "--data.weights", 2) == 2
     assert "data.weights=(2.0,) differs from () in" in one_error(capsys)

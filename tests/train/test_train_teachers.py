@@ -118,7 +118,7 @@ def test_a_run_with_a_teacher_resumes_exactly(source, tmp_path, request, fixture
     whole, parted = request.getfixturevalue(fixture), tmp_path / "parted"
     shutil.copytree(whole, parted)
     shutil.rmtree(parted / "checkpoints" / "8")
-    assert launch(source, parted, *flags, "--train.resume", "True") == 0
+    assert launch(source, parted, *flags, "--train.resume") == 0
     strip = lambda row: {k: v for k, v in row.items() if "second" not in k}  # noqa: E731
     assert [strip(r) for r in metrics(parted)] == [strip(r) for r in metrics(whole)]
     jax.tree.map(np.testing.assert_array_equal, load_run(parted).params, load_run(whole).params)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import itertools
 import re
+import sys
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
 
+from s2d_jax.cli.flags import flag
+from s2d_jax.cli.parsing import parse
 from s2d_jax.errors import UserError, require
+from s2d_jax.files import SHIPPED, here_or_shipped
 from train.config.sections import Config
 
 
@@ -38,7 +41,7 @@ def load_config(path: str | Path) -> Config:
         UserError: for a file that cannot be read, an unknown key, a wrong type or a bad value.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(here_or_shipped(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give --config an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -99,72 +102,52 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def parse_command_line(arguments: list[str], prog: str) -> Config:
-    """The configuration of `--config FILE --section.field value ...`; prints help for `--help` and exits.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlagsWithConfig:
+    """The flags of a command that reads a configuration: its own, `--config`, and every field of the configuration."""
+
+    config: Annotated[Path, flag("FILE")]
+    """YAML with what differs from the defaults; configs/NAME.yaml of s2d-jax are known everywhere."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+
+Flags = TypeVar("Flags", bound=FlagsWithConfig)
+
+
+def parse_command_line(flags: type[Flags], arguments: Sequence[str] | None, module: str) -> Flags:
+    """The flags `--config FILE --section.field value ...`; prints help for `--help` and exits.
+
+    Args:
+        flags: the command's own, with those of the configuration.
+        arguments: the words; None takes those that the process was given.
+        module: the command's.
 
     Raises:
         UserError: for anything wrong in the file or on the command line.
     """
-    path, overrides = _split_config_flag(arguments)
-    wants_help = "-h" in overrides or "--help" in overrides
-    if path is None and not wants_help:
-        raise UserError(
-            "--config is missing; give a YAML file, for example configs/smollm2_demo.yaml"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    path = _config_in(words)
+    if path is None:
+        known = sorted(file.stem for file in (SHIPPED / "configs").glob("*.yaml"))
+        require(
+            any(word in ("-h", "--help", "--version") or "--tyro-" in word for word in words),
+            f"--config is missing; give a YAML file, such as configs/NAME.yaml with NAME of {', '.join(known)}",
         )
-    default = tyro.MISSING_NONPROP if path is None else load_config(path)
-    return parse_flags(Config, overrides, f"{prog} --config FILE", default)
+        return parse(flags, words, module=module)
+    own = {
+        field.name: field.default
+        for field in dataclasses.fields(flags)
+        if field.name not in ("config", "settings")
+    }
+    default = flags(config=Path(path), settings=load_config(path), **own)
+    return parse(flags, words, default, module)
 
 
-Flags = TypeVar("Flags")
-
-
-def parse_flags(
-    flags: type[Flags], arguments: list[str], prog: str, default: Any = tyro.MISSING_NONPROP
-) -> Flags:
-    """A dataclass from the command line; prints help for `--help` and exits.
-
-    Raises:
-        UserError: for anything wrong on the command line.
-    """
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(
-                flags,
-                default=default,
-                args=arguments,
-                prog=prog,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_one_line(message.getvalue())) from None
-
-
-def _split_config_flag(arguments: list[str]) -> tuple[str | None, list[str]]:
-    rest, path = [], None
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--config":
-            path = next(remaining, None)
-            require(path is not None, "--config is the last word; give it a YAML file")
-        elif argument.startswith("--config="):
-            path = argument.removeprefix("--config=")
-        else:
-            rest.append(argument)
-    return path, rest
-
-
-def _one_line(box: str) -> str:
-    """The message inside the box that tyro draws, in colour, Unicode or ASCII, with its first suggestion."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│| ") for line in plain.splitlines()[1:]]  # the first line is the title
-    blocks = itertools.groupby(lines, key=lambda line: set(line) <= set("─-╰╯"))
-    texts = [list(block) for is_rule, block in blocks if not is_rule]
-    message = " ".join(" ".join(texts[0]).split()) if texts else "the command line is not valid"
-    suggestions = [line.split()[0] for line in lines if re.match(r"--\w", line)]
-    if "Perhaps you meant" in plain and suggestions:
-        message += f"; did you mean {suggestions[0]}?"
-    # tyro names the section before an error of ours, which names it already.
-    return re.sub(r"^Error parsing (\w+: )?", "", message)
+def _config_in(words: list[str]) -> str | None:
+    for word, value in itertools.zip_longest(words, words[1:]):
+        if word == "--config":
+            require(value is not None, "--config is the last word; give it a YAML file")
+            return value
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None

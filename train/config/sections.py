@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
+from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.config.draft import DraftConfig, ExitParts
 from s2d_jax.errors import require
 from s2d_jax.sharding import MeshConfig
@@ -22,17 +23,17 @@ _COUNTS = (
 class ModelSection:
     """The model that the draft starts from, and how it is computed."""
 
-    path: str
+    path: Annotated[str, flag("MODEL")]
     """Hugging Face directory or hub id, or a .gguf file."""
-    num_layers: int | None = None
-    """The draft is the first this many layers; None takes the whole model."""
-    layers: tuple[int, ...] = ()
+    num_layers: Annotated[int | None, flag("INT", "all")] = None
+    """The draft is the first this many layers of the model."""
+    layers: Annotated[tuple[int, ...], flag("INT ...", "those of --model.num-layers")] = ()
     """Or these layers of it, counted from 0, such as 0 2 4 ... 22."""
     lora_rank: int = 0
     """Low-rank adapters of this rank on every matrix of the layers; 0 has none."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Activations and products; master weights, loss and optimizer stay f32."""
-    remat: bool = True
+    remat: Switch = True
     """Recompute each layer in the backward pass: less memory, a third more work."""
 
     def __post_init__(self):
@@ -61,19 +62,19 @@ class ModelSection:
 class DraftSection:
     """Where the draft can be left."""
 
-    exit_layers: tuple[int, ...] = (6, 9, 12)
+    exit_layers: Annotated[tuple[int, ...], flag("INT ...")] = (6, 9, 12)
     """Layer counts after which the shared norm and head read the state."""
-    exit_weights: tuple[float, ...] = ()
-    """Weight of each exit's loss, one per exit; empty means equal."""
-    exit_thresholds: tuple[float, ...] = ()
-    """Default confidence thresholds stored with the draft; empty means 0.5, ..., 0."""
-    exit_heads: tuple[int, ...] = ()
+    exit_weights: Annotated[tuple[float, ...], flag("FLOAT ...", "equal")] = ()
+    """Weight of each exit's loss, one per exit."""
+    exit_thresholds: Annotated[tuple[float, ...], flag("FLOAT ...", "0.5 ... 0.5 0")] = ()
+    """Confidence thresholds stored with the draft, one per exit, the last 0."""
+    exit_heads: Annotated[tuple[int, ...], flag("INT ...", "none")] = ()
     """Exits that get a head of their own, which starts as a copy of the shared one."""
-    exit_adapters: tuple[int, ...] = ()
+    exit_adapters: Annotated[tuple[int, ...], flag("INT ...", "none")] = ()
     """Exits that get a residual low-rank adapter before the shared norm."""
     adapter_rank: int = 256
     """Width of those adapters."""
-    vocabulary: str | None = None
+    vocabulary: Annotated[str | None, flag("FILE", "all tokens")] = None
     """List of tokens from infer.trim: the heads are read, and trained, over these only."""
 
     def __post_init__(self):
@@ -115,7 +116,7 @@ class ObjectiveSection:
     """Of the divergence from the teachers."""
     divergence: Literal["forward_kl", "reverse_kl", "tvd"] = "forward_kl"
     """Between a teacher's distribution and an exit's."""
-    teachers: tuple[str, ...] = ()
+    teachers: Annotated[tuple[str, ...], flag("MODEL ...", "none")] = ()
     """Targets of the same vocabulary, as model directories, hub ids or .gguf; the mean over them is taken."""
     teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the teachers' weights and products."""
@@ -141,11 +142,13 @@ class ObjectiveSection:
 class WatchSection:
     """How acceptance is measured while training, on the held-out rows."""
 
-    target: str | None = None
-    """Model whose argmax the exits should meet; None takes the first teacher, or else the answers themselves."""
+    target: Annotated[
+        str | None, flag("MODEL", "the first teacher, or else the answers themselves")
+    ] = None
+    """Model whose argmax the exits should meet."""
     draft_tokens: int = 5
     """Tokens drafted per round in the implied mean acceptance length."""
-    tensorboard: bool = False
+    tensorboard: Switch = False
     """Write the metrics for TensorBoard as well (needs the tensorboard extra)."""
 
     def __post_init__(self):
@@ -158,12 +161,14 @@ class WatchSection:
 class DataSection:
     """Conversations, and how they become rows."""
 
-    paths: tuple[str, ...]
+    paths: Annotated[tuple[str, ...], flag("FILE ...")]
     """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or a directory of save_to_disk, told apart by content."""
-    weights: tuple[float, ...] = ()
-    """How often each row of each source is seen per epoch: 2.5 is twice, and half of them once more; empty means 1."""
-    cache_dir: str | None = None
-    """Packed rows are kept here for later runs. Default: $S2D_DATA_CACHE, else ~/.cache/s2d-jax/data."""
+    weights: Annotated[tuple[float, ...], flag("FLOAT ...", "once")] = ()
+    """How often each row of each source is seen per epoch: 2.5 is twice, and half of them once more."""
+    cache_dir: Annotated[str | None, flag("DIR", "$S2D_DATA_CACHE, else ~/.cache/s2d-jax/data")] = (
+        None
+    )
+    """Packed rows are kept here for later runs."""
     max_length: int = 2048
     """Tokens per packed row; longer conversations are truncated and counted."""
     held_out_fraction: float = 0.01
@@ -226,9 +231,9 @@ class OptimSection:
 class TrainSection:
     """How long, how large the steps, and what is written when. The defaults are the paper's."""
 
-    run_dir: str = "runs/soft"
+    run_dir: Annotated[str, flag("DIR")] = "runs/soft"
     """Receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
-    resume: bool = False
+    resume: Switch = False
     """Go on from the newest checkpoint of run_dir."""
     batch_size: int = 128
     """Packed rows per step, over all devices."""
@@ -236,12 +241,15 @@ class TrainSection:
     """Each step is computed in this many equal parts: less memory, the same gradient."""
     epochs: float = 3.0
     """Passes over the rows; max_steps overrides it."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, flag("INT", "as --train.epochs says")] = None
     """Stop after this many steps."""
-    max_minutes: float | None = None
+    max_minutes: Annotated[float | None, flag("FLOAT", "no limit")] = None
     """Stop after this many minutes (compilation apart); the schedule then follows whichever is further, steps or time."""
-    learn: tuple[Part, ...] = ()
-    """What is trained; the rest is frozen. Empty: the small parts where there are any, else the whole model."""
+    learn: Annotated[
+        tuple[Part, ...],
+        flag("{trunk,lora,exit_heads,exit_adapters} ...", "the small parts if any, else all"),
+    ] = ()
+    """What is trained; the rest is frozen."""
     loss_chunk: int = 256
     """Positions per row whose logits are held at once."""
     seed: int = 0
@@ -273,7 +281,7 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A training run. Every field can be overridden: `--optim.learning-rate 1e-4`."""
+    """A training run."""
 
     model: ModelSection
     data: DataSection

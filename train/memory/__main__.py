@@ -14,7 +14,7 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -24,12 +24,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from s2d_jax.cli.command import status_of
+from s2d_jax.cli.flags import Switch, flag
+from s2d_jax.cli.parsing import parse
+from s2d_jax.cli.screen import screen
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.files import read_json, write_text
 from s2d_jax.formats.hf_config import config_from_hf
 from s2d_jax.sharding import MESH_AXES, MeshConfig, make_mesh
-from train.config.files import parse_flags
 from train.config.sections import Config, DataSection, DraftSection, ModelSection, TrainSection
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.memory.systems import medusa_step, soft_step
@@ -73,20 +76,22 @@ _TPU = "v5p:2x2x2"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Memory of each device while a sorted draft, or Medusa heads of a target, are trained. The defaults are the paper's
-    batch and length, and one row on a device at a time."""
+    """Memory of each device while a sorted draft, or Medusa heads of a target, are trained.
 
-    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """vicuna-7b, vicuna-13b, llama-2-70b, or a directory with a config.json; may be repeated. Default: all three."""
-    draft: str = "vicuna-7b"
+    The defaults are the paper's batch and length, and one row on a device at a time.
+    """
+
+    target: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
+    """vicuna-7b, vicuna-13b, llama-2-70b, or a directory with a config.json. Without this flag: all three."""
+    draft: Annotated[str, flag("MODEL")] = "vicuna-7b"
     """The model whose first layers are the draft: a name or a directory, as above."""
-    exit_layers: tuple[int, ...] = (6, 9, 12)
+    exit_layers: Annotated[tuple[int, ...], flag("INT ...")] = (6, 9, 12)
     """The draft's exits; it is as deep as the last."""
     heads: int = 5
     """Medusa heads."""
-    topology: str = "auto"
-    """What to compile for: cpu (devices of this machine, however few cores it has), or a TPU topology such as v5p:2x2x2,
-    which needs the libtpu package and no TPU. auto takes v5p:2x2x2 where libtpu is, else cpu."""
+    topology: Annotated[str, flag("TOPOLOGY")] = "auto"
+    """What to compile for: cpu (devices of this machine, however few cores it has), or TPU chips such as v5p:2x2x2.
+    TPU chips need the libtpu package and no TPU. auto takes v5p:2x2x2 where libtpu is, else cpu."""
     mesh: MeshConfig = MeshConfig(fsdp=8)
     batch_size: int = 128
     """Packed rows per step, over all devices."""
@@ -100,32 +105,19 @@ class Args:
     """Activations and products. What is trained is float32."""
     target_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The frozen target's weights."""
-    remat: bool = True
+    remat: Switch = True
     """Recompute the draft's layers in the backward pass. Nothing flows back into a frozen target."""
-    quick: bool = True
+    quick: Switch = True
     """Let the TPU compiler spend little on speed: it is several times as fast, and temporaries come out a little different."""
-    out: Path | None = None
+    out: Annotated[Path | None, flag("DIR", "the screen only")] = None
     """Write memory.json and memory.md into this directory."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit status. A mistake of the user's is one line on stderr and status 2."""
-    try:
-        run(
-            parse_flags(
-                Args, sys.argv[1:] if arguments is None else arguments, "python -m train.memory"
-            )
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; check the path, its permissions and the disk", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(
+        lambda: run(parse(Args, arguments, module="train.memory")), "nothing was written"
+    )
 
 
 def run(args: Args) -> list[StepMemory]:
@@ -149,9 +141,7 @@ def run(args: Args) -> list[StepMemory]:
     except AssertionError as error:  # how JAX refuses chips whose cores are devices of their own
         raise UserError(f"--topology {topology} makes no mesh: {error}") from None
     steps = plan(args, mesh)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
+    console = screen()
     rows = _measure_all(steps, mesh.size, console)
     console.print(_table(args, rows, _caption(args, topology)))
     if args.out is not None:

@@ -5,7 +5,6 @@ The real step is compiled ahead of time for a TPU topology (libtpu is enough, no
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -13,20 +12,23 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.table import Table
 
+from s2d_jax.cli.command import status_of
+from s2d_jax.cli.flags import flag
+from s2d_jax.cli.screen import screen
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
-from s2d_jax.files import read_json
+from s2d_jax.files import here_or_shipped, read_json, write_text
 from s2d_jax.formats.hf_config import config_from_hf
 from s2d_jax.sharding import make_mesh
 from s2d_jax.weights.checkpoints import placed
 from s2d_jax.weights.load import read_description
-from train.config.files import parse_command_line
+from train.config.files import FlagsWithConfig, parse_command_line
 from train.config.sections import Config
 from train.plan.chips import tpu_devices
 from train.plan.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
@@ -191,60 +193,62 @@ def _table(plan: StepPlan, title: str) -> Table:
     return table
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.plan",
-        description=__doc__,
-        epilog="Every other flag is one of python -m train.main, such as --mesh.fsdp 16.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, required=True, help="as for train.main")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--topology", help="of TPU chips, such as v5p:2x2x2 (8 chips)")
-    where.add_argument("--devices", type=int, help="so many fake CPU devices instead")
-    parser.add_argument("--slices", type=int, default=1, help="TPU slices of that topology")
-    parser.add_argument("--shape", type=Path, help="config.json of a model that is not here")
-    parser.add_argument("--json", type=Path, help="writes the same figures to this file")
-    return parser.parse_known_args(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(FlagsWithConfig):
+    """What a training step needs on each chip, without weights or chips.
+
+    The real step is compiled ahead of time for a TPU topology, or for fake CPU devices.
+    libtpu is enough; no TPU is needed.
+    """
+
+    topology: Annotated[str | None, flag("v5p:2x2x2", "as --devices says")] = None
+    """TPU chips to compile for."""
+    devices: Annotated[int | None, flag("INT", "as --topology says")] = None
+    """Or so many fake CPU devices."""
+    slices: int = 1
+    """TPU slices of that topology."""
+    shape: Annotated[
+        Path | None, flag("FILE", "that of --model.path, or one that s2d-jax knows")
+    ] = None
+    """config.json of a model that is not here."""
+    json: Annotated[Path | None, flag("FILE", "the screen only")] = None
+    """Write the same figures to this file."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the plan of a run; returns the exit status, 2 for a mistake of the user's."""
-    options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+    return status_of(
+        lambda: run(parse_command_line(Args, arguments, "train.plan")), "nothing was written"
+    )
+
+
+def run(args: Args) -> None:
+    """Compiles the step, prints its table, and writes it where `json` says.
+
+    Raises:
+        UserError: for an unknown model or topology, or values that do not go together.
+    """
+    if (args.topology is None) == (args.devices is None):
+        raise UserError("give --topology v5p:2x2x2 or --devices 8: one of them")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
     # A cached program for chips that are not there cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
-    console = Console()
-    try:
-        config = parse_command_line(
-            ["--config", str(options.config), *overrides], "python -m train.plan"
-        )
-        shape = draft_shape(config, options.config, options.shape)
-        if options.topology:
-            devices = tpu_devices(options.topology, options.slices)
-            place = (
-                f"{options.slices} x {options.topology}" if options.slices > 1 else options.topology
-            )
-        else:
-            devices, place = _fake_devices(options.devices), f"{options.devices} CPU devices"
-        mesh = make_mesh(config.mesh, devices)
-        with console.status(f"compiling for {mesh.size} devices"):
-            plan = make_plan(config, shape, mesh)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    section = config.train
-    console.print(
-        _table(
-            plan,
-            f"{options.config.name} on {place}: {section.batch_size} rows of {config.data.max_length} tokens "
-            f"in {section.accumulate} part(s)",
-        )
-    )
-    if options.json:
-        options.json.write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
-    return 0
+    config, console = args.settings, screen()
+    shape = draft_shape(config, here_or_shipped(args.config), args.shape)
+    if args.topology is not None:
+        devices = tpu_devices(args.topology, args.slices)
+        place = f"{args.slices} x {args.topology}" if args.slices > 1 else args.topology
+    else:
+        assert args.devices is not None  # one of them is there
+        devices, place = _fake_devices(args.devices), f"{args.devices} CPU devices"
+    mesh = make_mesh(config.mesh, devices)
+    with console.status(f"compiling for {mesh.size} devices"):
+        plan = make_plan(config, shape, mesh)
+    rows = f"{config.train.batch_size} rows of {config.data.max_length} tokens"
+    parts = f"in {config.train.accumulate} part(s)"
+    console.print(_table(plan, f"{args.config.name} on {place}: {rows} {parts}"))
+    if args.json is not None:
+        write_text(args.json, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
 
 
 def _fake_devices(count: int) -> list:

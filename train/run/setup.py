@@ -106,7 +106,7 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
         elif checkpoints.steps:
             raise UserError(
                 f"train.run_dir={run_dir} holds checkpoints {checkpoints.steps}; "
-                "add --train.resume True, or choose another directory"
+                "add --train.resume, or choose another directory"
             )
 
 
