@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from infer.bench.measure import Sample
 from infer.bench.methods import BASELINE, Method
 from s2d_jax.cli.short_text import rates, shares, short_name
+from s2d_jax.cli.tables import print_table
 from s2d_jax.files import write_text
 from s2d_jax.generation.stats import sum_stats
 
@@ -123,13 +123,8 @@ def show_report(console: Console, settings: Row, rows: list[Row]) -> None:
     """Prints the table of speedup / MAT, then the details of each target."""
     tables = [_summary_table(settings, rows)]
     tables += [_detail_table(target, rows) for target in targets_of(rows)]
-    for title, header, lines in tables:
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+    for title, headings, lines in tables:
+        print_table(console, title, headings, lines)
 
 
 def _markdown(report: Row) -> str:

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from s2d_jax.calibration.candidates import (
     best_of_families,
@@ -25,6 +24,7 @@ from s2d_jax.cli.loading import load_listed_draft, load_target, tokenizer_of
 from s2d_jax.cli.options import LoadingOptions, require_targets
 from s2d_jax.cli.prompts import encode, read_questions
 from s2d_jax.cli.screen import counting_bar, screen
+from s2d_jax.cli.tables import print_table
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
@@ -151,26 +151,27 @@ def _show(target: str, choice: Choice) -> None:
     policy, predictions, confirmed = choice
     temperature = policy.key.temperature
     title = f"{Path(target).name}, temperature {temperature:g}: {policy.evidence['chosen']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("candidate", overflow="fold")
-    for name in ("drafted", "MAT", "predicted", "timed only", "measured", "with prefill"):
-        table.add_column(name, justify="right")
+    headings = "candidate", "drafted", "MAT", "predicted", "timed only", "measured", "with prefill"
     timed = {entry.prediction.candidate.name: entry for entry in confirmed}
     shown = [entry.prediction for entry in confirmed]
     shown += [p for p in predictions if p.candidate.config is None]
     shown += [p for p in best_of_families(predictions, 12) if p not in shown]
+    rows = []
     for prediction in sorted(shown, key=lambda p: -p.speedup):
         entry = timed.get(prediction.candidate.name)
-        table.add_row(
-            prediction.candidate.name,
-            f"{prediction.mean_draft_length:.2f}",
-            f"{prediction.mean_acceptance_length:.2f}",
-            f"{prediction.speedup:.2f}",
-            "-" if entry is None else f"{entry.predicted_on_timed:.2f}",
-            "-" if entry is None else f"{entry.decode_speedup:.2f}",
-            "-" if entry is None else f"{entry.estimate:.2f}",
+        predicted = (
+            prediction.mean_draft_length,
+            prediction.mean_acceptance_length,
+            prediction.speedup,
         )
-    screen().print(table)
+        if entry is None:
+            measured = ["-"] * 3
+        else:
+            figures = entry.predicted_on_timed, entry.decode_speedup, entry.estimate
+            measured = [f"{figure:.2f}" for figure in figures]
+        row = [prediction.candidate.name, *(f"{figure:.2f}" for figure in predicted), *measured]
+        rows.append(row)
+    print_table(screen(), title, headings, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 from rich.console import Console
 from rich.progress import TextColumn
 from rich.rule import Rule
-from rich.table import Table
 
 from infer.generate.args import Args
 from infer.generate.batching import Answer, answer_all
@@ -24,6 +23,8 @@ from s2d_jax.cli.profiling import write_profile
 from s2d_jax.cli.prompts import Question, encode, read_questions
 from s2d_jax.cli.screen import counting_bar, eta, screen
 from s2d_jax.cli.short_text import shares, short_name
+from s2d_jax.cli.tables import print_table
+from s2d_jax.cli.wrapping import WrappedText
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
@@ -106,13 +107,13 @@ def _converse(
     tokenizer = tokenizer_of(target)
     with counting_bar(TextColumn("{task.fields[speed]}"), *eta()) as progress:
         task = progress.add_task("answering", total=sum(len(q.turns) for q in questions), speed="")
-        start, done_tokens = time.perf_counter(), 0
+        tokens, seconds = 0, 0.0
 
         def on_batch(count, stats):
-            nonlocal done_tokens
-            done_tokens += stats.emitted_tokens
-            speed = f"{done_tokens / (time.perf_counter() - start):.0f} tok/s"
-            progress.update(task, advance=count, speed=speed)
+            nonlocal tokens, seconds
+            tokens += stats.emitted_tokens
+            seconds += stats.seconds["total"]  # without compilation
+            progress.update(task, advance=count, speed=f"{tokens / seconds:.0f} tok/s")
 
         for turn in range(max(len(question.turns) for question in questions)):
             active = [i for i, question in enumerate(questions) if turn < len(question.turns)]
@@ -164,11 +165,12 @@ def _show_answers(
         for turn, answer in zip(question.turns, answers, strict=True):
             if len(questions) > 1 or len(question.turns) > 1:
                 console.print(Rule(turn.splitlines()[0][:90], align="left", style="dim"))
-            console.print(answer.text, markup=False, soft_wrap=True)
+            text = WrappedText(console)
+            text.write(answer.text)
+            text.end()
 
 
 def _show_stats(console: Console, target: str, stats: GenerationStats, seconds: float) -> None:
-    table = Table(title=f"target {target}", title_justify="left")
     row = {
         "new tokens": f"{stats.emitted_tokens:,}",
         "seconds": f"{seconds:.1f}",
@@ -179,10 +181,7 @@ def _show_stats(console: Console, target: str, stats: GenerationStats, seconds: 
         "accepted": f"{stats.draft_acceptance_rate:.0%}" if stats.drafted_tokens else "-",
         "left at exit": shares(stats.exit_histogram),
     }
-    for name in row:
-        table.add_column(name, justify="right")
-    table.add_row(*row.values())
-    console.print(table)
+    print_table(console, f"target {target}", list(row), [list(row.values())], texts=0)
 
 
 if __name__ == "__main__":

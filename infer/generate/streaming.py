@@ -10,6 +10,7 @@ from rich.rule import Rule
 from infer.generate.batching import Answer
 from s2d_jax.cli.loading import tokenizer_of
 from s2d_jax.cli.prompts import Question, encode
+from s2d_jax.cli.wrapping import WrappedText
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.generation.decoder import SpeculativeDecoder
 
@@ -48,11 +49,11 @@ def stream_answers(
                 console.print(Rule(turn.splitlines()[0][:90], align="left", style="dim"))
             messages = question.messages([answer.text for answer in answers])
             prompt = encode(tokenizer, messages, raw=raw)
+            text = WrappedText(console)
             with conversation.stream([prompt], [params]) as stream:
                 for delta in stream:
-                    console.file.write(delta.text)
-                    console.file.flush()
-            console.file.write("\n")
+                    text.write(delta.text)
+            text.end()
             result = stream.result
             answers.append(Answer(result.texts[0], tuple(result.token_ids[0]), result.stats))
         conversations.append(answers)

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.progress import track
-from rich.table import Table
 
 from infer.trim.choose import FOLDS, choose_tokens, coverage
 from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.flags import flag
 from s2d_jax.cli.screen import screen
+from s2d_jax.cli.tables import print_table
 from s2d_jax.errors import UserError
 from s2d_jax.files import read_json, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
@@ -180,13 +180,17 @@ def _shown_sizes(size: int, num_kept: int, vocab_size: int) -> list[int]:
 
 def _show(args: Args, covered: dict[int, float], vocab_size: int, provenance) -> None:
     console = screen()
-    table = Table(title=f"lists for {args.draft}", title_justify="left")
-    for name in ("tokens in the list", "of the head", "of held-out answers covered", ""):
-        table.add_column(name, justify="right")
-    for size, share in covered.items():
-        chosen = "chosen" if size == args.size else ""
-        table.add_row(f"{size:,}", f"{size / vocab_size:.0%}", f"{share:.2%}", chosen)
-    console.print(table)
+    headings = "tokens in the list", "of the head", "of held-out answers covered", ""
+    rows = [
+        (
+            f"{size:,}",
+            f"{size / vocab_size:.0%}",
+            f"{share:.2%}",
+            "chosen" if size == args.size else "",
+        )
+        for size, share in covered.items()
+    ]
+    print_table(console, f"lists for {args.draft}", headings, rows, texts=0)
     seen, more = provenance["listed_from_answers"], provenance["listed_from_text"]
     console.print(
         f"{provenance['answer_tokens']:,} answer tokens. Of the {args.size:,} listed tokens {seen:,} occur in them, "
