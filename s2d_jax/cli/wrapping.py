@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TextIO
+from typing import IO
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -22,7 +22,7 @@ class WrappedText:
     """
 
     def __init__(self, console: Console):
-        self._file: TextIO = console.file
+        self._file: IO[str] = console.file
         self._width = console.width if console.is_terminal else None
         self._column, self._pending = 0, ""
 
