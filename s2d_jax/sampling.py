@@ -45,7 +45,7 @@ def probabilities(
     return jnp.where(greedy_B[:, None, None], mode_BTV, probs_BTV)
 
 
-def one_hot(tokens: Int[Array, "*B"], vocab_size: int) -> Float[Array, "*B {vocab_size}"]:
+def one_hot(tokens: Int[Array, "*batch"], vocab_size: int) -> Float[Array, "*batch {vocab_size}"]:
     """f32 `[..., V]` with 1 at each token."""
     return jax.nn.one_hot(tokens, vocab_size, dtype=jnp.float32)
 
@@ -87,7 +87,9 @@ def _keep_above(probs_BTV, weight_BTV, goal_B, on_B):
     return jnp.where(on_B[:, None, None], _renormalise(kept_BTV), probs_BTV)
 
 
-def top_k(x: Float[Array, "*B V"], k: int) -> tuple[Float[Array, "*B {k}"], Int[Array, "*B {k}"]]:
+def top_k(
+    x: Float[Array, "*batch V"], k: int
+) -> tuple[Float[Array, "*batch {k}"], Int[Array, "*batch {k}"]]:
     """The k largest entries of each vector and their indices, as `jax.lax.top_k` has them (descending, ties by index).
 
     An entry among them lies in one of the k blocks with the largest maxima, so only these are searched: in a loop on a CPU,
@@ -114,8 +116,8 @@ def fold_in(key_B: Key[Array, "B"], data_B: Int[Array, "B"]) -> Key[Array, "B"]:
 
 def split(key_B: Key[Array, "B"], count: int) -> tuple[Key[Array, "B"], ...]:
     """`count` independent keys per row, each `[B]`."""
-    keys_BN = jax.vmap(lambda key: jax.random.split(key, count))(key_B)
-    return tuple(keys_BN[:, i] for i in range(count))
+    keys = jax.vmap(lambda key: jax.random.split(key, count))(key_B)
+    return tuple(keys[:, i] for i in range(count))
 
 
 def uniform(key_B: Key[Array, "B"], count: int) -> Float[Array, "B {count}"]:
@@ -129,8 +131,8 @@ def sample(probs_BV: Float[Array, "B V"], key_B: Key[Array, "B"]) -> Int[Array, 
 
 
 def draw(
-    probs: Float[Array, "B *R V"], key_B: Key[Array, "B"], count: int
-) -> Int[Array, "B *R {count}"]:
+    probs: Float[Array, "B *rest V"], key_B: Key[Array, "B"], count: int
+) -> Int[Array, "B *rest {count}"]:
     """Draws `count` entries of each vector without replacement: each in proportion to what the earlier ones left.
 
     First a block, by the blocks' sums, then an entry of it, both by inverting the distribution function: the vocabulary is
@@ -166,7 +168,7 @@ def draw(
 
 
 def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
-    """int32 `[...]`: the entry of `weights` `[..., N]` at which their running sum passes `u`, in [0, 1), of the whole."""
+    """int32 `[...]`: the entry of each vector of `weights` at which their running sum passes `u`, in [0, 1), of the whole."""
     sums = jnp.cumsum(weights, axis=-1)
     # Rounding may let a running sum grow where the weight is 0.
     passed = (sums > u[..., None] * sums[..., -1:]) & (weights > 0.0)

@@ -1,7 +1,7 @@
 """Medusa-1 (Cai et al. 2024, arXiv 2401.10774): heads on a frozen target. SoFT's memory is compared with theirs.
 
 A sorted draft is trained without its target; Medusa's heads read the target's last state, so every step runs the whole
-target. Head k of K predicts the token k + 1 steps ahead (section 2.1.1):
+target. Head k of Y predicts the token k + 1 steps ahead (section 2.1.1):
 
     p_k = softmax(W_k (h + SiLU(U_k h)))
 
@@ -47,7 +47,7 @@ class MedusaConfig:
     """Training of Medusa heads. The defaults are those of the paper and its public recipe.
 
     Attributes:
-        num_heads: K; the paper finds that five suffice.
+        num_heads: Y; the paper finds that five suffice.
         decay: head k's loss weighs `decay ** k`.
         target_dtype: of the frozen weights.
         compute_dtype: of activations and products; the heads' master weights, losses and moments are f32.
@@ -91,7 +91,7 @@ class MedusaState(flax.struct.PyTreeNode):
     """What a step changes.
 
     Attributes:
-        heads: f32, `residual` `[K, D, D]` and `lm_head` `[K, V, D]`.
+        heads: f32, `residual` `[Y, D, D]` and `lm_head` `[Y, V, D]`.
         opt_state: the optimizer's moments of them.
     """
 
@@ -103,12 +103,12 @@ class HeadSums(flax.struct.PyTreeNode):
     """Sums over the counted tokens, one per head; divide by their number for means.
 
     Attributes:
-        loss_K: f32, cross-entropy in nats.
-        correct_K: f32, how often the argmax is the token.
+        loss_Y: f32, cross-entropy in nats.
+        correct_Y: f32, how often the argmax is the token.
     """
 
-    loss_K: jax.Array
-    correct_K: jax.Array
+    loss_Y: jax.Array
+    correct_Y: jax.Array
 
 
 def head_targets(batch: Batch, num_heads: int) -> tuple[jax.Array, jax.Array]:
@@ -118,10 +118,10 @@ def head_targets(batch: Batch, num_heads: int) -> tuple[jax.Array, jax.Array]:
 
     Args:
         batch: whose targets and weights are those of the next token.
-        num_heads: K.
+        num_heads: Y.
 
     Returns:
-        Targets int32 `[K, B, T]`, weights f32 `[K, B, T]`.
+        Targets int32 `[Y, B, T]`, weights f32 `[Y, B, T]`.
     """
     targets, weights = [], []
     for k in range(1, num_heads + 1):
@@ -138,7 +138,7 @@ def _ahead(x_BT: jax.Array, k: int) -> jax.Array:
 
 def head_logits(head: Params, h: jax.Array) -> jax.Array:
     """One head: `residual` `[D, D]`, `lm_head` `[V, D]` and the target's normed state `[..., D]` to f32 logits `[..., V]`."""
-    inner = jnp.einsum("...D,ED->...E", h, head["residual"])
+    inner = jnp.einsum("...I,OI->...O", h, head["residual"])
     state = h + jax.nn.silu(inner)
     return jnp.einsum("...D,VD->...V", state, head["lm_head"], preferred_element_type=jnp.float32)
 
@@ -146,9 +146,9 @@ def head_logits(head: Params, h: jax.Array) -> jax.Array:
 def medusa_gradient(
     heads: Params,
     hidden_BTD: jax.Array,
-    targets_KBT: jax.Array,
-    weights_KBT: jax.Array,
-    scale_K: jax.Array,
+    targets_YBT: jax.Array,
+    weights_YBT: jax.Array,
+    scale_Y: jax.Array,
     *,
     chunk: int,
     mesh: Mesh | None = None,
@@ -156,24 +156,24 @@ def medusa_gradient(
     """Sums of every head, and the gradient of `sum_k scale_k loss_k` by the heads' parameters.
 
     The heads come one after the other, each `chunk` positions of a row at a time, and the gradient is taken with the loss: so
-    the logits of one chunk of one head are all that exists of `[K, B, T, V]`.
+    the logits of one chunk of one head are all that exists of `[Y, B, T, V]`.
 
     Args:
         heads: stacked on the first axis.
         hidden_BTD: the frozen target's states after its final norm.
-        targets_KBT, weights_KBT: of `head_targets`.
-        scale_K: f32, weight of each head's summed loss.
+        targets_YBT, weights_YBT: of `head_targets`.
+        scale_Y: f32, weight of each head's summed loss.
         chunk: positions per row whose logits are held at once.
         mesh: over which the heads are split, if they are.
     """
 
-    def chunk_loss(head, scale, h_BCD, targets_BC, weights_BC):
-        logits_BCV = head_logits(head, h_BCD)
+    def chunk_loss(head, scale, h_BWD, targets_BW, weights_BW):
+        logits_BWV = head_logits(head, h_BWD)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
-            losses_BC = optax.softmax_cross_entropy_with_integer_labels(logits_BCV, targets_BC)
-        correct_BC = (jnp.argmax(logits_BCV, axis=-1) == targets_BC).astype(jnp.float32)
-        loss = jnp.sum(losses_BC * weights_BC)
-        return scale * loss, (loss, jnp.sum(correct_BC * weights_BC))
+            losses_BW = optax.softmax_cross_entropy_with_integer_labels(logits_BWV, targets_BW)
+        correct_BW = (jnp.argmax(logits_BWV, axis=-1) == targets_BW).astype(jnp.float32)
+        loss = jnp.sum(losses_BW * weights_BW)
+        return scale * loss, (loss, jnp.sum(correct_BW * weights_BW))
 
     hiddens = _cut(hidden_BTD, chunk)
 
@@ -192,10 +192,10 @@ def medusa_gradient(
         pieces = (hiddens, _cut(targets_BT, chunk), _cut(weights_BT, chunk))
         return jax.lax.scan(add_chunk, start, pieces)[0]
 
-    grads, (loss_K, correct_K) = jax.lax.map(
-        of_one_head, (heads, targets_KBT, weights_KBT, scale_K)
+    grads, (loss_Y, correct_Y) = jax.lax.map(
+        of_one_head, (heads, targets_YBT, weights_YBT, scale_Y)
     )
-    return HeadSums(loss_K, correct_K), grads
+    return HeadSums(loss_Y, correct_Y), grads
 
 
 def _placed(head: Params, mesh: Mesh | None, rules: dict[str, Any]) -> Params:
@@ -214,7 +214,7 @@ def _placed(head: Params, mesh: Mesh | None, rules: dict[str, Any]) -> Params:
 
 
 def _cut(x: jax.Array, chunk: int) -> jax.Array:
-    """`[B, T, ...]` to `[C, B, chunk, ...]`; T is zero-padded to whole chunks."""
+    """`[B, T, ...]` to `[chunks, B, W, ...]`; T is zero-padded to whole chunks."""
     B, T = x.shape[:2]
     size = min(chunk, T)
     padded = jnp.pad(x, [(0, 0), (0, -T % size), *[(0, 0)] * (x.ndim - 2)])
@@ -301,7 +301,7 @@ class MedusaTrainer:
     def compile_step(self, state: MedusaState, trunk: Params, batch: Batch):
         """`(state, trunk, batch, progress) -> (state, metrics)`, compiled; the state is donated, the trunk only read.
 
-        `metrics` holds f32: `loss`, `loss_K`, `accuracy_K`, `grad_norm`, `learning_rate`, and `tokens` (padding apart).
+        `metrics` holds f32: `loss`, `loss_Y`, `accuracy_Y`, `grad_norm`, `learning_rate`, and `tokens` (padding apart).
         """
         sharding, whole = self.state_sharding, replicated(self.mesh)
         step = jax.jit(
@@ -345,19 +345,19 @@ class MedusaTrainer:
         )
         return apply_model(model, trunk, "normed", hidden_BTD)
 
-    def _gradient(self, heads: Params, trunk: Params, batch: Batch, scale_K: jax.Array):
+    def _gradient(self, heads: Params, trunk: Params, batch: Batch, scale_Y: jax.Array):
         """Sums and gradient of a batch, in `accumulate` parts."""
         parts, num_heads = self.config.accumulate, self.config.num_heads
 
         def gradient(part: Batch):
-            targets_KBT, weights_KBT = head_targets(part, num_heads)
+            targets_YBT, weights_YBT = head_targets(part, num_heads)
             hidden_BTD = self._hidden(trunk, part)
             return medusa_gradient(
                 heads,
                 hidden_BTD,
-                targets_KBT,
-                weights_KBT,
-                scale_K,
+                targets_YBT,
+                weights_YBT,
+                scale_Y,
                 chunk=self.config.loss_chunk,
                 mesh=self.mesh,
             )
@@ -379,10 +379,10 @@ class MedusaTrainer:
         return jax.lax.scan(add_part, zeros, jax.tree.map(split, batch))[0]
 
     def _train_step(self, state: MedusaState, trunk: Params, batch: Batch, progress: jax.Array):
-        _, weights_KBT = head_targets(batch, self.config.num_heads)
-        counted_K = jnp.maximum(jnp.sum(weights_KBT, axis=(1, 2)), 1.0)
-        share_K = jnp.asarray(self.config.loss_weights, jnp.float32)
-        sums, grads = self._gradient(state.heads, trunk, batch, share_K / counted_K)
+        _, weights_YBT = head_targets(batch, self.config.num_heads)
+        counted_Y = jnp.maximum(jnp.sum(weights_YBT, axis=(1, 2)), 1.0)
+        share_Y = jnp.asarray(self.config.loss_weights, jnp.float32)
+        sums, grads = self._gradient(state.heads, trunk, batch, share_Y / counted_Y)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on implicit promotion
             updates, opt_state = make_optimizer(self.config.optim).update(
                 grads, state.opt_state, state.heads
@@ -390,9 +390,9 @@ class MedusaTrainer:
         rate = learning_rate(progress, self.config.optim)
         heads = jax.tree.map(lambda p, u: p - rate * u, state.heads, updates)
         metrics = {
-            "loss": jnp.sum(share_K * sums.loss_K / counted_K),
-            "loss_K": sums.loss_K / counted_K,
-            "accuracy_K": sums.correct_K / counted_K,
+            "loss": jnp.sum(share_Y * sums.loss_Y / counted_Y),
+            "loss_Y": sums.loss_Y / counted_Y,
+            "accuracy_Y": sums.correct_Y / counted_Y,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate,
             "tokens": jnp.sum((batch.segment_ids_BT > 0).astype(jnp.float32)),

@@ -60,19 +60,19 @@ ACCEPTANCE = [
         "soft-q-for-modes",
         "the most probable token is drafted, and tested with the soft q",
         "s2d_jax/draft/chain.py",
-        "return sample(probs_BK, key_B), probs_BK",
-        "return jnp.argmax(probs_BK, axis=-1).astype(jnp.int32), probs_BK",
+        "return sample(probs_BU, key_B), probs_BU",
+        "return jnp.argmax(probs_BU, axis=-1).astype(jnp.int32), probs_BU",
         "decode/test_lossless.py -k follow_the_target[thresholds-sampled-fixed]",
     ),
     Fault(
         "improbable-drafts-dropped",
         "a drawn token is dropped for its own low probability",
         "s2d_jax/draft/chain.py",
-        "proposal = _append(proposal, i, token_B, probs_BK, live_B)",
-        """if probs_BK is not None:
-            own_B = jnp.take_along_axis(probs_BK, index_B[:, None], axis=1)[:, 0]
+        "proposal = _append(proposal, i, token_B, probs_BU, live_B)",
+        """if probs_BU is not None:
+            own_B = jnp.take_along_axis(probs_BU, index_B[:, None], axis=1)[:, 0]
             live_B = live_B & (own_B > 0.2)
-        proposal = _append(proposal, i, token_B, probs_BK, live_B)""",
+        proposal = _append(proposal, i, token_B, probs_BU, live_B)""",
         "decode/test_lossless.py -k follow_the_target[independent-sampled-fixed]",
     ),
     Fault(
@@ -114,18 +114,18 @@ SAMPLING = [
         "temperature-in-confidence",
         "whether a token leaves at an exit depends on the temperature of the request",
         "s2d_jax/draft/segments.py",
-        "sure_BT = jnp.bool_(last) | (confidence(logits_BTK) > request.exit_threshold_E[s])",
+        "sure_BT = jnp.bool_(last) | (confidence(logits_BTU) > request.exit_threshold_E[s])",
         """warm_B = jnp.where(request.sampling.temperature_B == 0, 1.0, request.sampling.temperature_B)
-        warm_BTK = logits_BTK / warm_B[:, None, None]
-        sure_BT = jnp.bool_(last) | (confidence(warm_BTK) > request.exit_threshold_E[s])""",
+        warm_BTU = logits_BTU / warm_B[:, None, None]
+        sure_BT = jnp.bool_(last) | (confidence(warm_BTU) > request.exit_threshold_E[s])""",
         "tree/test_tree_rounds.py -k 'drawn_children and filtered'",
     ),
     Fault(
         "q-at-the-first-ids",
         "the q of a trimmed head is left at its first K ids",
         "s2d_jax/draft/logits.py",
-        "return filled.at[..., ids_K].set(",
-        "return filled.at[..., jnp.arange(len(ids_K))].set(",
+        "return filled.at[..., ids_U].set(",
+        "return filled.at[..., jnp.arange(len(ids_U))].set(",
         "decode/test_lossless.py -k 'follow_the_target and thresholds-sampled-fixed-trimmed'",
     ),
 ]
@@ -167,16 +167,16 @@ TREES = [
         "drawn-children-reranked",
         "drawn children are ranked by their own probability",
         "s2d_jax/tree/growth.py",
-        "score_BR[:, :, None] + best_BRk, -jnp.inf)",
-        "score_BR[:, :, None] + own_BRk, -jnp.inf)",
+        "score_BJ[:, :, None] + best_BJk, -jnp.inf)",
+        "score_BJ[:, :, None] + own_BJk, -jnp.inf)",
         "decode/test_lossless.py -k follow_the_target[thresholds-sampled-tree]",
     ),
     Fault(
         "drawn-children-sorted",
         "drawn children are taken in the order of their ids, not as drawn",
         "s2d_jax/tree/growth.py",
-        "index_BRk = draw(probs_BRK, key_B, self.shape.top_k)",
-        "index_BRk = jnp.sort(draw(probs_BRK, key_B, self.shape.top_k), axis=-1)",
+        "index_BJk = draw(probs_BJU, key_B, self.shape.top_k)",
+        "index_BJk = jnp.sort(draw(probs_BJU, key_B, self.shape.top_k), axis=-1)",
         "decode/test_lossless.py -k follow_the_target[thresholds-sampled-tree]",
     ),
     Fault(
@@ -194,16 +194,16 @@ TREES = [
         "neighbour-kept",
         "of an accepted path the caches keep the entries one place further on",
         "s2d_jax/model/kv_cache.py",
-        "(start_B[:, None] + index_BT).reshape(shape)",
-        "(start_B[:, None] + index_BT + (index_BT > 0)).reshape(shape)",
+        "(start_B[:, None] + index_BY).reshape(shape)",
+        "(start_B[:, None] + index_BY + (index_BY > 0)).reshape(shape)",
         "tree/test_nodes_and_growth.py -k paths",
     ),
     Fault(
         "unseen-path-kept",
         "a deeper segment keeps an accepted path also where it never computed it",
         "s2d_jax/draft/segments.py",
-        "kept_BT = (slot_BT >= 0) & (root_B[:, None] + slot_BT < cache.length_B[:, None])",
-        "kept_BT = slot_BT >= 0",
+        "kept_BY = (slot_BY >= 0) & (root_B[:, None] + slot_BY < cache.length_B[:, None])",
+        "kept_BY = slot_BY >= 0",
         "tree/test_tree_rounds.py -k 'every_round and [s2d]'",
     ),
 ]
@@ -246,8 +246,8 @@ DRAFTING = [
         "guard-forgets-drafting",
         "the guard does not charge what drafting cost",
         "s2d_jax/draft/guard.py",
-        "saved_B = emitted_B - drafting.verify_cost_W[num_draft_B] - guard.spent_B",
-        "saved_B = emitted_B - drafting.verify_cost_W[num_draft_B]",
+        "saved_B = emitted_B - drafting.verify_cost_Y[num_draft_B] - guard.spent_B",
+        "saved_B = emitted_B - drafting.verify_cost_Y[num_draft_B]",
         "draft/test_draft_length.py -k guards_loss",
     ),
 ]
@@ -367,8 +367,8 @@ MODELS = [
         "queries-of-other-groups",
         "query heads share the keys of another group",
         "s2d_jax/model/attention.py",
-        "q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)",
-        "q_BTNH.reshape(B, T, G, K, H).transpose(0, 3, 2, 1, 4)",
+        "q_BTNH.reshape(B, T, K, Q, H).transpose(0, 2, 3, 1, 4)",
+        "q_BTNH.reshape(B, T, Q, K, H).transpose(0, 3, 2, 1, 4)",
         "model/test_model.py -k equals_numpy",
     ),
     Fault(
@@ -399,8 +399,8 @@ MODELS = [
         "last-digit-lost",
         "int8 products leave out the second digit of the activations",
         "s2d_jax/model/products/forms.py",
-        "(first_MO * 256 + last_MO) * step_M1",
-        "(first_MO * 256) * step_M1",
+        "(first_AO * 256 + last_AO) * step_A1",
+        "(first_AO * 256) * step_A1",
         "model/test_weight_formats.py -k definition",
     ),
     Fault(
@@ -590,8 +590,8 @@ TRAINING = [
         "gradient-of-one-chunk",
         "the gradient by the states is kept for one chunk of positions only",
         "train/objective/sorted_loss.py",
-        "hidden_grad_EBSD = walk.put(i, hidden_grad_EBSD, grads[1])",
-        "hidden_grad_EBSD = walk.put(0, hidden_grad_EBSD, grads[1])",
+        "hidden_grad_EBCD = walk.put(i, hidden_grad_EBCD, grads[1])",
+        "hidden_grad_EBCD = walk.put(0, hidden_grad_EBCD, grads[1])",
         "train/test_losses.py -k gradient_equals",
     ),
     Fault(

@@ -115,7 +115,7 @@ def without_models(static):
     return dataclasses.replace(static, target=target, drafter=drafter, verifier=verifier)
 
 
-def tables(vocab_size: int, draft_size: int, ids_K) -> dict:
+def tables(vocab_size: int, draft_size: int, ids_U) -> dict:
     """Logits that agree: of the target, and of the draft over its own entries.
 
     Each row has one token that is far above the others: a small tree too has the path of these tokens down to the last level.
@@ -124,7 +124,7 @@ def tables(vocab_size: int, draft_size: int, ids_K) -> dict:
     target = target.at[jnp.arange(TABLE_ROWS), jnp.argmax(target, axis=1)].add(SURE)
     missing = max(draft_size - vocab_size, 0)
     padded = jnp.pad(target, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    draft = padded[:, :draft_size] if ids_K is None else target[:, ids_K]
+    draft = padded[:, :draft_size] if ids_U is None else target[:, ids_U]
     return {"target": {"table": target}, "draft": {"table": draft}}
 
 
@@ -158,7 +158,7 @@ class Rounds:
     def _tables(self) -> dict:
         vocab_size, model = self.segments.vocab_size, self.segments.model
         own = model.trimmed_head_size or model.config.vocab_size
-        return tables(vocab_size, own, self.request.vocabulary_K)
+        return tables(vocab_size, own, self.request.vocabulary_U)
 
     def fresh_state(self):
         """After prefill."""
@@ -211,8 +211,8 @@ class Rounds:
         """Positions and mask of some tree: what they are changes nothing about the time."""
         capacity = cache.keys[0].shape[2]
         position_BT = jnp.broadcast_to(cache.length_B[:, None], (1, width))
-        seen_C = jnp.arange(capacity) <= cache.length_B[0]
-        return Place(position_BT, jnp.broadcast_to(seen_C, (1, width, capacity)))
+        seen_S = jnp.arange(capacity) <= cache.length_B[0]
+        return Place(position_BT, jnp.broadcast_to(seen_S, (1, width, capacity)))
 
     def _target(self) -> Program:
         target, M = self.static.target, self.growth.nodes
@@ -254,8 +254,8 @@ class Rounds:
             return model.apply({"params": params}, h_BTD, exit_layer, method="logits")
 
         def one(params, _, carry):
-            h_BTD, logits_BTK = carry
-            h_BTD = h_BTD + (1e-6 * logits_BTK[:, :, :1]).astype(h_BTD.dtype)
+            h_BTD, logits_BTU = carry
+            h_BTD = h_BTD + (1e-6 * logits_BTU[:, :, :1]).astype(h_BTD.dtype)
             return h_BTD, logits(params, h_BTD)
 
         h_BTD = jnp.ones((1, width, model.config.embed_dim), model.dtype)

@@ -54,15 +54,15 @@ class TimedForm:
 def _tied(form: Form) -> Form:
     """The form with its weight tied to the activations, so that nothing of it is loop-invariant."""
 
-    def tied(x_MI, w):
-        return form(*jax.lax.optimization_barrier((x_MI, w)))
+    def tied(x_AI, w):
+        return form(*jax.lax.optimization_barrier((x_AI, w)))
 
     return tied
 
 
-def _weight_first_no_barrier(x_MI, w_OI):
+def _weight_first_no_barrier(x_AI, w_OI):
     contract = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(w_OI, x_MI, contract, preferred_element_type=jnp.float32).T
+    return jax.lax.dot_general(w_OI, x_AI, contract, preferred_element_type=jnp.float32).T
 
 
 FORMS = (
@@ -96,8 +96,9 @@ class Chain:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """`[out, in]` of every product, in order."""
-        D, N, F = self.dims
-        return [(N, D), (D, N), (F, D), (D, F)] * self.num_layers
+        embed, heads, hidden = self.dims
+        each = [(heads, embed), (embed, heads), (hidden, embed), (embed, hidden)]
+        return each * self.num_layers
 
 
 def chain_of(config: ModelConfig | None) -> Chain:
@@ -124,19 +125,19 @@ def make_weights(chain: Chain, weight_format: str) -> list[Any]:
 
 
 def compile_loop(form: Form, rows: int, dtype: Any, weights: list[Any]):
-    """`(x_MI, weights, trips) -> x_MI` as one while loop over the whole chain. The activations change from trip to trip."""
+    """`(x_AI, weights, trips) -> x_AI` as one while loop over the whole chain. The activations change from trip to trip."""
 
-    def loop(x_MI, weights, trips):
+    def loop(x_AI, weights, trips):
         def one_trip(carry):
-            trip, x_MI = carry
+            trip, x_AI = carry
             for w in weights:
-                x_MI = jnp.tanh(form(x_MI, w)).astype(dtype)
-            return trip + 1, x_MI
+                x_AI = jnp.tanh(form(x_AI, w)).astype(dtype)
+            return trip + 1, x_AI
 
-        return jax.lax.while_loop(lambda carry: carry[0] < trips, one_trip, (0, x_MI))[1]
+        return jax.lax.while_loop(lambda carry: carry[0] < trips, one_trip, (0, x_AI))[1]
 
-    x_MI = jax.ShapeDtypeStruct((rows, weights[0].shape[1]), dtype)
-    return jax.jit(loop).lower(x_MI, weights, 1).compile()
+    x_AI = jax.ShapeDtypeStruct((rows, weights[0].shape[1]), dtype)
+    return jax.jit(loop).lower(x_AI, weights, 1).compile()
 
 
 def time_forms(
@@ -160,16 +161,16 @@ def time_forms(
     for candidate in FORMS:
         dtype = compute_dtype(candidate.weight_format, platform)
         for count in rows:
-            x_MI = jnp.ones((count, chain.dims[0]), dtype) * 0.5
+            x_AI = jnp.ones((count, chain.dims[0]), dtype) * 0.5
             own = weights[candidate.weight_format]
             run = compile_loop(candidate.form, count, dtype, own)
-            jax.block_until_ready(run(x_MI, own, 1))
-            programs.append((candidate, count, run, x_MI, []))
+            jax.block_until_ready(run(x_AI, own, 1))
+            programs.append((candidate, count, run, x_AI, []))
             tick(f"compiling {candidate.weight_format} {candidate.name}")
     for _ in range(repeats):
-        for candidate, _, run, x_MI, seconds in programs:
+        for candidate, _, run, x_AI, seconds in programs:
             started = time.perf_counter()
-            jax.block_until_ready(run(x_MI, weights[candidate.weight_format], _TRIPS))
+            jax.block_until_ready(run(x_AI, weights[candidate.weight_format], _TRIPS))
             seconds.append((time.perf_counter() - started) / _TRIPS)
             tick(f"timing {candidate.weight_format} {candidate.name}")
     flops = 2 * sum(out * columns for out, columns in chain.shapes)

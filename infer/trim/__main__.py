@@ -79,19 +79,19 @@ def trim(args: Args) -> None:
         text_counts_V += _count_text(_read_text(path), tokenizer, config.vocab_size)
     special = {*tokenizer.special_token_ids(), *config.eos_token_ids}
     keep = [i for i in sorted(special) if i < config.vocab_size]
-    ids_K = choose_tokens(counts_V, text_counts_V, keep, args.size)
+    ids_U = choose_tokens(counts_V, text_counts_V, keep, args.size)
     sizes = _shown_sizes(args.size, len(keep), config.vocab_size)
     covered = coverage(counts_FV, text_counts_V, keep, sizes)
     provenance = {
         "answers": [str(path) for path in args.answers],
         "text": [str(path) for path in args.text],
         "answer_tokens": int(counts_V.sum()),
-        "listed_from_answers": int((counts_V[ids_K] > 0).sum()),
-        "listed_from_text": int(((counts_V == 0) & (text_counts_V > 0))[ids_K].sum()),
+        "listed_from_answers": int((counts_V[ids_U] > 0).sum()),
+        "listed_from_text": int(((counts_V == 0) & (text_counts_V > 0))[ids_U].sum()),
         "held_out_coverage": {str(size): round(share, 5) for size, share in covered.items()},
     }
     _show(args, covered, config.vocab_size, provenance)
-    _write(args, DraftVocabulary.of_tokenizer(ids_K.tolist(), tokenizer, provenance))
+    _write(args, DraftVocabulary.of_tokenizer(ids_U.tolist(), tokenizer, provenance))
 
 
 def _check_destination(args: Args) -> None:

@@ -23,10 +23,10 @@ def choose_tokens(
         counts_V: how often each token was written in answers.
         text_counts_V: how often it occurs in other text.
         keep: ids that are always in the list; special and stop tokens.
-        size: K.
+        size: U.
 
     Returns:
-        int64 `[K]`, ascending.
+        int64 `[U]`, ascending.
 
     >>> nothing = np.zeros(6, int)
     >>> choose_tokens(np.array([0, 5, 0, 7, 0, 7]), nothing, [4], 4).tolist()

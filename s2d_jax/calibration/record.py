@@ -61,45 +61,45 @@ def record_trace(
         ),
         static_argnums=(5,),
     )
-    ids_K = None if draft.vocabulary is None else jnp.asarray(draft.vocabulary.ids_K)
+    ids_U = None if draft.vocabulary is None else jnp.asarray(draft.vocabulary.ids_U)
     answers = []
     for number, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-        tokens_1T = np.zeros((1, width), np.int32)
-        tokens_1T[0, : len(ids)] = ids
+        tokens_1C = np.zeros((1, width), np.int32)
+        tokens_1C[0, : len(ids)] = ids
         # The first token is emitted by prefill, so the second one is the first that could have been drafted.
         first = prompt_length + 1
         count = min(len(ids), prompt_length + new_tokens) - first
         scored = score(
             target.params,
             draft.params,
-            ids_K,
-            jnp.asarray(tokens_1T),
+            ids_U,
+            jnp.asarray(tokens_1C),
             jnp.int32(first),
             new_tokens,
             jnp.float32(temperature),
         )
         if count > 0:
-            sure_EN, accepted_EN, log_probs_ENK, rank_EN = (
+            sure_ET, accepted_ET, log_probs_ETk, rank_ET = (
                 np.asarray(p)[:, :count] for p in scored
             )
-            exact = sure_EN.astype(np.float64), accepted_EN.astype(np.float64)
-            answers.append(AnswerTrace(number, *exact, log_probs_ENK, rank_EN))
+            exact = sure_ET.astype(np.float64), accepted_ET.astype(np.float64)
+            answers.append(AnswerTrace(number, *exact, log_probs_ETk, rank_ET))
         on_answer()
     return Trace(draft.draft_config.exit_layers, tuple(answers), new_tokens)
 
 
 def _score(target, draft, exits, target_params, *rest):
-    """What `AnswerTrace` keeps of each exit, `[E, N, ...]`, of N tokens from position `first` on."""
-    draft_params, ids_K, tokens_1T, first, count, temperature = rest
-    T = tokens_1T.shape[1]
-    at_N = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), T - 1)
-    emitted_N = tokens_1T[0, at_N]
+    """What `AnswerTrace` keeps of each exit, `[E, T, ...]`, of T tokens from position `first` on."""
+    draft_params, ids_U, tokens_1C, first, count, temperature = rest
+    C = tokens_1C.shape[1]
+    at_T = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), C - 1)
+    emitted_T = tokens_1C[0, at_T]
 
     def hiddens(model, params, layers):
-        return apply_model(model, params, "exit_hiddens", tokens_1T, exit_layers=layers)
+        return apply_model(model, params, "exit_hiddens", tokens_1C, exit_layers=layers)
 
-    def logits_NV(model, params, h_1TD, exit_layer=None):
-        return apply_model(model, params, "logits", h_1TD[0, at_N - 1], exit_layer)
+    def logits_TV(model, params, h_1CD, exit_layer=None):
+        return apply_model(model, params, "logits", h_1CD[0, at_T - 1], exit_layer)
 
     row = SamplingArrays(
         temperature_B=temperature[None],
@@ -108,32 +108,32 @@ def _score(target, draft, exits, target_params, *rest):
         min_p_B=jnp.zeros(1, jnp.float32),
     )
 
-    def all_logits(own_NK):
+    def all_logits(own_TU):
         V = target.config.vocab_size
-        return fit_vocabulary(over_all_ids(own_NK, ids_K, V, unlisted=-jnp.inf), V)
+        return fit_vocabulary(over_all_ids(own_TU, ids_U, V, unlisted=-jnp.inf), V)
 
-    def prob_N(logits_NV):
-        probs_NV = probabilities(logits_NV[None], row)[0]
-        return jnp.take_along_axis(probs_NV, emitted_N[:, None], axis=1)[:, 0]
+    def prob_T(logits_TV):
+        probs_TV = probabilities(logits_TV[None], row)[0]
+        return jnp.take_along_axis(probs_TV, emitted_T[:, None], axis=1)[:, 0]
 
-    (h_1TD,) = hiddens(target, target_params, (target.config.num_layers,))
-    target_prob_N = prob_N(logits_NV(target, target_params, h_1TD))
+    (h_1CD,) = hiddens(target, target_params, (target.config.num_layers,))
+    target_prob_T = prob_T(logits_TV(target, target_params, h_1CD))
     recorded = []
-    for exit_layer, h_1TD in zip(exits, hiddens(draft, draft_params, exits), strict=True):
-        own_NK = logits_NV(draft, draft_params, h_1TD, exit_layer)
-        draft_NV = all_logits(own_NK)
-        draft_prob_N = prob_N(draft_NV)
-        ratio_N = jnp.minimum(1.0, draft_prob_N / jnp.maximum(target_prob_N, 1e-30))
+    for exit_layer, h_1CD in zip(exits, hiddens(draft, draft_params, exits), strict=True):
+        own_TU = logits_TV(draft, draft_params, h_1CD, exit_layer)
+        draft_TV = all_logits(own_TU)
+        draft_prob_T = prob_T(draft_TV)
+        ratio_T = jnp.minimum(1.0, draft_prob_T / jnp.maximum(target_prob_T, 1e-30))
         # Greedy: the draft's distribution is one-hot, and what was emitted is what the target takes.
-        accepted_N = jnp.where(temperature == 0.0, draft_prob_N, ratio_N)
-        recorded.append((confidence(own_NK), accepted_N, *_children(draft_NV, emitted_N)))
+        accepted_T = jnp.where(temperature == 0.0, draft_prob_T, ratio_T)
+        recorded.append((confidence(own_TU), accepted_T, *_children(draft_TV, emitted_T)))
     return tuple(jnp.stack(column) for column in zip(*recorded, strict=True))
 
 
-def _children(logits_NV, emitted_N):
-    """f32 `[N, K]` log-probabilities of the K most probable tokens, and int32 `[N]`, which of them was emitted; K if none."""
-    K = min(CHILDREN, logits_NV.shape[1])
-    best_NK, ids_NK = top_k(logits_NV, K)
-    found_NK = ids_NK == emitted_N[:, None]
-    rank_N = jnp.where(found_NK.any(axis=1), jnp.argmax(found_NK, axis=1).astype(jnp.int32), K)
-    return best_NK - jax.nn.logsumexp(logits_NV, axis=1, keepdims=True), rank_N
+def _children(logits_TV, emitted_T):
+    """f32 `[T, k]` log-probabilities of the k most probable tokens, and int32 `[T]`, which of them was emitted; k if none."""
+    k = min(CHILDREN, logits_TV.shape[1])
+    best_Tk, ids_Tk = top_k(logits_TV, k)
+    found_Tk = ids_Tk == emitted_T[:, None]
+    rank_T = jnp.where(found_Tk.any(axis=1), jnp.argmax(found_Tk, axis=1).astype(jnp.int32), k)
+    return best_Tk - jax.nn.logsumexp(logits_TV, axis=1, keepdims=True), rank_T

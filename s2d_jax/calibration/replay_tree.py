@@ -30,20 +30,20 @@ _NEVER = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True)
 class Grown:
-    """Trees grown from each of N positions, ended after 1, 2, ... D levels.
+    """Trees grown from each of T positions, ended after 1, 2, ... Y levels.
 
     Attributes:
-        exit_ND: int, index of the deepest exit at which nodes left that bring forth each level.
-        ahead_NDD: int, `[n, levels - 1, depth - 1]`: how many candidates of a tree of so many levels rank before the target's
+        exit_TY: int, index of the deepest exit at which nodes left that bring forth each level.
+        ahead_TYY: int, `[t, levels - 1, depth - 1]`: how many candidates of a tree of so many levels rank before the target's
             own token at that depth; a token that the draft did not find has a rank beyond any tree.
     """
 
-    exit_ND: np.ndarray
-    ahead_NDD: np.ndarray
+    exit_TY: np.ndarray
+    ahead_TYY: np.ndarray
 
     def accepted(self, nodes: int) -> np.ndarray:
-        """int `[N, D]`: tokens accepted when the best `nodes - 1` candidates are verified, by position and `levels - 1`."""
-        return np.logical_and.accumulate(self.ahead_NDD < nodes - 1, axis=2).sum(axis=2)
+        """int `[T, Y]`: tokens accepted when the best `nodes - 1` candidates are verified, by position and `levels - 1`."""
+        return np.logical_and.accumulate(self.ahead_TYY < nodes - 1, axis=2).sum(axis=2)
 
 
 class Forest:
@@ -62,8 +62,8 @@ class Forest:
         def join(name):
             return np.concatenate([getattr(answer, name) for answer in trace.answers], axis=1)
 
-        self._confidence_EN, self._rank_EN = join("confidence"), join("rank")
-        self._log_probs_ENK = join("log_probs")
+        self._confidence_ET, self._rank_ET = join("confidence"), join("rank")
+        self._log_probs_ETk = join("log_probs")
         self._grown: dict[tuple, Grown] = {}
 
     def grown(self, config: DecodeConfig) -> Grown:
@@ -73,95 +73,95 @@ class Forest:
         rows = self.trace.rows(config.exits or self.trace.exits)
         thresholds = config.exit_thresholds or (0.0,) * len(rows)
         key = (*rows, *thresholds[:-1], tree.top_k, tree.leaving)
-        if key not in self._grown or self._grown[key].exit_ND.shape[1] < tree.depth:
+        if key not in self._grown or self._grown[key].exit_TY.shape[1] < tree.depth:
             self._grown[key] = self._grow(rows, thresholds, tree)
         return self._grown[key]
 
     def _grow(self, rows: list[int], thresholds: tuple[float, ...], tree: TreeShape) -> Grown:
-        confidence_EN, rank_EN = self._confidence_EN[rows], self._rank_EN[rows]
+        confidence_ET, rank_ET = self._confidence_ET[rows], self._rank_ET[rows]
         k = tree.top_k
-        log_probs_ENk = self._log_probs_ENK[rows][:, :, :k]
-        rng, each_N = np.random.default_rng(self._seed), np.arange(confidence_EN.shape[1])
-        beam, levels, exits = _Beam.roots(len(each_N)), [], []
+        log_probs_ETk = self._log_probs_ETk[rows][:, :, :k]
+        rng, each_T = np.random.default_rng(self._seed), np.arange(confidence_ET.shape[1])
+        beam, levels, exits = _Beam.roots(len(each_T)), [], []
         for level in range(max(tree.depth, _DEPTH)):
             # Behind an answer follows the next one; no round drafts that far.
-            ahead_N = np.minimum(each_N + level, len(each_N) - 1)
-            on_path_N, slot_N = beam.own_N >= 0, np.maximum(beam.own_N, 0)
-            at_NS = rng.integers(len(each_N), size=beam.score_NS.shape)
-            at_NS[each_N[on_path_N], slot_N[on_path_N]] = ahead_N[on_path_N]
-            exit_NS = _leave(confidence_EN[:, at_NS], beam.live_NS, thresholds, tree.leaving)
-            exits.append(np.where(beam.live_NS, exit_NS, 0).max(axis=1))
-            score_NSk = beam.score_NS[:, :, None] + log_probs_ENk[exit_NS, at_NS]
-            score_NC = np.where(beam.live_NS[:, :, None], score_NSk, -np.inf).reshape(
-                len(at_NS), -1
+            ahead_T = np.minimum(each_T + level, len(each_T) - 1)
+            on_path_T, place_T = beam.own_T >= 0, np.maximum(beam.own_T, 0)
+            at_TJ = rng.integers(len(each_T), size=beam.score_TJ.shape)
+            at_TJ[each_T[on_path_T], place_T[on_path_T]] = ahead_T[on_path_T]
+            exit_TJ = _leave(confidence_ET[:, at_TJ], beam.live_TJ, thresholds, tree.leaving)
+            exits.append(np.where(beam.live_TJ, exit_TJ, 0).max(axis=1))
+            score_TJk = beam.score_TJ[:, :, None] + log_probs_ETk[exit_TJ, at_TJ]
+            score_TX = np.where(beam.live_TJ[:, :, None], score_TJk, -np.inf).reshape(
+                len(at_TJ), -1
             )
-            rank_N = rank_EN[exit_NS[each_N, slot_N], ahead_N]
-            own_N = np.where(on_path_N & (rank_N < k), slot_N * k + rank_N, -1)
-            levels.append((score_NC, own_N))
-            beam = _Beam.best(score_NC, own_N, k)
+            rank_T = rank_ET[exit_TJ[each_T, place_T], ahead_T]
+            own_T = np.where(on_path_T & (rank_T < k), place_T * k + rank_T, -1)
+            levels.append((score_TX, own_T))
+            beam = _Beam.best(score_TX, own_T, k)
         return Grown(np.stack(exits, axis=1), _ahead(levels))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Beam:
-    """The nodes of one level that bring forth the next, in S slots.
+    """The J nodes of one level that bring forth the next.
 
     Attributes:
-        score_NS: log of the draft's probability of the path to each.
-        live_NS: bool, slots that hold a node.
-        own_N: int, the slot of the target's own token; -1 where it is not among them.
+        score_TJ: log of the draft's probability of the path to each.
+        live_TJ: bool, places that hold a node.
+        own_T: int, the place of the target's own token; -1 where it is not among them.
     """
 
-    score_NS: np.ndarray
-    live_NS: np.ndarray
-    own_N: np.ndarray
+    score_TJ: np.ndarray
+    live_TJ: np.ndarray
+    own_T: np.ndarray
 
     @classmethod
-    def roots(cls, N: int) -> _Beam:
-        return cls(np.zeros((N, 1)), np.ones((N, 1), bool), np.zeros(N, int))
+    def roots(cls, T: int) -> _Beam:
+        return cls(np.zeros((T, 1)), np.ones((T, 1), bool), np.zeros(T, int))
 
     @classmethod
-    def best(cls, score_NC: np.ndarray, own_N: np.ndarray, count: int) -> _Beam:
+    def best(cls, score_TX: np.ndarray, own_T: np.ndarray, count: int) -> _Beam:
         """The best `count` candidates, the earlier ones where they tie, in their own order."""
-        chosen_NS = np.argsort(-score_NC, axis=1, kind="stable")[:, :count]
-        chosen_NS = np.sort(chosen_NS, axis=1)
-        score_NS = np.take_along_axis(score_NC, chosen_NS, axis=1)
-        own_NS = chosen_NS == own_N[:, None]
-        slot_N = np.where(own_NS.any(axis=1), own_NS.argmax(axis=1), -1)
-        return cls(score_NS, score_NS > -np.inf, slot_N)
+        chosen_TJ = np.argsort(-score_TX, axis=1, kind="stable")[:, :count]
+        chosen_TJ = np.sort(chosen_TJ, axis=1)
+        score_TJ = np.take_along_axis(score_TX, chosen_TJ, axis=1)
+        own_TJ = chosen_TJ == own_T[:, None]
+        place_T = np.where(own_TJ.any(axis=1), own_TJ.argmax(axis=1), -1)
+        return cls(score_TJ, score_TJ > -np.inf, place_T)
 
 
-def _leave(confidence_ENS, live_NS, thresholds: tuple[float, ...], leaving: str) -> np.ndarray:
-    """int `[N, S]`: index of the exit at which each slot leaves."""
-    last = len(confidence_ENS) - 1
-    exit_NS = np.full(live_NS.shape, last)
+def _leave(confidence_ETJ, live_TJ, thresholds: tuple[float, ...], leaving: str) -> np.ndarray:
+    """int `[T, J]`: index of the exit at which each node leaves."""
+    last = len(confidence_ETJ) - 1
+    exit_TJ = np.full(live_TJ.shape, last)
     for exit in range(last - 1, -1, -1):
-        sure_NS = (confidence_ENS[exit] > thresholds[exit]) & live_NS
+        sure_TJ = (confidence_ETJ[exit] > thresholds[exit]) & live_TJ
         if leaving == "level":
-            sure_NS = sure_NS.any(axis=1, keepdims=True)
-        exit_NS = np.where(sure_NS, exit, exit_NS)
-    return exit_NS
+            sure_TJ = sure_TJ.any(axis=1, keepdims=True)
+        exit_TJ = np.where(sure_TJ, exit, exit_TJ)
+    return exit_TJ
 
 
 def _ahead(levels: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """`Grown.ahead_NDD`, from each level's scores `[N, C]` and own candidate `[N]`. Shallower, then earlier ones win ties."""
-    D, N = len(levels), len(levels[0][1])
-    ahead_NDD = np.full((N, D, D), _NEVER, np.int64)
-    for depth, (score_NC, own_N) in enumerate(levels):
-        own_N1 = own_N[:, None]
-        own_score_N1 = np.take_along_axis(score_NC, np.maximum(own_N1, 0), axis=1)
+    """`Grown.ahead_TYY`, from each level's scores `[T, X]` and own candidate `[T]`. Shallower, then earlier ones win ties."""
+    Y, T = len(levels), len(levels[0][1])
+    ahead_TYY = np.full((T, Y, Y), _NEVER, np.int64)
+    for depth, (score_TX, own_T) in enumerate(levels):
+        own_T1 = own_T[:, None]
+        own_score_T1 = np.take_along_axis(score_TX, np.maximum(own_T1, 0), axis=1)
         counts = []
-        for level, (others_NC, _) in enumerate(levels):
-            before_NC = others_NC > own_score_N1
+        for level, (others_TX, _) in enumerate(levels):
+            before_TX = others_TX > own_score_T1
             if level < depth:
-                before_NC |= others_NC == own_score_N1
+                before_TX |= others_TX == own_score_T1
             elif level == depth:
-                earlier_NC = np.arange(others_NC.shape[1])[None, :] < own_N1
-                before_NC |= (others_NC == own_score_N1) & earlier_NC
-            counts.append(before_NC.sum(axis=1))
-        upto_ND = np.cumsum(np.stack(counts, axis=1), axis=1)
-        ahead_NDD[:, depth:, depth] = np.where(own_N1 >= 0, upto_ND[:, depth:], _NEVER)
-    return ahead_NDD
+                earlier_TX = np.arange(others_TX.shape[1])[None, :] < own_T1
+                before_TX |= (others_TX == own_score_T1) & earlier_TX
+            counts.append(before_TX.sum(axis=1))
+        upto_TY = np.cumsum(np.stack(counts, axis=1), axis=1)
+        ahead_TYY[:, depth:, depth] = np.where(own_T1 >= 0, upto_TY[:, depth:], _NEVER)
+    return ahead_TYY
 
 
 def replay_tree(forest: Forest, costs: Costs, candidate: Candidate) -> Prediction:
@@ -186,7 +186,7 @@ class _Walker:
         assert tree is not None
         assert measured is not None
         grown = forest.grown(config)
-        self.exits = grown.exit_ND.tolist()
+        self.exits = grown.exit_TY.tolist()
         self.accepted = grown.accepted(tree.nodes).tolist()
         self.config, self.tree, self.measured, self.segments = config, tree, measured, len(exits)
         self.max_new_tokens = forest.trace.max_new_tokens

@@ -44,7 +44,7 @@ def prepared(decoder: SpeculativeDecoder, *, rounds: int):
     static, width, args = decoder.prepare([[1] * CONTEXT], [sampling])
     params, request, tokens_BC, length_B = args
     # No token ends the row, whatever the zeros in the caches make of it.
-    request = request.replace(stop_ids_BN=jnp.full_like(request.stop_ids_BN, -1))
+    request = request.replace(stop_ids_BZ=jnp.full_like(request.stop_ids_BZ, -1))
     args = (params, request, tokens_BC, length_B)
     return static, args, _empty_state(static, width, args)
 
@@ -63,16 +63,16 @@ def head_program(draft: Draft, positions: int = 1) -> Program:
     model, exit_layer = draft.drafting_transformer, draft.draft_config.exit_layers[0]
 
     @jax.jit
-    def heads(params, h_BD):
-        def one(_, h_BD):
-            logits_BV = apply_model(model, params, "logits", h_BD, exit_layer)
-            token_B = jnp.argmax(logits_BV, axis=-1)
-            return h_BD.at[:, 0].set(token_B.astype(draft.dtype))
+    def heads(params, h_TD):
+        def one(_, h_TD):
+            logits_TV = apply_model(model, params, "logits", h_TD, exit_layer)
+            token_T = jnp.argmax(logits_TV, axis=-1)
+            return h_TD.at[:, 0].set(token_T.astype(draft.dtype))
 
-        return jax.lax.fori_loop(0, READINGS, one, h_BD)
+        return jax.lax.fori_loop(0, READINGS, one, h_TD)
 
-    h_BD = jnp.ones((positions, draft.config.embed_dim), draft.dtype)
-    return timed(lambda: heads(draft.params, h_BD), READINGS)
+    h_TD = jnp.ones((positions, draft.config.embed_dim), draft.dtype)
+    return timed(lambda: heads(draft.params, h_TD), READINGS)
 
 
 def timed(run: Callable, count: int) -> Program:

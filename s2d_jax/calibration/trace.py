@@ -19,8 +19,8 @@ class AnswerTrace:
         prompt: number of the prompt that it answers.
         confidence: f64 `[E, T]`, of each exit before each token.
         accepted: f64 `[E, T]`, the probability that the token was an accepted draft of this exit.
-        log_probs: f32 `[E, T, K]`, of each exit's K most probable tokens, before temperature and filters.
-        rank: int `[E, T]`, which of those K the token was; K if none.
+        log_probs: f32 `[E, T, k]`, of each exit's k most probable tokens, before temperature and filters.
+        rank: int `[E, T]`, which of those k the token was; k if none.
     """
 
     prompt: int

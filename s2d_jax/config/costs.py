@@ -17,7 +17,7 @@ class RoundCosts:
         draft_step: of drafting one token, one per exit in use, leaving there.
         verify: `verify[g]` is the rest of a round that drafted g tokens; `verify[0]` is 1.
         catch_up: of one position that the draft has not seen, when it is taken up again after plain rounds.
-        acceptance: per exit in use, the probability that a token is accepted at confidences 0, 1/(N-1), ..., 1 (linear
+        acceptance: per exit in use, the probability that a token is accepted at confidences 0, 1/(n-1), ..., 1 (linear
             between them); empty takes the confidence itself.
         next_acceptance: the probability that a token not yet drafted will be accepted, if all before it are.
 

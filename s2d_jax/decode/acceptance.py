@@ -83,7 +83,7 @@ def accept_sampled(
     return num_accepted_B, sample(next_probs_BV, next_key_B)
 
 
-def _row(values_BT: jax.Array, index_B: jax.Array) -> jax.Array:
+def _row(values: jax.Array, index_B: jax.Array) -> jax.Array:
     """`values[b, index[b]]` for every row b."""
-    index = index_B.reshape((-1,) + (1,) * (values_BT.ndim - 1))
-    return jnp.take_along_axis(values_BT, index, axis=1)[:, 0]
+    index = index_B.reshape((-1,) + (1,) * (values.ndim - 1))
+    return jnp.take_along_axis(values, index, axis=1)[:, 0]

@@ -116,7 +116,7 @@ class Decoder:
             length_B=length_B + 1,
             target_cache=cache,
             draft_state=draft_state,
-            done_B=(length_B + 1 >= request.max_length_B) | is_stop(token_B, request.stop_ids_BN),
+            done_B=(length_B + 1 >= request.max_length_B) | is_stop(token_B, request.stop_ids_BZ),
             draft_length_B=request.drafting.first_B,
             rounds_B=zeros_B,
             drafted_BG=counts_BG,
@@ -212,8 +212,8 @@ class Decoder:
     def accept(self, request: Request, state: DecodeState, verified: Verified) -> DecodeState:
         """Emits the accepted tokens and one more, rewinds both caches, and checks the stop conditions."""
         proposal, live_B = verified.proposal, ~state.done_B
-        emitted_BT, num_accepted_B, state = self.verifier.judge(request, state, verified)
-        num_emitted_B, stopped_B = _until_stop(emitted_BT, num_accepted_B + 1, request.stop_ids_BN)
+        emitted_BY, num_accepted_B, state = self.verifier.judge(request, state, verified)
+        num_emitted_B, stopped_B = _until_stop(emitted_BY, num_accepted_B + 1, request.stop_ids_BZ)
         num_emitted_B = jnp.where(live_B, num_emitted_B, 0)
         length_B = state.length_B + num_emitted_B
         depth_1G = jnp.arange(self.drafter.width, dtype=jnp.int32)[None, :]
@@ -222,7 +222,7 @@ class Decoder:
             return (live_B[:, None] & (depth_1G < count_B[:, None])).astype(jnp.int32)
 
         return state.replace(
-            tokens_BC=write_window(state.tokens_BC, emitted_BT, state.length_B, axis=1),
+            tokens_BC=write_window(state.tokens_BC, emitted_BY, state.length_B, axis=1),
             length_B=length_B,
             target_cache=state.target_cache.advance_to(length_B - 1),
             draft_state=self.drafter.rewind(state.draft_state, length_B - 1),
@@ -246,10 +246,10 @@ class Decoder:
         return split(fold_in(request.key_B, state.length_B), 2)
 
 
-def _until_stop(emitted_BT, num_emitted_B, stop_ids_BN):
+def _until_stop(emitted_BY, num_emitted_B, stop_ids_BZ):
     """Cuts what is emitted after the first stop token; whether there was one."""
-    index_T = jnp.arange(emitted_BT.shape[1], dtype=jnp.int32)[None, :]
-    stop_BT = is_stop(emitted_BT, stop_ids_BN) & (index_T < num_emitted_B[:, None])
-    first_stop_B = jnp.argmax(stop_BT, axis=1).astype(jnp.int32)
-    stopped_B = jnp.any(stop_BT, axis=1)
+    index_Y = jnp.arange(emitted_BY.shape[1], dtype=jnp.int32)[None, :]
+    stop_BY = is_stop(emitted_BY, stop_ids_BZ) & (index_Y < num_emitted_B[:, None])
+    first_stop_B = jnp.argmax(stop_BY, axis=1).astype(jnp.int32)
+    stopped_B = jnp.any(stop_BY, axis=1)
     return jnp.where(stopped_B, first_stop_B + 1, num_emitted_B), stopped_B

@@ -72,6 +72,6 @@ class Target:
         inputs = {int(name.removeprefix("input_")) for name in self.shown if name != FINAL_NORM}
         return tuple(sorted({0, *inputs, self.model.config.num_layers}))
 
-    def logits(self, params: Any, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def logits(self, params: Any, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """f32, after the final norm."""
         return apply_model(self.model, params, "logits", h)

@@ -36,12 +36,12 @@ class Judged(NamedTuple):
     """What the target makes of a proposal.
 
     Attributes:
-        emitted_BT: int32 `[B, G + 1]`, the accepted tokens and the target's own; anything behind it.
+        emitted_BY: int32 `[B, G + 1]`, the accepted tokens and the target's own; anything behind it.
         num_accepted_B: int32.
         state: its caches hold the accepted tokens behind the text, in order.
     """
 
-    emitted_BT: jax.Array
+    emitted_BY: jax.Array
     num_accepted_B: jax.Array
     state: DecodeState
 
@@ -114,8 +114,8 @@ class ChainVerifier:
         nothing = (jnp.zeros_like(state.length_B),) * 2
         needed = self.needed_width(proposal)
         num_accepted_B, next_token_B = at_width(self.widths, needed, accept, nothing)
-        emitted_BT = append_next(proposal.tokens_BG, num_accepted_B, next_token_B)
-        return Judged(emitted_BT, num_accepted_B, state)
+        emitted_BY = append_next(proposal.tokens_BG, num_accepted_B, next_token_B)
+        return Judged(emitted_BY, num_accepted_B, state)
 
 
 def append_next(
@@ -124,5 +124,5 @@ def append_next(
     next_token_B: Int[Array, "B"],
 ) -> Int[Array, "B G+1"]:
     """int32: the accepted tokens, and the next one behind them."""
-    emitted_BT = jnp.pad(tokens_BG, ((0, 0), (0, 1)))
-    return write_window(emitted_BT, next_token_B[:, None], num_accepted_B, axis=1)
+    emitted_BY = jnp.pad(tokens_BG, ((0, 0), (0, 1)))
+    return write_window(emitted_BY, next_token_B[:, None], num_accepted_B, axis=1)

@@ -104,12 +104,12 @@ def worst_case(draft_step: Sequence[float], verify: Sequence[float]) -> list[flo
 
 def affordable_length(guard: GuardState, drafting: DraftingArrays) -> Int[Array, "B"]:
     """int32: the longest chain that the credit covers if nothing of it is accepted; 0 is a plain round."""
-    G = drafting.verify_cost_W.shape[0] - 1
+    G = drafting.verify_cost_Y.shape[0] - 1
     if G == 0:
         return jnp.zeros_like(guard.plain_run_B)
     steps_G = jnp.arange(1, G + 1, dtype=jnp.float32) * jnp.max(drafting.step_cost_E)
     # A longer chain never counts as cheaper than a shorter one, whatever was measured.
-    worst_G = jax.lax.cummax(steps_G + drafting.verify_cost_W[1:] - 1.0)
+    worst_G = jax.lax.cummax(steps_G + drafting.verify_cost_Y[1:] - 1.0)
     behind_B = guard.plain_run_B.astype(jnp.float32) * drafting.catch_up_cost
     half_B = 0.5 * guard.credit_B - behind_B
     length_B = jnp.sum(worst_G[None, :] <= half_B[:, None], axis=1).astype(jnp.int32)
@@ -135,7 +135,7 @@ def settle(
     """Enters the end of a round: what it emitted, and what verifying cost."""
     tried_B = guard.tried_B
     emitted_B = num_emitted_B.astype(jnp.float32)
-    saved_B = emitted_B - drafting.verify_cost_W[num_draft_B] - guard.spent_B
+    saved_B = emitted_B - drafting.verify_cost_Y[num_draft_B] - guard.spent_B
     credit_B = guard.credit_B + jnp.where(tried_B, saved_B, 0.0) + EARNED_PER_TOKEN * emitted_B
     credit_B = jnp.minimum(credit_B, drafting.allowance_B + CREDIT_CAP)
     probe_B = tried_B & (guard.plain_run_B >= guard.wait_B)

@@ -45,9 +45,9 @@ class DraftingArrays(flax.struct.PyTreeNode):
         gain_rate_B: f32, tokens per unit of cost that drafting on must bring; 0 never stops.
         allowance_B: f32, plain rounds that speculation may lose before the guard stops it; inf without a guard.
         step_cost_E: f32, of a drafted token by the exit it leaves at, in plain rounds.
-        verify_cost_W: f32 `[G + 1]`, of the rest of a round that drafted 0..G tokens.
+        verify_cost_Y: f32 `[G + 1]`, of the rest of a round that drafted 0..G tokens.
         catch_up_cost: f32 scalar, of a position that the draft has not seen.
-        acceptance_EN: f32, the probability of acceptance at N evenly spaced confidences.
+        acceptance_table: f32, for each exit the probability of acceptance at evenly spaced confidences.
         next_acceptance: f32 scalar, that of a token not drafted yet.
     """
 
@@ -59,9 +59,9 @@ class DraftingArrays(flax.struct.PyTreeNode):
     gain_rate_B: jax.Array
     allowance_B: jax.Array
     step_cost_E: jax.Array
-    verify_cost_W: jax.Array
+    verify_cost_Y: jax.Array
     catch_up_cost: jax.Array
-    acceptance_EN: jax.Array
+    acceptance_table: jax.Array
     next_acceptance: jax.Array
 
     @classmethod
@@ -97,9 +97,9 @@ class DraftingArrays(flax.struct.PyTreeNode):
             gain_rate_B=rows(config.gain_rate if gain else 0.0),
             allowance_B=jnp.asarray(allowances, jnp.float32),
             step_cost_E=jnp.asarray(costs.draft_step, jnp.float32),
-            verify_cost_W=jnp.asarray(costs.verify[: width + 1], jnp.float32),
+            verify_cost_Y=jnp.asarray(costs.verify[: width + 1], jnp.float32),
             catch_up_cost=jnp.float32(costs.catch_up),
-            acceptance_EN=jnp.asarray(costs.acceptance or (_IDENTITY,) * num_exits, jnp.float32),
+            acceptance_table=jnp.asarray(costs.acceptance or (_IDENTITY,) * num_exits, jnp.float32),
             next_acceptance=jnp.float32(costs.next_acceptance),
         )
 
@@ -115,10 +115,10 @@ def next_length(
     return jnp.clip(limit_B + change_B, 1, jnp.maximum(drafting.max_B, 1))
 
 
-def confidence(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+def confidence(logits: Float[Array, "*batch U"]) -> Float[Array, "*batch"]:
     """f32: the largest softmax probability of raw logits, before temperature and filters.
 
-    Under a trimmed head the softmax is over the K listed tokens only, so one threshold means a little less certainty than it
+    Under a trimmed head the softmax is over the U listed tokens only, so one threshold means a little less certainty than it
     does over all tokens. It depends on the vector q alone, so leaving by it keeps the target's distribution.
     """
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
@@ -145,35 +145,35 @@ def decide(
     Returns:
         `draw_B` and `more_B`, bool, and the `hope_B` that includes this token.
     """
-    hope_B = hope_B * _acceptance(drafting.acceptance_EN, exit_B, confidence_B)
-    G = drafting.verify_cost_W.shape[0] - 1
+    hope_B = hope_B * _acceptance(drafting.acceptance_table, exit_B, confidence_B)
+    G = drafting.verify_cost_Y.shape[0] - 1
     step_cost_B = drafting.step_cost_E[exit_B]
-    n_L = jnp.arange(G + 1, dtype=jnp.int32)  # how many tokens after this one
-    powers_L = drafting.next_acceptance ** n_L.astype(jnp.float32)
-    further_L = jnp.cumsum(powers_L) - 1.0
-    verify_L = drafting.verify_cost_W[jnp.minimum(i + 1 + n_L, G)]
-    possible_BL = (i + 1 + n_L)[None, :] <= limit_B[:, None]
-    steps_BL = n_L.astype(jnp.float32)[None, :] * step_cost_B[:, None]
+    n_Y = jnp.arange(G + 1, dtype=jnp.int32)  # how many tokens after this one
+    powers_Y = drafting.next_acceptance ** n_Y.astype(jnp.float32)
+    further_Y = jnp.cumsum(powers_Y) - 1.0
+    later_verify_Y = drafting.verify_cost_Y[jnp.minimum(i + 1 + n_Y, G)]
+    possible_BY = (i + 1 + n_Y)[None, :] <= limit_B[:, None]
+    steps_BY = n_Y.astype(jnp.float32)[None, :] * step_cost_B[:, None]
 
-    def value_BL(tokens_L, verify_before):
-        cost_BL = steps_BL + (verify_L - verify_before)[None, :]
-        value = hope_B[:, None] * tokens_L[None, :] - drafting.gain_rate_B[:, None] * cost_BL
-        return jnp.where(possible_BL, value, -jnp.inf)
+    def value_BY(tokens_Y, verify_before):
+        cost_BY = steps_BY + (later_verify_Y - verify_before)[None, :]
+        value = hope_B[:, None] * tokens_Y[None, :] - drafting.gain_rate_B[:, None] * cost_BY
+        return jnp.where(possible_BY, value, -jnp.inf)
 
-    verify_W, free_B = drafting.verify_cost_W, drafting.gain_rate_B == 0.0
-    draw_value_BL = value_BL(1.0 + further_L, verify_W[jnp.minimum(i, G)])
-    more_value_BL = value_BL(further_L, verify_W[jnp.minimum(i + 1, G)])[:, 1:]
-    draw_B = free_B | (jnp.max(draw_value_BL, axis=-1) >= 0.0)
-    more_B = free_B | (jnp.max(more_value_BL, axis=-1) > 0.0)
+    verify_Y, free_B = drafting.verify_cost_Y, drafting.gain_rate_B == 0.0
+    draw_value_BY = value_BY(1.0 + further_Y, verify_Y[jnp.minimum(i, G)])
+    more_value_BY = value_BY(further_Y, verify_Y[jnp.minimum(i + 1, G)])[:, 1:]
+    draw_B = free_B | (jnp.max(draw_value_BY, axis=-1) >= 0.0)
+    more_B = free_B | (jnp.max(more_value_BY, axis=-1) > 0.0)
     more_B &= confidence_B >= drafting.min_confidence_B
     return draw_B, draw_B & more_B, hope_B
 
 
-def _acceptance(acceptance_EN, exit_B, confidence_B):
+def _acceptance(acceptance_table, exit_B, confidence_B):
     """Linear interpolation in the table of each row's exit."""
-    last = acceptance_EN.shape[1] - 1
+    last = acceptance_table.shape[1] - 1
     at_B = jnp.clip(confidence_B, 0.0, 1.0) * last
     low_B = jnp.minimum(at_B.astype(jnp.int32), last - 1)
     share_B = at_B - low_B.astype(jnp.float32)
-    below_B, above_B = acceptance_EN[exit_B, low_B], acceptance_EN[exit_B, low_B + 1]
+    below_B, above_B = acceptance_table[exit_B, low_B], acceptance_table[exit_B, low_B + 1]
     return below_B + share_B * (above_B - below_B)

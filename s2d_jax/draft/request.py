@@ -17,24 +17,24 @@ class Request(flax.struct.PyTreeNode):
         sampling: temperature and filters.
         key_B: one random key per row.
         max_length_B: int32, prompt plus new tokens at most.
-        stop_ids_BN: int32, token ids that end a row; -1 where there are fewer.
+        stop_ids_BZ: int32, token ids that end a row; -1 where there are fewer.
         exit_threshold_E: f32, one per exit in use.
         max_rounds: int32 scalar, rounds after which the loop lets the host look.
         drafting: what decides how many tokens each row drafts.
-        vocabulary_K: int32, ascending: the ids that a draft with a trimmed head is read over; None for all.
+        vocabulary_U: int32, ascending: the ids that a draft with a trimmed head is read over; None for all.
     """
 
     sampling: SamplingArrays
     key_B: jax.Array
     max_length_B: jax.Array
-    stop_ids_BN: jax.Array
+    stop_ids_BZ: jax.Array
     exit_threshold_E: jax.Array
     max_rounds: jax.Array
     drafting: DraftingArrays
-    vocabulary_K: jax.Array | None = None
+    vocabulary_U: jax.Array | None = None
 
 
-def is_stop(tokens: Int[Array, "B *T"], stop_ids_BN: Int[Array, "B N"]) -> Bool[Array, "B *T"]:
+def is_stop(tokens: Int[Array, "B *T"], stop_ids_BZ: Int[Array, "B Z"]) -> Bool[Array, "B *T"]:
     """bool, like `tokens`: whether each is one of its row's stop tokens."""
-    stops = stop_ids_BN if tokens.ndim == 1 else stop_ids_BN[:, None, :]
+    stops = stop_ids_BZ if tokens.ndim == 1 else stop_ids_BZ[:, None, :]
     return (tokens[..., None] == stops).any(axis=-1)

@@ -35,7 +35,7 @@ class SortedState(flax.struct.PyTreeNode):
 
     Attributes:
         segments: one cache per segment; its lengths are the positions that it has computed.
-        entries: the state before each segment but the first, `[B, S, D]`, valid below the length of the segment before it.
+        entries: the state before each segment but the first, `[B, C, D]`, valid below the length of the segment before it.
         exit_counts_BE: int32, tokens that were run, by the exit they left at.
         step_counts_BE: int32, steps (a step runs one token of a chain, or a level of a tree) by the deepest exit.
         segment_passes_E: int32, how often each segment was run (prefill left out).
@@ -70,9 +70,9 @@ class Slots(flax.struct.PyTreeNode):
         )
         at_BT1 = jnp.clip(slot_BT, 0, self.ancestors_BLL.shape[1] - 1)[:, :, None]
         ancestors_BTL = jnp.take_along_axis(self.ancestors_BLL, at_BT1, axis=1)
-        in_tree_BTC = tree_mask.mask(ancestors_BTL, self.length_B, capacity)
-        mask_BTC = jnp.where((slot_BT < 0)[:, :, None], text.mask_BTS, in_tree_BTC)
-        return Place(rotary_BT, mask_BTC)
+        in_tree_BTS = tree_mask.mask(ancestors_BTL, self.length_B, capacity)
+        mask_BTS = jnp.where((slot_BT < 0)[:, :, None], text.mask_BTS, in_tree_BTS)
+        return Place(rotary_BT, mask_BTS)
 
 
 class Step(flax.struct.PyTreeNode):
@@ -80,13 +80,13 @@ class Step(flax.struct.PyTreeNode):
 
     Attributes:
         state: of the draft.
-        logits_BTK: f32, of the exit that each token left at.
+        logits_BTU: f32, of the exit that each token left at.
         exit_BT: int32, index of that exit.
         undecided_BT: bool, tokens that have not left yet.
     """
 
     state: SortedState
-    logits_BTK: jax.Array
+    logits_BTU: jax.Array
     exit_BT: jax.Array
     undecided_BT: jax.Array
 
@@ -235,7 +235,7 @@ class Segments:
         (B, T), E = live_BT.shape, len(self.exit_layers)
         on_their_way = Step(
             state=state,
-            logits_BTK=jnp.zeros((B, T, num_entries(self.vocab_size, request)), jnp.float32),
+            logits_BTU=jnp.zeros((B, T, num_entries(self.vocab_size, request)), jnp.float32),
             exit_BT=jnp.zeros((B, T), jnp.int32),
             undecided_BT=live_BT,
         )
@@ -267,15 +267,15 @@ class Segments:
         state, last_BTD = self.catch_up(
             params, step.state, s, tokens_BC, target_B, width, slots, count
         )
-        logits_BTK = apply_model(self.model, params, "logits", last_BTD, self.exit_layers[s])
-        logits_BTK = fit_draft_logits(logits_BTK, self.vocab_size, request)
+        logits_BTU = apply_model(self.model, params, "logits", last_BTD, self.exit_layers[s])
+        logits_BTU = fit_draft_logits(logits_BTU, self.vocab_size, request)
         last = s == len(self.exit_layers) - 1  # it always accepts
-        sure_BT = jnp.bool_(last) | (confidence(logits_BTK) > request.exit_threshold_E[s])
+        sure_BT = jnp.bool_(last) | (confidence(logits_BTU) > request.exit_threshold_E[s])
         if self.together:
             sure_BT = jnp.any(sure_BT & live_BT, axis=1, keepdims=True)
         return Step(
             state=state,
-            logits_BTK=jnp.where(undecided_BT[:, :, None], logits_BTK, step.logits_BTK),
+            logits_BTU=jnp.where(undecided_BT[:, :, None], logits_BTU, step.logits_BTU),
             exit_BT=jnp.where(undecided_BT, s, step.exit_BT),
             undecided_BT=undecided_BT & ~sure_BT,
         )
@@ -285,25 +285,25 @@ class Segments:
         return state.replace(segments=tuple(cache.rewind(length_B) for cache in state.segments))
 
     def keep_path(
-        self, state: SortedState, length_B: Int[Array, "B"], slot_BT: Int[Array, "B T"]
+        self, state: SortedState, length_B: Int[Array, "B"], slot_BY: Int[Array, "B Y"]
     ) -> SortedState:
         """Of the tree behind the text keeps one path, as text.
 
         Args:
             length_B: int32, tokens of the text, the root included.
-            slot_BT: int32, the path's slots in ascending order, 0 for its first entry, the root, and counted from it; -1 beyond
+            slot_BY: int32, the path's slots in ascending order, 0 for its first entry, the root, and counted from it; -1 beyond
                 its end.
         """
-        root_B, index_BT = length_B - 1, jnp.maximum(slot_BT, 0)
+        root_B, index_BY = length_B - 1, jnp.maximum(slot_BY, 0)
         segments, entries = [], []
         for cache in state.segments:
-            kept_BT = (slot_BT >= 0) & (root_B[:, None] + slot_BT < cache.length_B[:, None])
-            kept_B = root_B + jnp.sum(kept_BT, axis=1, dtype=jnp.int32)
+            kept_BY = (slot_BY >= 0) & (root_B[:, None] + slot_BY < cache.length_B[:, None])
+            kept_B = root_B + jnp.sum(kept_BY, axis=1, dtype=jnp.int32)
             # A segment that has not come to the root has no tree.
             new_length_B = jnp.where(cache.length_B < length_B, cache.length_B, kept_B)
-            segments.append(cache.keep_path(root_B, index_BT).advance_to(new_length_B))
+            segments.append(cache.keep_path(root_B, index_BY).advance_to(new_length_B))
         for entry in state.entries:
-            entries.append(keep_path(entry, root_B, index_BT, axis=1))
+            entries.append(keep_path(entry, root_B, index_BY, axis=1))
         return state.replace(segments=tuple(segments), entries=tuple(entries))
 
     def stats(self, state: SortedState) -> Counters:

@@ -55,7 +55,7 @@ class SortedDrafter(SegmentedDrafter):
 
         def step(state, tokens_BC, end_B, live_B):
             left = segments.step(params, state, tokens_BC, end_B, live_B[:, None], widths, request)
-            return left.logits_BTK[:, 0], left.exit_BT[:, 0], left.state
+            return left.logits_BTU[:, 0], left.exit_BT[:, 0], left.state
 
         if self.return_width:
             # All but the last two positions: those are waiting after any round, and go one by one.

@@ -76,9 +76,9 @@ def _check_tree(target: Model, draft: Model, config: DecodeConfig) -> None:
 
 def _check_vocabularies(target: Model, draft: Model) -> None:
     listed = vocabulary_of(draft)
-    if listed is not None and listed.ids_K[0] >= target.config.vocab_size:
+    if listed is not None and listed.ids_U[0] >= target.config.vocab_size:
         raise UserError(
-            f"the draft vocabulary starts at id {listed.ids_K[0]}, the target has {target.config.vocab_size} tokens; "
+            f"the draft vocabulary starts at id {listed.ids_U[0]}, the target has {target.config.vocab_size} tokens; "
             "make the list from this target's answers"
         )
     if target.tokenizer is not None and draft.tokenizer is not None:

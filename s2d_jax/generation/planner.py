@@ -138,10 +138,10 @@ class Planner:
             sampling=SamplingArrays.stack(rows),
             key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
             max_length_B=jnp.asarray(limits, jnp.int32),
-            stop_ids_BN=jnp.asarray(self._stop_ids(rows)),
+            stop_ids_BZ=jnp.asarray(self._stop_ids(rows)),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
             max_rounds=jnp.asarray(UNLIMITED, jnp.int32),
-            vocabulary_K=None if listed is None else jnp.asarray(listed.ids_K),
+            vocabulary_U=None if listed is None else jnp.asarray(listed.ids_U),
             drafting=self._drafting(rows, decoder.drafter.width),
         )
         return Plan(
@@ -164,7 +164,7 @@ class Planner:
         return build_decoder(*pair, self.config, greedy=greedy, mesh=mesh)
 
     def _stop_ids(self, rows: Sequence[SamplingParams]) -> np.ndarray:
-        """int32 `[B, N]`: N is a multiple of 8, so that few programs serve any number of stop tokens."""
+        """int32 `[B, Z]`: Z is a multiple of 8, so that few programs serve any number of stop tokens."""
         own = self.target.config.eos_token_ids
         ids = [sorted({*(() if row.ignore_eos else own), *row.stop_token_ids}) for row in rows]
         slots = -(-max(1, *map(len, ids)) // _STOP_SLOTS) * _STOP_SLOTS

@@ -68,21 +68,21 @@ def attention(
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
-    G = N // K
-    # The queries that share a key head are the rows (M = G * T) of one product per row and key head.
-    q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores_BKMS = jnp.einsum(
-        "BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32
+    Q = N // K
+    # The queries that share a key head are the rows (A = Q * T) of one product per row and key head.
+    q_BKAH = q_BTNH.reshape(B, T, K, Q, H).transpose(0, 2, 3, 1, 4).reshape(B, K, Q * T, H)
+    scores_BKAS = jnp.einsum(
+        "BKAH,BKSH->BKAS", q_BKAH, k_BKSH, preferred_element_type=jnp.float32
     ) / math.sqrt(H)
-    scores_BKGTS = scores_BKMS.reshape(B, K, G, T, S)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
-    weights_BKMS = weights_BKGTS.reshape(B, K, G * T, S)
-    mixed_BKMH = jnp.einsum(
-        "BKMS,BKSH->BKMH", weights_BKMS, v_BKSH, preferred_element_type=jnp.float32
+    scores_BKQTS = scores_BKAS.reshape(B, K, Q, T, S)
+    scores_BKQTS = jnp.where(mask_BTS[:, None, None], scores_BKQTS, jnp.finfo(jnp.float32).min)
+    weights_BKQTS = jax.nn.softmax(scores_BKQTS, axis=-1).astype(q_BTNH.dtype)
+    weights_BKAS = weights_BKQTS.reshape(B, K, Q * T, S)
+    mixed_BKAH = jnp.einsum(
+        "BKAS,BKSH->BKAH", weights_BKAS, v_BKSH, preferred_element_type=jnp.float32
     )
-    mixed_BTKGH = mixed_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
-    return mixed_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N * H)
+    mixed_BTKQH = mixed_BKAH.reshape(B, K, Q, T, H).transpose(0, 3, 1, 2, 4)
+    return mixed_BTKQH.astype(q_BTNH.dtype).reshape(B, T, N * H)
 
 
 class Attention(nn.Module):

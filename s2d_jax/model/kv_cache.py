@@ -24,10 +24,10 @@ class KVCache(flax.struct.PyTreeNode):
     """Keys and values of some consecutive layers.
 
     Attributes:
-        keys: one `[B, K, S, H]` array per layer (rotary positions already applied).
-        values: one `[B, K, S, H]` array per layer.
+        keys: one `[B, K, C, H]` array per layer (rotary positions already applied).
+        values: one `[B, K, C, H]` array per layer.
         length_B: int32 `[B]`, how many positions of each row are valid.
-        states: named states `[B, S, D]` at these positions, for who wants to see them (`draft.drafter.Drafter`); mostly none.
+        states: named states `[B, C, D]` at these positions, for who wants to see them (`draft.drafter.Drafter`); mostly none.
     """
 
     keys: tuple[jax.Array, ...]
@@ -64,7 +64,7 @@ class KVCache(flax.struct.PyTreeNode):
 
     @property
     def capacity(self) -> int:
-        """S, positions of each row that there is room for."""
+        """C, positions of each row that there is room for."""
         return self.keys[0].shape[2]
 
     def layers(self, start: int, stop: int) -> KVCache:
@@ -87,13 +87,13 @@ class KVCache(flax.struct.PyTreeNode):
         """Declares the positions below `length_B` valid; the caller has written them."""
         return self.replace(length_B=length_B)
 
-    def keep_path(self, start_B: Int[Array, "B"], index_BT: Int[Array, "B T"]) -> KVCache:
+    def keep_path(self, start_B: Int[Array, "B"], index_BY: Int[Array, "B Y"]) -> KVCache:
         """Moves the entries at `start + index` to `start`, `start + 1`, ...; see `keep_path`. The length stays."""
         keys, values = (
-            tuple(keep_path(x, start_B, index_BT, axis=2) for x in arrays)
+            tuple(keep_path(x, start_B, index_BY, axis=2) for x in arrays)
             for arrays in (self.keys, self.values)
         )
-        states = {name: keep_path(x, start_B, index_BT, axis=1) for name, x in self.states.items()}
+        states = {name: keep_path(x, start_B, index_BY, axis=1) for name, x in self.states.items()}
         return self.replace(keys=keys, values=values, states=states)
 
     def grow(self, capacity: int) -> KVCache:
@@ -114,12 +114,12 @@ def grow_axis(array: Shaped[Array, "..."], size: int, *, axis: int) -> Shaped[Ar
 
 
 def write_window(
-    buffer: Shaped[Array, "B *R"],
+    buffer: Shaped[Array, "B *rest"],
     window: Shaped[Array, "B ..."],
     start_B: Int[Array, "B"],
     *,
     axis: int,
-) -> Shaped[Array, "B *R"]:
+) -> Shaped[Array, "B *rest"]:
     """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis), in place."""
     window = window.astype(buffer.dtype)
     if buffer.shape[0] > _UNROLLED_ROWS:
@@ -145,8 +145,8 @@ def write_window(
 
 
 def read_window(
-    buffer: Shaped[Array, "B S *R"], start_B: Int[Array, "B"], width: int
-) -> Shaped[Array, "B {width} *R"]:
+    buffer: Shaped[Array, "B C *rest"], start_B: Int[Array, "B"], width: int
+) -> Shaped[Array, "B {width} *rest"]:
     """The `width` entries of each row of `buffer` from `start_B` on."""
 
     def read(row, start):
@@ -156,21 +156,21 @@ def read_window(
 
 
 def keep_path(
-    buffer: Shaped[Array, "B *R"],
+    buffer: Shaped[Array, "B *rest"],
     start_B: Int[Array, "B"],
-    index_BT: Int[Array, "B T"],
+    index_BY: Int[Array, "B Y"],
     *,
     axis: int,
-) -> Shaped[Array, "B *R"]:
-    """Copies the entries `start + index[t]` of each row of `buffer` to `start + t`, along `axis`, in place.
+) -> Shaped[Array, "B *rest"]:
+    """Copies the entries `start + index[y]` of each row of `buffer` to `start + y`, along `axis`, in place.
 
     Args:
         buffer: of any shape behind the batch axis.
         start_B: int32.
-        index_BT: int32, 0 or more.
+        index_BY: int32, 0 or more.
         axis: counted with the batch axis.
     """
     shape = [1] * buffer.ndim
-    shape[0], shape[axis] = index_BT.shape
-    kept = jnp.take_along_axis(buffer, (start_B[:, None] + index_BT).reshape(shape), axis=axis)
+    shape[0], shape[axis] = index_BY.shape
+    kept = jnp.take_along_axis(buffer, (start_B[:, None] + index_BY).reshape(shape), axis=axis)
     return write_window(buffer, kept, start_B, axis=axis)

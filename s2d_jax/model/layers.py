@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale_D = logical_param(self, "scale", nn.initializers.ones, ("norm",), (self.embed_dim,))
         x_f32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True)
@@ -52,7 +52,7 @@ class Linear(nn.Module):
     out_dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         shape = (self.out_dim, self.in_dim)
         kernel_OI = logical_param(self, "kernel", _kernel_init, self.axes, shape)
         out = linear(x, kernel_OI, self.out_dtype)
@@ -77,7 +77,7 @@ class ExitAdapter(nn.Module):
         self.down = Linear(self.embed_dim, self.rank, ("rank", "embed"))
         self.up = Linear(self.rank, self.embed_dim, ("embed", "rank"))
 
-    def __call__(self, h: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         h_f32 = h.astype(jnp.float32)
         size = jnp.sqrt(jnp.mean(h_f32 * h_f32, axis=-1, keepdims=True) + self.eps)
         change = self.up(jax.nn.silu(self.down((h_f32 / size).astype(h.dtype))))
@@ -95,5 +95,5 @@ class MLP(nn.Module):
         self.up_proj = Linear(c.embed_dim, c.ffw_dim, ("ffw", "embed"))
         self.down_proj = Linear(c.ffw_dim, c.embed_dim, ("embed", "ffw"))
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

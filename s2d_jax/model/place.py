@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 
 class Place(flax.struct.PyTreeNode):
-    """The place of T positions in a cache of capacity S.
+    """The place of T positions among the S of a cache.
 
     Attributes:
         positions_BT: int32, rotary positions.

@@ -31,10 +31,10 @@ class Embed(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embedding = logical_param(self, "embedding", init, ("vocab", "embed"), shape)
 
-    def __call__(self, tokens: Indices) -> Float[Array, "*B D"]:
+    def __call__(self, tokens: Indices) -> Float[Array, "*batch D"]:
         return embed(self.embedding, tokens)
 
-    def attend(self, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def attend(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """f32 logits: the tied head."""
         return linear(h, self.embedding, jnp.float32)
 
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
     `Transformer(config).apply({"params": params}, ..., method="run_blocks")`
 
-    With `trimmed_head_size` K, logits are read through the K rows of each head that `weights.model.with_trimmed_head` gathered.
+    With `trimmed_head_size` U, logits are read through the U rows of each head that `weights.model.with_trimmed_head` gathered.
     `parts` says which exits have a head or an adapter of their own.
     """
 
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
 
         Args:
             h_BTD: the state before layer `start`.
-            cache: of exactly these layers; its capacity S must hold `length_B + T`.
+            cache: of exactly these layers; its capacity C must hold `length_B + T`.
             place: of these positions; None continues the text.
 
         Returns:
@@ -135,14 +135,14 @@ class Transformer(nn.Module):
             values.append(v)
         return h_BTD, cache.replace(keys=tuple(keys), values=tuple(values))
 
-    def normed(self, h: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def normed(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """The state after the last layer, after the final norm."""
         return self.final_norm(h)
 
     def logits(
-        self, h: Float[Array, "*B D"], exit_layer: int | None = None
-    ) -> Float[Array, "*B V"]:
-        """f32, of the vocabulary (of the K listed ids with a trimmed head): the final norm and a head.
+        self, h: Float[Array, "*batch D"], exit_layer: int | None = None
+    ) -> Float[Array, "*batch V"]:
+        """f32, of the vocabulary (of the U listed ids with a trimmed head): the final norm and a head.
 
         Args:
             h: the state after layer `exit_layer`.

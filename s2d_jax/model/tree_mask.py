@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 def mask(
     ancestors_BTM: Bool[Array, "B T M"], start_B: Int[Array, "B"], capacity: int
 ) -> Bool[Array, "B T {capacity}"]:
-    """bool: what nodes may look at in a cache of C positions that has the tree's window of M from `start_B` on.
+    """bool: what nodes may look at in a cache of S positions that has the tree's window of M from `start_B` on.
 
     Args:
         ancestors_BTM: bool, who among the window's M nodes is an ancestor of each of T nodes, or the node itself.
@@ -17,8 +17,8 @@ def mask(
         capacity: static.
     """
     M = ancestors_BTM.shape[2]
-    in_window_BC = jnp.arange(capacity, dtype=jnp.int32)[None, :] - start_B[:, None]
-    at_B1C = jnp.clip(in_window_BC, 0, M - 1)[:, None, :]
-    in_tree_BTC = jnp.take_along_axis(ancestors_BTM, at_B1C, axis=2)
-    inside_BC = (in_window_BC >= 0) & (in_window_BC < M)
-    return (in_window_BC < 0)[:, None, :] | (inside_BC[:, None, :] & in_tree_BTC)
+    in_window_BS = jnp.arange(capacity, dtype=jnp.int32)[None, :] - start_B[:, None]
+    at_B1S = jnp.clip(in_window_BS, 0, M - 1)[:, None, :]
+    in_tree_BTS = jnp.take_along_axis(ancestors_BTM, at_B1S, axis=2)
+    inside_BS = (in_window_BS >= 0) & (in_window_BS < M)
+    return (in_window_BS < 0)[:, None, :] | (inside_BS[:, None, :] & in_tree_BTS)

@@ -116,11 +116,11 @@ class _Walk(flax.struct.PyTreeNode):
 
 def accept_without_replacement(
     tree: Tree,
-    draft_probs_BSK: Float[Array, "B S K"],
+    draft_probs_BLU: Float[Array, "B L U"],
     logits_BMV: Float[Array, "B M V"],
     sampling: SamplingArrays,
     key_B: Key[Array, "B"],
-    vocabulary_K: Int[Array, "K"] | None = None,
+    vocabulary_U: Int[Array, "U"] | None = None,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Acceptance of children that were drawn without replacement from q (recursive rejection sampling; Jeon et al. 2024).
 
@@ -130,11 +130,11 @@ def accept_without_replacement(
 
     Args:
         tree: siblings have different tokens, in the order drawn.
-        draft_probs_BSK: f32, q at the node in each slot, over the entries of the draft's logits.
+        draft_probs_BLU: f32, q at the node in each slot, over the entries of the draft's logits.
         logits_BMV: f32, of the target at each node.
         sampling: temperature and filters.
         key_B: one random key per row.
-        vocabulary_K: int32, ids of the draft's entries; None for all ids.
+        vocabulary_U: int32, ids of the draft's entries; None for all ids.
     """
     (B, M), V = tree.tokens_BM.shape, logits_BMV.shape[-1]
     test_key_B, next_key_B = split(key_B, 2)
@@ -142,7 +142,7 @@ def accept_without_replacement(
     def arrive(walk: _Walk) -> _Walk:
         p_BV = probabilities(_row(logits_BMV, walk.node_B)[:, None], sampling)[:, 0]
         slot_B = jnp.maximum(_row(tree.slot_BM, walk.node_B), 0)
-        return walk.arrived(p_BV, over_all_ids(_row(draft_probs_BSK, slot_B), vocabulary_K, V))
+        return walk.arrived(p_BV, over_all_ids(_row(draft_probs_BLU, slot_B), vocabulary_U, V))
 
     def try_child(walk: _Walk) -> _Walk:
         walk = run_if(jnp.any(walk.is_new_B), arrive, walk)

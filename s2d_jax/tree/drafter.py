@@ -35,13 +35,13 @@ class TreeProposal(flax.struct.PyTreeNode):
     Attributes:
         tree: its nodes.
         num_draft_B: int32, how many levels each row may have; 0 drafts nothing.
-        draft_probs_BSK: f32, the q that the children of the node in each slot (0: the root) were drawn from, over the entries
+        draft_probs_BLU: f32, the q that the children of the node in each slot (0: the root) were drawn from, over the entries
             of the draft's logits; None when children are not drawn.
     """
 
     tree: Tree
     num_draft_B: jax.Array
-    draft_probs_BSK: jax.Array | None
+    draft_probs_BLU: jax.Array | None
 
 
 class _Growing(flax.struct.PyTreeNode):
@@ -56,7 +56,7 @@ class _Growing(flax.struct.PyTreeNode):
     tokens_BC: jax.Array
     ancestors_BLL: jax.Array
     found: Candidates
-    draft_probs_BSK: jax.Array | None
+    draft_probs_BLU: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +100,12 @@ class TreeDrafter(SegmentedDrafter):
             end_B = jnp.where(num_draft_B > 0, length_B - _WAITING, 0)
             state, _ = segments.catch_up(params, state, 0, tokens_BC, end_B, self.return_width)
         B, L = len(length_B), growth.num_slots
-        probs_BSK = None
+        probs_BLU = None
         if growth.sampled:
-            K = num_entries(segments.vocab_size, request)
-            probs_BSK = jnp.zeros((B, 1 + L, K), jnp.float32)
+            U = num_entries(segments.vocab_size, request)
+            probs_BLU = jnp.zeros((B, 1 + L, U), jnp.float32)
         nothing_BLL = jnp.zeros((B, L, L), bool)
-        growing = _Growing(state, tokens_BC, nothing_BLL, growth.start(B), probs_BSK)
+        growing = _Growing(state, tokens_BC, nothing_BLL, growth.start(B), probs_BLU)
         inputs = params, length_B, num_draft_B, key_B, request
 
         def root(growing):
@@ -123,7 +123,7 @@ class TreeDrafter(SegmentedDrafter):
             _, growing = jax.lax.while_loop(goes_on, level, (jnp.int32(2), growing))
         root_token_B = jnp.take_along_axis(tokens_BC, length_B[:, None] - 1, axis=1)[:, 0]
         grown = growth.finish(growing.found, root_token_B, num_draft_B)
-        return TreeProposal(grown, num_draft_B, growing.draft_probs_BSK), growing.state
+        return TreeProposal(grown, num_draft_B, growing.draft_probs_BLU), growing.state
 
     def _root(self, params, length_B, limit_B, key_B, request, growing: _Growing) -> _Growing:
         """Level 1: the children of the last emitted token."""
@@ -134,81 +134,81 @@ class TreeDrafter(SegmentedDrafter):
         )
         nothing_B1 = jnp.zeros(live_B1.shape, jnp.float32)
         children = self.growth.children(
-            left.logits_BTK, nothing_B1, live_B1, fold_in(key_B, jnp.ones_like(length_B)), request
+            left.logits_BTU, nothing_B1, live_B1, fold_in(key_B, jnp.ones_like(length_B)), request
         )
         parent_B1 = jnp.full(live_B1.shape, -1, jnp.int32)
         found = self.growth.add(growing.found, 1, children, parent_B1, left.exit_BT)
         return growing.replace(
             state=left.state,
             found=found,
-            draft_probs_BSK=_put(growing.draft_probs_BSK, children.probs_BRK, 0),
+            draft_probs_BLU=_put(growing.draft_probs_BLU, children.probs_BJU, 0),
         )
 
     def _level(
         self, params, length_B, limit_B, key_B, request, level, growing: _Growing
     ) -> _Growing:
         """Expands the beam of the level before `level` (int32 scalar, from 2)."""
-        found, W = growing.found, self.growth.width
-        beam_BW = jax.lax.dynamic_index_in_dim(found.beams_BDW, level - 2, axis=1, keepdims=False)
+        found, J = growing.found, self.growth.width
+        beam_BJ = jax.lax.dynamic_index_in_dim(found.beams_BYJ, level - 2, axis=1, keepdims=False)
 
-        def of_beam(values_BN):
-            return jnp.take_along_axis(values_BN, beam_BW, axis=1)
+        def of_beam(values_BX):
+            return jnp.take_along_axis(values_BX, beam_BJ, axis=1)
 
-        live_BW = (level <= limit_B)[:, None] & (of_beam(found.priority_BN) > -jnp.inf)
-        live_BW &= self.growth.in_use(level - 1)[None, :]
-        first_slot = (level - 2) * W
-        growing = self._enter(length_B, growing, beam_BW, live_BW, first_slot)
-        slots = Slots(length_B, growing.ancestors_BLL, W)
-        widths = W, max(W, self.catch_up_width)
-        end_B = length_B + first_slot + W
+        live_BJ = (level <= limit_B)[:, None] & (of_beam(found.priority_BX) > -jnp.inf)
+        live_BJ &= self.growth.in_use(level - 1)[None, :]
+        first_slot = (level - 2) * J
+        growing = self._enter(length_B, growing, beam_BJ, live_BJ, first_slot)
+        slots = Slots(length_B, growing.ancestors_BLL, J)
+        widths = J, max(J, self.catch_up_width)
+        end_B = length_B + first_slot + J
         left = self.segments.step(
-            params, growing.state, growing.tokens_BC, end_B, live_BW, widths, request, slots
+            params, growing.state, growing.tokens_BC, end_B, live_BJ, widths, request, slots
         )
-        score_BW = of_beam(found.score_BN)
+        score_BJ = of_beam(found.score_BX)
         own_key_B = fold_in(key_B, jnp.full_like(length_B, level))
-        children = self.growth.children(left.logits_BTK, score_BW, live_BW, own_key_B, request)
-        found = self.growth.add(growing.found, level, children, beam_BW, left.exit_BT)
+        children = self.growth.children(left.logits_BTU, score_BJ, live_BJ, own_key_B, request)
+        found = self.growth.add(growing.found, level, children, beam_BJ, left.exit_BT)
         return growing.replace(
             state=left.state,
             found=found,
-            draft_probs_BSK=_put(growing.draft_probs_BSK, children.probs_BRK, 1 + first_slot),
+            draft_probs_BLU=_put(growing.draft_probs_BLU, children.probs_BJU, 1 + first_slot),
         )
 
-    def _enter(self, length_B, growing: _Growing, beam_BW, live_BW, first_slot) -> _Growing:
+    def _enter(self, length_B, growing: _Growing, beam_BJ, live_BJ, first_slot) -> _Growing:
         """Gives the beam its slots: `first_slot` (int32 scalar, from 0) and those behind it."""
         found, (B, L, _) = growing.found, growing.ancestors_BLL.shape
-        entered_BW = jnp.where(
-            live_BW, beam_BW, self.growth.num_candidates
+        entered_BJ = jnp.where(
+            live_BJ, beam_BJ, self.growth.num_candidates
         )  # beyond the last: none
-        W = beam_BW.shape[1]
-        slot_W = first_slot + jnp.arange(W, dtype=jnp.int32)
-        parent_BW = jnp.take_along_axis(found.parent_BN, beam_BW, axis=1)
-        parent_slot_BW = jnp.take_along_axis(found.slot_BN, jnp.maximum(parent_BW, 0), axis=1)
-        at_BW1 = jnp.maximum(parent_slot_BW - 1, 0)[:, :, None]
-        above_BWL = jnp.take_along_axis(growing.ancestors_BLL, at_BW1, axis=1)
-        above_BWL &= (parent_BW >= 0)[:, :, None]
-        own_WL = slot_W[:, None] == jnp.arange(L, dtype=jnp.int32)[None, :]
-        token_BW = jnp.take_along_axis(found.tokens_BN, beam_BW, axis=1)
+        J = beam_BJ.shape[1]
+        slot_J = first_slot + jnp.arange(J, dtype=jnp.int32)
+        parent_BJ = jnp.take_along_axis(found.parent_BX, beam_BJ, axis=1)
+        parent_slot_BJ = jnp.take_along_axis(found.slot_BX, jnp.maximum(parent_BJ, 0), axis=1)
+        at_BJ1 = jnp.maximum(parent_slot_BJ - 1, 0)[:, :, None]
+        above_BJL = jnp.take_along_axis(growing.ancestors_BLL, at_BJ1, axis=1)
+        above_BJL &= (parent_BJ >= 0)[:, :, None]
+        own_JL = slot_J[:, None] == jnp.arange(L, dtype=jnp.int32)[None, :]
+        token_BJ = jnp.take_along_axis(found.tokens_BX, beam_BJ, axis=1)
         rows_B1 = jnp.arange(B)[:, None]
         return growing.replace(
-            tokens_BC=write_window(growing.tokens_BC, token_BW, length_B + first_slot, axis=1),
+            tokens_BC=write_window(growing.tokens_BC, token_BJ, length_B + first_slot, axis=1),
             ancestors_BLL=jax.lax.dynamic_update_slice_in_dim(
-                growing.ancestors_BLL, above_BWL | own_WL[None], first_slot, 1
+                growing.ancestors_BLL, above_BJL | own_JL[None], first_slot, 1
             ),
             found=found.replace(
-                slot_BN=found.slot_BN.at[rows_B1, entered_BW].set(1 + slot_W, mode="drop")
+                slot_BX=found.slot_BX.at[rows_B1, entered_BJ].set(1 + slot_J, mode="drop")
             ),
         )
 
     def keep_path(
-        self, state: SortedState, length_B: Int[Array, "B"], slot_BT: Int[Array, "B T"]
+        self, state: SortedState, length_B: Int[Array, "B"], slot_BY: Int[Array, "B Y"]
     ) -> SortedState:
         """Of the tree behind `length_B` tokens keeps the path through these slots; see `Segments.keep_path`."""
-        return self.segments.keep_path(state, length_B, slot_BT)
+        return self.segments.keep_path(state, length_B, slot_BY)
 
 
-def _put(probs_BSK, new_BRK, slot):
+def _put(probs_BLU, new_BJU, slot):
     """Writes the q of expanded nodes from `slot` on; None stays None."""
-    if probs_BSK is None:
+    if probs_BLU is None:
         return None
-    return jax.lax.dynamic_update_slice_in_dim(probs_BSK, new_BRK, slot, 1)
+    return jax.lax.dynamic_update_slice_in_dim(probs_BLU, new_BJU, slot, 1)

@@ -1,6 +1,6 @@
 """How a tree grows, level by level, from the draft's logits at the nodes that it expands. Arrays in, arrays out, no model.
 
-The children that a level brings forth are *candidates*; N counts all of a tree's. Of each level some candidates, the *beam*,
+The children that a level brings forth are *candidates*; X counts all of a tree's. Of each level some candidates, the *beam*,
 are expanded on the next one. At the end M - 1 candidates become nodes of the tree.
 
 Deterministic children are the most probable tokens. A dynamic tree (EAGLE-2, Li et al. 2024) ranks candidates by their
@@ -34,39 +34,39 @@ from s2d_jax.tree.nodes import Tree
 
 
 class Children(flax.struct.PyTreeNode):
-    """What a level brings forth: R expanded nodes with k candidates each.
+    """What a level brings forth: J expanded nodes with k candidates each.
 
     Attributes:
-        tokens_BRk: int32.
-        priority_BRk: f32, what candidates are ranked by; -inf for none.
-        score_BRk: f32, log of the probability of the path to the candidate.
-        probs_BRK: f32, the q that children were drawn from; None if they are the most probable tokens.
+        tokens_BJk: int32.
+        priority_BJk: f32, what candidates are ranked by; -inf for none.
+        score_BJk: f32, log of the probability of the path to the candidate.
+        probs_BJU: f32, the q that children were drawn from; None if they are the most probable tokens.
     """
 
-    tokens_BRk: jax.Array
-    priority_BRk: jax.Array
-    score_BRk: jax.Array
-    probs_BRK: jax.Array | None
+    tokens_BJk: jax.Array
+    priority_BJk: jax.Array
+    score_BJk: jax.Array
+    probs_BJU: jax.Array | None
 
 
 class Candidates(flax.struct.PyTreeNode):
     """All candidates of a tree, level by level.
 
     Attributes:
-        tokens_BN, priority_BN, score_BN: as in `Children`.
-        parent_BN: int32, a candidate; -1 for the root.
-        slot_BN: int32, where the draft keeps a candidate that was expanded, from 1; else -1.
-        exit_BN: int32, index of the exit that proposed it.
-        beams_BDW: int32, the beam of each level.
+        tokens_BX, priority_BX, score_BX: as in `Children`.
+        parent_BX: int32, a candidate; -1 for the root.
+        slot_BX: int32, where the draft keeps a candidate that was expanded, from 1; else -1.
+        exit_BX: int32, index of the exit that proposed it.
+        beams_BYJ: int32, the beam of each level.
     """
 
-    tokens_BN: jax.Array
-    priority_BN: jax.Array
-    score_BN: jax.Array
-    parent_BN: jax.Array
-    slot_BN: jax.Array
-    exit_BN: jax.Array
-    beams_BDW: jax.Array
+    tokens_BX: jax.Array
+    priority_BX: jax.Array
+    score_BX: jax.Array
+    parent_BX: jax.Array
+    slot_BX: jax.Array
+    exit_BX: jax.Array
+    beams_BYJ: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Growth:
 
     @property
     def width(self) -> int:
-        """W, how many nodes of a level are expanded at most."""
+        """J, how many nodes of a level are expanded at most."""
         if self.shape.paths:
             return max(len(beam) for beam in self._static_beams)
         if self.sampled:
@@ -110,19 +110,19 @@ class Growth:
         return self.width * (self.depth - 1)
 
     @property
-    def _first_D(self) -> np.ndarray:
+    def _first_Y(self) -> np.ndarray:
         """The number of the first candidate of each level."""
         sizes = [self.shape.top_k * (1 if level == 1 else self.width) for level in self._levels]
         return np.cumsum([0, *sizes[:-1]]).astype(np.int32)
 
     @property
     def num_candidates(self) -> int:
-        """N."""
+        """X."""
         return self.shape.top_k * (1 + self.num_slots)
 
     @property
-    def _depth_N(self) -> np.ndarray:
-        sizes = np.diff([*self._first_D, self.num_candidates])
+    def _depth_X(self) -> np.ndarray:
+        sizes = np.diff([*self._first_Y, self.num_candidates])
         return np.repeat(np.array(self._levels, np.int32), sizes)
 
     @property
@@ -142,57 +142,57 @@ class Growth:
         """The number of the candidate that a path names."""
         level = len(path)
         parent = 0 if level == 1 else self._static_beams[level - 2].index(path[:-1])
-        return int(self._first_D[level - 1]) + parent * self.shape.top_k + path[-1]
+        return int(self._first_Y[level - 1]) + parent * self.shape.top_k + path[-1]
 
     def start(self, batch: int) -> Candidates:
         """No candidates."""
-        B, N = batch, self.num_candidates
-        nothing_BN = jnp.full((B, N), -jnp.inf, jnp.float32)
-        zeros_BN, none_BN = jnp.zeros((B, N), jnp.int32), jnp.full((B, N), -1, jnp.int32)
-        beams_DW = jnp.asarray(self._first_D[:, None] + np.arange(self.width, dtype=np.int32))
+        B, X = batch, self.num_candidates
+        nothing_BX = jnp.full((B, X), -jnp.inf, jnp.float32)
+        zeros_BX, none_BX = jnp.zeros((B, X), jnp.int32), jnp.full((B, X), -1, jnp.int32)
+        beams_YJ = jnp.asarray(self._first_Y[:, None] + np.arange(self.width, dtype=np.int32))
         return Candidates(
-            tokens_BN=zeros_BN,
-            priority_BN=nothing_BN,
-            score_BN=nothing_BN,
-            parent_BN=none_BN,
-            slot_BN=none_BN,
-            exit_BN=zeros_BN,
-            beams_BDW=jnp.broadcast_to(beams_DW, (B, *beams_DW.shape)),
+            tokens_BX=zeros_BX,
+            priority_BX=nothing_BX,
+            score_BX=nothing_BX,
+            parent_BX=none_BX,
+            slot_BX=none_BX,
+            exit_BX=zeros_BX,
+            beams_BYJ=jnp.broadcast_to(beams_YJ, (B, *beams_YJ.shape)),
         )
 
     def children(
         self,
-        logits_BRK: Float[Array, "B R K"],
-        score_BR: Float[Array, "B R"],
-        live_BR: Bool[Array, "B R"],
+        logits_BJU: Float[Array, "B J U"],
+        score_BJ: Float[Array, "B J"],
+        live_BJ: Bool[Array, "B J"],
         key_B: Key[Array, "B"],
         request: Request,
     ) -> Children:
-        """The candidates that R nodes bring forth.
+        """The candidates that J nodes bring forth.
 
         Args:
-            logits_BRK: f32, of the draft at each node.
-            score_BR: f32, log of the probability of the path to each node.
-            live_BR: bool; other nodes have none.
+            logits_BJU: f32, of the draft at each node.
+            score_BJ: f32, log of the probability of the path to each node.
+            live_BJ: bool; other nodes have none.
             key_B: one random key per row.
             request: how tokens are sampled, and which ids the draft's entries are.
         """
         if self.sampled:
-            probs_BRK = probabilities(logits_BRK, request.sampling)
-            best_BRk = jnp.log(top_k(probs_BRK, self.shape.top_k)[0])
-            index_BRk = draw(probs_BRK, key_B, self.shape.top_k)
-            own_BRk = jnp.log(jnp.take_along_axis(probs_BRK, index_BRk, axis=2))
+            probs_BJU = probabilities(logits_BJU, request.sampling)
+            best_BJk = jnp.log(top_k(probs_BJU, self.shape.top_k)[0])
+            index_BJk = draw(probs_BJU, key_B, self.shape.top_k)
+            own_BJk = jnp.log(jnp.take_along_axis(probs_BJU, index_BJk, axis=2))
         else:
-            probs_BRK = None
-            best_BRk, index_BRk = top_k(logits_BRK, self.shape.top_k)
-            best_BRk -= jax.nn.logsumexp(logits_BRK, axis=-1, keepdims=True)
-            own_BRk = best_BRk
-        priority_BRk = jnp.where(live_BR[:, :, None], score_BR[:, :, None] + best_BRk, -jnp.inf)
+            probs_BJU = None
+            best_BJk, index_BJk = top_k(logits_BJU, self.shape.top_k)
+            best_BJk -= jax.nn.logsumexp(logits_BJU, axis=-1, keepdims=True)
+            own_BJk = best_BJk
+        priority_BJk = jnp.where(live_BJ[:, :, None], score_BJ[:, :, None] + best_BJk, -jnp.inf)
         return Children(
-            tokens_BRk=token_ids(index_BRk.astype(jnp.int32), request),
-            priority_BRk=priority_BRk,
-            score_BRk=score_BR[:, :, None] + own_BRk,
-            probs_BRK=probs_BRK,
+            tokens_BJk=token_ids(index_BJk.astype(jnp.int32), request),
+            priority_BJk=priority_BJk,
+            score_BJk=score_BJ[:, :, None] + own_BJk,
+            probs_BJU=probs_BJU,
         )
 
     def add(
@@ -200,8 +200,8 @@ class Growth:
         found: Candidates,
         level: int | Int[Array, ""],
         children: Children,
-        beam_BR: Int[Array, "B R"],
-        exit_BR: Int[Array, "B R"],
+        parent_BJ: Int[Array, "B J"],
+        exit_BJ: Int[Array, "B J"],
     ) -> Candidates:
         """Enters the candidates of `level`, and selects its beam.
 
@@ -209,49 +209,49 @@ class Growth:
             found: of earlier levels.
             level: from 1.
             children: of the nodes that were expanded.
-            beam_BR: int32, those nodes; -1 for the root.
-            exit_BR: int32, the exits that they left at.
+            parent_BJ: int32, those nodes, the beam of the level before; -1 for the root.
+            exit_BJ: int32, the exits that they left at.
         """
-        first = jnp.asarray(self._first_D)[level - 1]
+        first = jnp.asarray(self._first_Y)[level - 1]
 
-        def put(all_BN, new_BRk):
-            flat = new_BRk.reshape(new_BRk.shape[0], -1).astype(all_BN.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(all_BN, flat, first, 1)
+        def put(all_BX, new_BJk):
+            flat = new_BJk.reshape(new_BJk.shape[0], -1).astype(all_BX.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(all_BX, flat, first, 1)
 
-        def of_each(value_BR):
-            return jnp.broadcast_to(value_BR[:, :, None], children.tokens_BRk.shape)
+        def of_each(value_BJ):
+            return jnp.broadcast_to(value_BJ[:, :, None], children.tokens_BJk.shape)
 
-        beam_BW = first + self._select(level, children.priority_BRk)
-        beams_BDW = jax.lax.dynamic_update_slice_in_dim(
-            found.beams_BDW, beam_BW[:, None], level - 1, 1
+        beam_BJ = first + self._select(level, children.priority_BJk)
+        beams_BYJ = jax.lax.dynamic_update_slice_in_dim(
+            found.beams_BYJ, beam_BJ[:, None], level - 1, 1
         )
         return found.replace(
-            tokens_BN=put(found.tokens_BN, children.tokens_BRk),
-            priority_BN=put(found.priority_BN, children.priority_BRk),
-            score_BN=put(found.score_BN, children.score_BRk),
-            parent_BN=put(found.parent_BN, of_each(beam_BR)),
-            exit_BN=put(found.exit_BN, of_each(exit_BR)),
-            beams_BDW=beams_BDW,
+            tokens_BX=put(found.tokens_BX, children.tokens_BJk),
+            priority_BX=put(found.priority_BX, children.priority_BJk),
+            score_BX=put(found.score_BX, children.score_BJk),
+            parent_BX=put(found.parent_BX, of_each(parent_BJ)),
+            exit_BX=put(found.exit_BX, of_each(exit_BJ)),
+            beams_BYJ=beams_BYJ,
         )
 
-    def _select(self, level, priority_BRk) -> jax.Array:
-        """int32 `[B, W]`, ascending: which candidates of a level are its beam, counted from the level's first."""
-        B = priority_BRk.shape[0]
+    def _select(self, level, priority_BJk) -> jax.Array:
+        """int32 `[B, J]`, ascending: which candidates of a level are its beam, counted from the level's first."""
+        B = priority_BJk.shape[0]
         if not self.shape.paths:
-            _, index_BW = jax.lax.top_k(priority_BRk.reshape(B, -1), self.width)
-            return jnp.sort(index_BW.astype(jnp.int32), axis=1)
-        beams_DW = np.zeros((self.depth, self.width), np.int32)
-        for of_level, beam in zip(beams_DW, self._static_beams, strict=True):
+            _, index_BJ = jax.lax.top_k(priority_BJk.reshape(B, -1), self.width)
+            return jnp.sort(index_BJ.astype(jnp.int32), axis=1)
+        beams_YJ = np.zeros((self.depth, self.width), np.int32)
+        for of_level, beam in zip(beams_YJ, self._static_beams, strict=True):
             for i, path in enumerate(beam):
-                of_level[i] = self._static_candidate(path) - self._first_D[len(path) - 1]
-        return jnp.broadcast_to(jnp.asarray(beams_DW)[level - 1], (B, self.width))
+                of_level[i] = self._static_candidate(path) - self._first_Y[len(path) - 1]
+        return jnp.broadcast_to(jnp.asarray(beams_YJ)[level - 1], (B, self.width))
 
-    def in_use(self, level: Int[Array, ""]) -> Bool[Array, "W"]:
+    def in_use(self, level: Int[Array, ""]) -> Bool[Array, "J"]:
         """Which places of the beam of `level` a static tree fills; all of a dynamic one."""
         if not self.shape.paths:
             return jnp.ones(self.width, bool)
-        filled_D = jnp.asarray([len(beam) for beam in self._static_beams])
-        return jnp.arange(self.width) < filled_D[level - 1]
+        filled_Y = jnp.asarray([len(beam) for beam in self._static_beams])
+        return jnp.arange(self.width) < filled_Y[level - 1]
 
     def finish(
         self, found: Candidates, root_token_B: Int[Array, "B"], limit_B: Int[Array, "B"]
@@ -265,39 +265,39 @@ class Growth:
         """
         chosen_BM = self._chosen(found)
         B, M1 = chosen_BM.shape
-        take = lambda values_BN: jnp.take_along_axis(values_BN, chosen_BM, axis=1)  # noqa: E731
+        take = lambda values_BX: jnp.take_along_axis(values_BX, chosen_BM, axis=1)  # noqa: E731
         number_1M = jnp.arange(1, M1 + 1, dtype=jnp.int32)[None, :]
         rows_B1 = jnp.arange(B)[:, None]
-        node_of_BN = (
-            jnp.zeros(found.tokens_BN.shape, jnp.int32).at[rows_B1, chosen_BM].set(number_1M)
+        node_of_BX = (
+            jnp.zeros(found.tokens_BX.shape, jnp.int32).at[rows_B1, chosen_BM].set(number_1M)
         )
-        parent_BM = take(found.parent_BN)
-        node_BM = jnp.take_along_axis(node_of_BN, jnp.maximum(parent_BM, 0), axis=1)
-        depth_BM = jnp.asarray(self._depth_N, jnp.int32)[chosen_BM]
-        priority_BM = take(found.priority_BN)
+        parent_BM = take(found.parent_BX)
+        node_BM = jnp.take_along_axis(node_of_BX, jnp.maximum(parent_BM, 0), axis=1)
+        depth_BM = jnp.asarray(self._depth_X, jnp.int32)[chosen_BM]
+        priority_BM = take(found.priority_BX)
 
         def with_root(root, values_BM):
             root_B1 = jnp.broadcast_to(jnp.asarray(root, values_BM.dtype), (B,))[:, None]
             return jnp.concatenate([root_B1, values_BM], axis=1)
 
         return Tree(
-            tokens_BM=with_root(root_token_B, take(found.tokens_BN)),
+            tokens_BM=with_root(root_token_B, take(found.tokens_BX)),
             parent_BM=with_root(0, jnp.where(parent_BM < 0, 0, node_BM)),
             depth_BM=with_root(0, depth_BM),
             valid_BM=with_root(True, (priority_BM > -jnp.inf) & (depth_BM <= limit_B[:, None])),
-            slot_BM=with_root(0, take(found.slot_BN)),
-            score_BM=with_root(0.0, take(found.score_BN)),
-            exit_BM=with_root(0, take(found.exit_BN)),
+            slot_BM=with_root(0, take(found.slot_BX)),
+            score_BM=with_root(0.0, take(found.score_BX)),
+            exit_BM=with_root(0, take(found.exit_BX)),
         )
 
     def _chosen(self, found: Candidates) -> jax.Array:
         """int32 `[B, M - 1]`, ascending: the candidates that are verified."""
-        B = found.tokens_BN.shape[0]
+        B = found.tokens_BX.shape[0]
         if self.shape.paths:
             chosen = sorted(self._static_candidate(path) for path in self.shape.paths)
             return jnp.broadcast_to(jnp.asarray(chosen, jnp.int32), (B, len(chosen)))
         if self.sampled:
-            return found.beams_BDW.reshape(B, -1)
+            return found.beams_BYJ.reshape(B, -1)
         # Ties go to the lower number, which is the shallower candidate: a parent before its child.
-        _, chosen_BM = jax.lax.top_k(found.priority_BN, self.nodes - 1)
+        _, chosen_BM = jax.lax.top_k(found.priority_BX, self.nodes - 1)
         return jnp.sort(chosen_BM.astype(jnp.int32), axis=1)

@@ -37,8 +37,8 @@ class TreeVerifier:
         tree = proposal.tree
         above_BMM = trees.ancestors(tree.parent_BM, self.drafter.width)
         capacity = state.tokens_BC.shape[1]
-        mask_BMC = tree_mask.mask(above_BMM, state.length_B - 1, capacity)
-        place = Place(trees.positions(tree.depth_BM, state.length_B), mask_BMC)
+        mask_BMS = tree_mask.mask(above_BMM, state.length_B - 1, capacity)
+        place = Place(trees.positions(tree.depth_BM, state.length_B), mask_BMS)
         return Window(tree.tokens_BM, place)
 
     def needed_width(self, proposal: TreeProposal) -> Int[Array, ""]:
@@ -59,36 +59,36 @@ class TreeVerifier:
         tree, depth = verified.proposal.tree, self.drafter.width
         node_B, next_token_B = self._accepted(request, verified)
         num_accepted_B = _at(tree.depth_BM, node_B[:, None])[:, 0]
-        path_BT = trees.path(tree.parent_BM, tree.depth_BM, node_B, depth)
-        tokens_BG = _at(tree.tokens_BM, path_BT[:, 1:])
-        emitted_BT = append_next(tokens_BG, num_accepted_B, next_token_B)
-        state = self._keep_path(state, tree, path_BT, num_accepted_B)
-        return Judged(emitted_BT, num_accepted_B, state)
+        path_BY = trees.path(tree.parent_BM, tree.depth_BM, node_B, depth)
+        tokens_BG = _at(tree.tokens_BM, path_BY[:, 1:])
+        emitted_BY = append_next(tokens_BG, num_accepted_B, next_token_B)
+        state = self._keep_path(state, tree, path_BY, num_accepted_B)
+        return Judged(emitted_BY, num_accepted_B, state)
 
     def _accepted(self, request: Request, verified: Verified):
         proposal, logits_BMV = verified.proposal, verified.logits_BTV
         if self.greedy:
             return acceptance.accept_greedy(proposal.tree, logits_BMV)
         inputs = logits_BMV, request.sampling, verified.key_B
-        if proposal.draft_probs_BSK is None:
+        if proposal.draft_probs_BLU is None:
             return acceptance.accept_target_only(proposal.tree, *inputs)
         return acceptance.accept_without_replacement(
-            proposal.tree, proposal.draft_probs_BSK, *inputs, request.vocabulary_K
+            proposal.tree, proposal.draft_probs_BLU, *inputs, request.vocabulary_U
         )
 
-    def _keep_path(self, state: DecodeState, tree: trees.Tree, path_BT, num_accepted_B):
+    def _keep_path(self, state: DecodeState, tree: trees.Tree, path_BY, num_accepted_B):
         """Moves the accepted path together in both caches. Nothing moves in rounds that accept nothing."""
         root_B = state.length_B - 1
-        depth_1T = jnp.arange(path_BT.shape[1], dtype=jnp.int32)[None, :]
-        slot_BT = _at(tree.slot_BM, path_BT)
-        on_path_BT = depth_1T <= num_accepted_B[:, None]
+        depth_1Y = jnp.arange(path_BY.shape[1], dtype=jnp.int32)[None, :]
+        slot_BY = _at(tree.slot_BM, path_BY)
+        on_path_BY = depth_1Y <= num_accepted_B[:, None]
         # Slots ascend along the path; the first that is missing ends it.
-        slot_BT = jnp.where(on_path_BT, slot_BT, -1)
+        slot_BY = jnp.where(on_path_BY, slot_BY, -1)
 
         def move(caches):
             target_cache, draft_state = caches
-            target_cache = target_cache.keep_path(root_B, path_BT)
-            return target_cache, self.drafter.keep_path(draft_state, state.length_B, slot_BT)
+            target_cache = target_cache.keep_path(root_B, path_BY)
+            return target_cache, self.drafter.keep_path(draft_state, state.length_B, slot_BY)
 
         target_cache, draft_state = run_if(
             jnp.any(num_accepted_B > 0), move, (state.target_cache, state.draft_state)
@@ -96,5 +96,5 @@ class TreeVerifier:
         return state.replace(target_cache=target_cache, draft_state=draft_state)
 
 
-def _at(values_BM, index_BT) -> jax.Array:
-    return jnp.take_along_axis(values_BM, index_BT, axis=1)
+def _at(values_BM, index_BY) -> jax.Array:
+    return jnp.take_along_axis(values_BM, index_BY, axis=1)

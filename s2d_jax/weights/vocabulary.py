@@ -37,7 +37,7 @@ class DraftVocabulary:
     """A list of tokens for a draft's head.
 
     Attributes:
-        ids_K: int32, ascending.
+        ids_U: int32, ascending.
         tokens_sha256: hash of the listed tokens' strings, to refuse the list of another tokenizer; None where it is not known.
         provenance: JSON-able facts: what the list was made from, and what it covers.
 
@@ -45,23 +45,23 @@ class DraftVocabulary:
         UserError: for an empty list, ids below 0, or ids that do not ascend.
     """
 
-    ids_K: np.ndarray
+    ids_U: np.ndarray
     tokens_sha256: str | None = None
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        ids_K = np.asarray(self.ids_K, np.int64).reshape(-1)
-        if ids_K.size == 0:
+        ids_U = np.asarray(self.ids_U, np.int64).reshape(-1)
+        if ids_U.size == 0:
             raise UserError("the draft vocabulary is empty; list at least one token id")
-        if ids_K.min() < 0 or ids_K.max() >= 2**31:
-            wrong = ids_K.min() if ids_K.min() < 0 else ids_K.max()
+        if ids_U.min() < 0 or ids_U.max() >= 2**31:
+            wrong = ids_U.min() if ids_U.min() < 0 else ids_U.max()
             raise UserError(f"the draft vocabulary lists id {wrong}; ids are 0 to {2**31 - 1}")
-        if (descents := np.flatnonzero(np.diff(ids_K) <= 0)).size:
+        if (descents := np.flatnonzero(np.diff(ids_U) <= 0)).size:
             at = descents[0]
             raise UserError(
-                f"the draft vocabulary lists id {ids_K[at + 1]} after {ids_K[at]}; list every id once, in ascending order"
+                f"the draft vocabulary lists id {ids_U[at + 1]} after {ids_U[at]}; list every id once, in ascending order"
             )
-        object.__setattr__(self, "ids_K", ids_K.astype(np.int32))
+        object.__setattr__(self, "ids_U", ids_U.astype(np.int32))
 
     @classmethod
     def of_tokenizer(
@@ -69,22 +69,22 @@ class DraftVocabulary:
     ) -> DraftVocabulary:
         """The list of these ids, bound to the tokens that they stand for."""
         listed = cls(np.array(sorted(ids), np.int64))
-        return cls(listed.ids_K, _hash_of_tokens(listed.ids_K, tokenizer), provenance)
+        return cls(listed.ids_U, _hash_of_tokens(listed.ids_U, tokenizer), provenance)
 
     @property
     def size(self) -> int:
-        """K, the number of listed tokens."""
-        return len(self.ids_K)
+        """U, the number of listed tokens."""
+        return len(self.ids_U)
 
     def check(self, vocab_size: int, tokenizer: Tokenizer | None) -> None:
         """Raises UserError for ids that a model of `vocab_size` lacks, or for a list made for another tokenizer."""
-        if (last := int(self.ids_K[-1])) >= vocab_size:
+        if (last := int(self.ids_U[-1])) >= vocab_size:
             raise UserError(
                 f"the draft vocabulary lists id {last}, the draft has {vocab_size} tokens; make the list with this draft"
             )
         if self.tokens_sha256 is None or tokenizer is None:
             return
-        if _hash_of_tokens(self.ids_K, tokenizer) != self.tokens_sha256:
+        if _hash_of_tokens(self.ids_U, tokenizer) != self.tokens_sha256:
             raise UserError(
                 f"the draft vocabulary of {self.size} tokens was made for another tokenizer; make the list with this draft"
             )
@@ -93,7 +93,7 @@ class DraftVocabulary:
         """What `from_json` reads. Ids are written as ranges, at most seven bytes each below a million."""
         return {
             "size": self.size,
-            "ids": _to_ranges(self.ids_K),
+            "ids": _to_ranges(self.ids_U),
             "tokens_sha256": self.tokens_sha256,
             "provenance": dict(self.provenance),
         }
@@ -106,8 +106,8 @@ class DraftVocabulary:
             UserError: if it is not one.
         """
         try:
-            ids_K = _from_ranges(raw["ids"], raw["size"])
-            return cls(ids_K, raw.get("tokens_sha256"), raw.get("provenance", {}))
+            ids_U = _from_ranges(raw["ids"], raw["size"])
+            return cls(ids_U, raw.get("tokens_sha256"), raw.get("provenance", {}))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -128,22 +128,22 @@ def read_vocabulary(path: str | Path) -> DraftVocabulary:
     return DraftVocabulary.from_json(read_json(path), path)
 
 
-def _hash_of_tokens(ids_K: np.ndarray, tokenizer: Tokenizer) -> str:
+def _hash_of_tokens(ids_U: np.ndarray, tokenizer: Tokenizer) -> str:
     """Of the listed tokens only: padding at the end of a vocabulary has other names from file to file."""
     token_of = {i: token for token, i in tokenizer.vocabulary().items()}
-    text = "\0".join(token_of.get(int(i), "") for i in ids_K)
+    text = "\0".join(token_of.get(int(i), "") for i in ids_U)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _to_ranges(ids_K: np.ndarray) -> str:
+def _to_ranges(ids_U: np.ndarray) -> str:
     """Ascending ids as text.
 
     >>> _to_ranges(np.array([0, 1, 2, 5, 7, 8]))
     '0-2,5,7-8'
     """
-    starts = np.flatnonzero(np.diff(ids_K, prepend=-2) != 1)
-    stops = np.append(starts[1:], len(ids_K)) - 1
-    pairs = zip(ids_K[starts].tolist(), ids_K[stops].tolist(), strict=True)
+    starts = np.flatnonzero(np.diff(ids_U, prepend=-2) != 1)
+    stops = np.append(starts[1:], len(ids_U)) - 1
+    pairs = zip(ids_U[starts].tolist(), ids_U[stops].tolist(), strict=True)
     return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs)
 
 
@@ -172,11 +172,11 @@ def trimmed_params(
     heads = {TRIMMED_HEAD: get_weight(params, shared_head(config))}
     own = (name for name in whole if name.startswith(EXIT_HEADS))
     heads |= {TRIMMED + name: whole[name]["kernel"] for name in own}
-    mesh, ids_K, trimmed = mesh_of(params), jnp.asarray(vocabulary.ids_K), {}
+    mesh, ids_U, trimmed = mesh_of(params), jnp.asarray(vocabulary.ids_U), {}
     for name, head_VD in heads.items():
-        head_KD = take_rows(head_VD, ids_K)
+        head_UD = take_rows(head_VD, ids_U)
         if mesh is not None:
-            # K need not divide by the mesh.
-            head_KD = jax.device_put(head_KD, replicated(mesh))
-        trimmed[name] = {"kernel": head_KD}
+            # U need not divide by the mesh.
+            head_UD = jax.device_put(head_UD, replicated(mesh))
+        trimmed[name] = {"kernel": head_UD}
     return whole | trimmed

@@ -107,7 +107,7 @@ def test_trees_grow_as_a_slow_reference_does(leaving):
                 for levels in range(1, depth + 1):
                     expected = slow_growth(trace, config, start, levels, stand_ins)
                     assert accepted[start, levels - 1] == expected[0]
-                    assert grown.exit_ND[start, :levels].tolist() == expected[1]
+                    assert grown.exit_TY[start, :levels].tolist() == expected[1]
             assert len(np.unique(accepted[:, depth - 1])) > 1
 
 

@@ -89,7 +89,7 @@ def test_nothing_drafted_draws_from_the_target():
 
 
 def test_stop_tokens_are_looked_up_per_row():
-    stops_BN = jnp.array([[3, -1], [4, 5]], jnp.int32)
-    np.testing.assert_array_equal(is_stop(jnp.array([3, 3], jnp.int32), stops_BN), [True, False])
-    windows = is_stop(jnp.array([[1, 3], [5, 4]], jnp.int32), stops_BN)
+    stops_BZ = jnp.array([[3, -1], [4, 5]], jnp.int32)
+    np.testing.assert_array_equal(is_stop(jnp.array([3, 3], jnp.int32), stops_BZ), [True, False])
+    windows = is_stop(jnp.array([[1, 3], [5, 4]], jnp.int32), stops_BZ)
     np.testing.assert_array_equal(windows, [[False, True], [True, True]])

@@ -151,13 +151,13 @@ def _request(mode: Mode, decoder: Decoder) -> Request:
         key_B=jnp.zeros(()),  # each call makes its own
         # Room for one more, so that the first round may draft at its full length.
         max_length_B=jnp.full((BATCH,), len(PROMPT) + EMITTED + 1, jnp.int32),
-        stop_ids_BN=jnp.full((BATCH, 1), -1, jnp.int32),
+        stop_ids_BZ=jnp.full((BATCH, 1), -1, jnp.int32),
         exit_threshold_E=jnp.array([0.85, 0.72, 0.0][: mode.num_exits]),
         max_rounds=jnp.int32(100),
         drafting=DraftingArrays.create(
             mode.config(), credits, decoder.drafter.width, mode.num_exits
         ),
-        vocabulary_K=jnp.array(LISTED) if mode.trimmed else None,
+        vocabulary_U=jnp.array(LISTED) if mode.trimmed else None,
     )
 
 
@@ -273,8 +273,8 @@ def test_soft_q_for_argmax_drafts_is_caught(monkeypatch):
 def test_a_q_at_the_wrong_ids_is_caught(monkeypatch):
     """The q of a trimmed head, left at its first K ids, must fail this very test."""
 
-    def left_in_place(probs_BGK, ids_K, vocab_size):
-        return jnp.pad(probs_BGK, ((0, 0), (0, 0), (0, vocab_size - len(ids_K))))
+    def left_in_place(probs_BGU, ids_U, vocab_size):
+        return jnp.pad(probs_BGU, ((0, 0), (0, 0), (0, vocab_size - len(ids_U))))
 
     monkeypatch.setattr(chain, "over_all_ids", left_in_place)
     assert not _follows(_counts(Mode("thresholds", trimmed=True)), _exact(PLAIN))
@@ -286,8 +286,8 @@ def test_reranking_drawn_children_is_caught(monkeypatch):
 
     def by_own_probability(*args):
         drawn = children(*args)
-        possible = drawn.priority_BRk > -jnp.inf
-        return drawn.replace(priority_BRk=jnp.where(possible, drawn.score_BRk, -jnp.inf))
+        possible = drawn.priority_BJk > -jnp.inf
+        return drawn.replace(priority_BJk=jnp.where(possible, drawn.score_BJk, -jnp.inf))
 
     monkeypatch.setattr(Growth, "children", by_own_probability)
     assert not _follows(_counts(Mode("thresholds", tree=BY_LEVEL)), _exact(PLAIN))

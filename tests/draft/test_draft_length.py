@@ -228,7 +228,7 @@ def test_the_guards_loss_is_bounded_whatever_is_accepted(acceptance, tokens):
         accepted_B = jnp.minimum(jnp.cumprod(coin_BG, axis=1).sum(axis=1), length_B)
         behind_B = jnp.where(length_B > 0, 0.02 * state.plain_run_B.astype(jnp.float32), 0.0)
         state = guard.charge(state, drafting, length_B[:, None])
-        cost_B += drafting.verify_cost_W[length_B] + 0.35 * length_B.astype(jnp.float32) + behind_B
+        cost_B += drafting.verify_cost_Y[length_B] + 0.35 * length_B.astype(jnp.float32) + behind_B
         live_B = jnp.ones(rows, bool)
         state = guard.settle(state, drafting, length_B, accepted_B + 1, live_B)
         return (state, cost_B, emitted_B + accepted_B + 1), (state.credit_B, length_B)

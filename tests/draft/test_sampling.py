@@ -87,9 +87,9 @@ def test_impossible_tokens_stay_impossible():
 
 def test_rows_draw_from_their_own_keys():
     key_B = jax.vmap(jax.random.key)(jnp.array([3, 4, 3]))
-    u_BN = uniform(fold_in(key_B, jnp.array([7, 7, 7])), 4)
-    np.testing.assert_array_equal(u_BN[0], u_BN[2])
-    assert (u_BN[0] != u_BN[1]).all()
+    u_BG = uniform(fold_in(key_B, jnp.array([7, 7, 7])), 4)
+    np.testing.assert_array_equal(u_BG[0], u_BG[2])
+    assert (u_BG[0] != u_BG[1]).all()
     first, second = split(key_B, 2)
     assert (uniform(first, 1) != uniform(second, 1)).all()
 
@@ -128,8 +128,8 @@ def test_draws_follow_their_law(vocab, count):
     probs_V = np.zeros(vocab)
     probs_V[places] = 0.4, 0.3, 0.15, 0.1, 0.05
     keys = jax.random.split(jax.random.key(vocab + count), draws)
-    probs_BRV = jnp.broadcast_to(jnp.asarray(probs_V, jnp.float32), (draws, 1, vocab))
-    drawn = np.asarray(draw(probs_BRV, keys, count))[:, 0]
+    probs_BTV = jnp.broadcast_to(jnp.asarray(probs_V, jnp.float32), (draws, 1, vocab))
+    drawn = np.asarray(draw(probs_BTV, keys, count))[:, 0]
     law = {tuple(tokens): chance for tokens, chance in drawn_children(probs_V, count)}
     counts = collections.Counter(map(tuple, drawn.tolist()))
     assert counts.keys() <= law.keys()

@@ -91,7 +91,7 @@ def listed_ids(case: Case) -> np.ndarray:
 
 
 def q_of_case(case: Case, text) -> np.ndarray:
-    """`[K]`, over the listed tokens only."""
+    """`[U]`, over the listed tokens only."""
     logits_V = -0.8 * target_table()[text] if case.opposed else draft_table()[text]
     return filtered(logits_V[listed_ids(case)], case.sampling)
 
@@ -105,7 +105,7 @@ class Drawn:
     depth_BM: np.ndarray
     valid_BM: np.ndarray
     slot_BM: np.ndarray
-    q_BSK: np.ndarray
+    q_BLU: np.ndarray
 
     def arrays(self) -> Tree:
         """Invalid nodes hold a token that the target likes."""
@@ -160,21 +160,21 @@ def draw_trees(case: Case, rng, rows: int, draw=drawn_without_replacement) -> Dr
         *columns.values(),
         valid_BM=np.zeros((rows, M), bool),
         slot_BM=np.full((rows, M), -1, np.int32),
-        q_BSK=np.full((rows, 1 + W, len(ids)), 0.7, np.float32),  # unused slots mean nothing
+        q_BLU=np.full((rows, 1 + W, len(ids)), 0.7, np.float32),  # unused slots mean nothing
     )
     drawn.valid_BM[:, 0] = True
     drawn.slot_BM[:, 0] = 0
 
-    def put(group, at, parent, depth, index_NC):
+    def put(group, at, parent, depth, index_BX):
         """The children of one node in some rows, from column `at` on."""
-        columns = np.arange(at, at + index_NC.shape[1])
+        columns = np.arange(at, at + index_BX.shape[1])
         where = np.ix_(group, columns)
-        drawn.token_BM[where] = np.where(index_NC >= 0, ids[index_NC], 0)
+        drawn.token_BM[where] = np.where(index_BX >= 0, ids[index_BX], 0)
         drawn.parent_BM[where], drawn.depth_BM[where] = parent, depth
-        drawn.valid_BM[where] = index_NC >= 0
+        drawn.valid_BM[where] = index_BX >= 0
 
     root_q = q_of_case(case, ())
-    drawn.q_BSK[:, 0] = root_q
+    drawn.q_BLU[:, 0] = root_q
     (count,) = reference.child_counts([0.0], [root_q], W)
     first = draw(rng, root_q, rows, count)
     put(np.arange(rows), 1, 0, 1, first)
@@ -188,7 +188,7 @@ def draw_trees(case: Case, rng, rows: int, draw=drawn_without_replacement) -> Dr
         for number, (q, below) in enumerate(zip(rows_of_q, counts, strict=True)):
             node = 1 + number
             drawn.slot_BM[group, node] = node
-            drawn.q_BSK[group, node] = q
+            drawn.q_BLU[group, node] = q
             put(group, at, node, 2, draw(rng, q, len(group), below))
             at += below
     if case.dropped:
@@ -215,10 +215,10 @@ def product_rule(case: Case, drawn: Drawn, logits_BMV):
     """`(node_B, token_B)` by the function under test."""
     rows = len(logits_BMV)
     sampling = SamplingArrays.stack([case.sampling] * rows)
-    vocabulary_K = jnp.asarray(LISTED) if case.trimmed else None
+    vocabulary_U = jnp.asarray(LISTED) if case.trimmed else None
     accept = jax.jit(tree_acceptance.accept_without_replacement)
-    inputs = (drawn.arrays(), jnp.asarray(drawn.q_BSK), logits_BMV, sampling)
-    return jax.device_get(accept(*inputs, row_keys(0, rows), vocabulary_K))
+    inputs = (drawn.arrays(), jnp.asarray(drawn.q_BLU), logits_BMV, sampling)
+    return jax.device_get(accept(*inputs, row_keys(0, rows), vocabulary_U))
 
 
 def reference_rule(case: Case, drawn: Drawn, logits_BMV, **rule):
@@ -236,7 +236,7 @@ def reference_rule(case: Case, drawn: Drawn, logits_BMV, **rule):
         def q_of(node, row=row):
             q_V = np.zeros(VOCAB)
             if node["children"]:
-                q_V[ids] = drawn.q_BSK[row, drawn.slot_BM[row, node["index"]]]
+                q_V[ids] = drawn.q_BLU[row, drawn.slot_BM[row, node["index"]]]
             return q_V
 
         def draw(p):

@@ -40,8 +40,8 @@ def answer_of(rank_ET, confidence_ET, *, top_k: int = 10, among: int = 1) -> Ans
     others = np.log((1 - confidence_ET) / 1000)
     probs = [first] * among + [others] * (top_k - among)
     # A little less from rank to rank: no ties.
-    log_probs_ETK = np.stack(probs, axis=-1) - 1e-3 * np.arange(top_k)
-    return AnswerTrace(0, np.exp(first), (rank_ET == 0).astype(float), log_probs_ETK, rank_ET)
+    log_probs_ETk = np.stack(probs, axis=-1) - 1e-3 * np.arange(top_k)
+    return AnswerTrace(0, np.exp(first), (rank_ET == 0).astype(float), log_probs_ETk, rank_ET)
 
 
 def certain(*accepted, confidence: float = 0.9) -> Trace:

@@ -63,7 +63,7 @@ def test_the_list_is_kept_with_the_draft(draft, answers, monkeypatch, capsys):
     special = tokenizer.special_token_ids()
     assert len(special) == 3
     expected = choose_tokens(np.array(counts), np.zeros(VOCAB, int), special, 40)
-    assert loaded.vocabulary.ids_K.tolist() == expected.tolist()
+    assert loaded.vocabulary.ids_U.tolist() == expected.tolist()
     provenance = loaded.vocabulary.provenance
     assert provenance["answers"] == [str(answers)]
     assert provenance["answer_tokens"] == sum(counts)
@@ -87,7 +87,7 @@ def test_other_text_comes_after_the_answers(draft, answers, tmp_path, monkeypatc
     size = 3 + len(answered) + len(more)
     run(trim.main, monkeypatch, *flags, "--size", size)
     vocabulary = read_vocabulary(listed)
-    assert set(vocabulary.ids_K.tolist()) == {*tokenizer.special_token_ids(), *answered, *more}
+    assert set(vocabulary.ids_U.tolist()) == {*tokenizer.special_token_ids(), *answered, *more}
     assert vocabulary.provenance["listed_from_text"] == len(more)
     assert vocabulary.provenance["text"] == [str(text)]
 

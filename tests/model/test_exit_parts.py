@@ -103,7 +103,7 @@ def test_every_exit_follows_the_definition(tied):
     whole, listed, shared = read_exits(draft, read), read_exits(trimmed, read), []
     for exit_layer in read:
         expected = numpy_exit_logits(draft, states[exit_layer], exit_layer)
-        for found, ids in ((whole, np.arange(64)), (listed, LISTED.ids_K)):
+        for found, ids in ((whole, np.arange(64)), (listed, LISTED.ids_U)):
             np.testing.assert_allclose(found[exit_layer], expected[:, ids], atol=2e-3, rtol=1e-4)
         plain = logits(draft.config, draft.params, states[exit_layer])
         shared.append(np.abs(expected - plain).max())

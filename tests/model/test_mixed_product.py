@@ -33,13 +33,13 @@ def problem(request):
 def test_product_and_gradients_equal_numpy(problem):
     """Only the weight is rounded; its gradient is not."""
     x, w, dy = problem
-    x_MI, dy_MO = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.float32)
-    out_MO, pull = jax.vjp(mixed_product, x_MI, jnp.asarray(w, jnp.float32))
-    dx_MI, dw_OI = jax.jit(pull)(dy_MO)
-    assert (out_MO.dtype, dx_MI.dtype, dw_OI.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-    np.testing.assert_allclose(out_MO, x @ rounded(w).T, rtol=1e-5, atol=1e-4)
+    x_AI, dy_AO = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.float32)
+    out_AO, pull = jax.vjp(mixed_product, x_AI, jnp.asarray(w, jnp.float32))
+    dx_AI, dw_OI = jax.jit(pull)(dy_AO)
+    assert (out_AO.dtype, dx_AI.dtype, dw_OI.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(out_AO, x @ rounded(w).T, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(dw_OI, dy.T @ x, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(np.asarray(dx_MI, float), dy @ rounded(w), rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(dx_AI, float), dy @ rounded(w), rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("out_dtype", [None, jnp.float32])
@@ -63,9 +63,9 @@ def test_rows_and_weights_may_be_split_over_devices():
     inputs = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(dy, jnp.float32)
 
     @jax.jit
-    def gradients(x_MI, w_OI, dy_MO):
-        out_MO, pull = jax.vjp(mixed_product, x_MI, w_OI)
-        return out_MO, *pull(dy_MO)
+    def gradients(x_AI, w_OI, dy_AO):
+        out_AO, pull = jax.vjp(mixed_product, x_AI, w_OI)
+        return out_AO, *pull(dy_AO)
 
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
     specs = PartitionSpec("data"), PartitionSpec("tensor"), PartitionSpec("data", "tensor")
@@ -95,12 +95,12 @@ def products_and_widened(function, *inputs) -> tuple[int, list[str]]:
 def test_no_operand_of_a_training_product_is_widened_on_a_cpu():
     """Products of f32 copies would be right, and half as fast."""
 
-    def gradients(product, x_MI, w_OI, dy_MO):
-        out_MO, pull = jax.vjp(product, x_MI, w_OI)
-        return out_MO, pull(dy_MO)
+    def gradients(product, x_AI, w_OI, dy_AO):
+        out_AO, pull = jax.vjp(product, x_AI, w_OI)
+        return out_AO, pull(dy_AO)
 
-    def plainly(x_MI, w_OI):
-        return plain(x_MI, w_OI.astype(x_MI.dtype))
+    def plainly(x_AI, w_OI):
+        return plain(x_AI, w_OI.astype(x_AI.dtype))
 
     shapes = ((64, 96), jnp.bfloat16), ((128, 96), jnp.float32), ((64, 128), jnp.float32)
     inputs = [jnp.ones(*shape) for shape in shapes]

@@ -46,7 +46,7 @@ def test_answers_are_the_runs_of_counted_positions():
     counted = np.array([0, 1, 1, 0, 0, 1, 1, 1], bool)
     agrees = np.arange(16).reshape(2, 8)
     found = list(answers_of_row(counted, agrees, agrees / 16))
-    assert [answer.agrees_EN.tolist() for answer in found] == [
+    assert [answer.agrees_ET.tolist() for answer in found] == [
         [[1, 2], [9, 10]],
         [[5, 6, 7], [13, 14, 15]],
     ]

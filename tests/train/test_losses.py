@@ -17,12 +17,12 @@ B, T, D, V, E = 3, 7, 5, 11, 3
 EXIT_WEIGHTS = (1.0, 0.5, 2.0)
 
 
-def token_values(learned, fixed, h_EBCD, labels):
-    logits = (h_EBCD @ learned["kernel"].T).astype(jnp.float32)
-    targets_EBC = jnp.broadcast_to(labels.targets_BT[None], logits.shape[:-1])
-    ce_EBC = cross_entropy(jax.nn.log_softmax(logits), targets_EBC)
-    correct_EBC = (jnp.argmax(logits, -1) == targets_EBC).astype(jnp.float32)
-    return {"loss": ce_EBC, "correct": correct_EBC}
+def token_values(learned, fixed, h_EBWD, labels):
+    logits = (h_EBWD @ learned["kernel"].T).astype(jnp.float32)
+    targets_EBW = jnp.broadcast_to(labels.targets_BT[None], logits.shape[:-1])
+    ce_EBW = cross_entropy(jax.nn.log_softmax(logits), targets_EBW)
+    correct_EBW = (jnp.argmax(logits, -1) == targets_EBW).astype(jnp.float32)
+    return {"loss": ce_EBW, "correct": correct_EBW}
 
 
 @pytest.fixture
@@ -126,9 +126,9 @@ def test_only_chunks_that_count_are_read(problem, counted, chunk, expected):
     weights, seen = np.zeros((B, T), np.float32), []
     weights[1, T - counted :] = 1.0
 
-    def counting(learned, fixed, h_EBCD, labels):
+    def counting(learned, fixed, h_EBWD, labels):
         jax.debug.callback(lambda: seen.append(1), ordered=False)
-        return token_values(learned, fixed, h_EBCD, labels)
+        return token_values(learned, fixed, h_EBWD, labels)
 
     labels = labels.replace(weights_BT=jnp.asarray(weights))
     loss, _ = sorted_loss(

@@ -148,8 +148,8 @@ def test_sums_and_gradient_equal_their_definition(chunk):
     scale = jnp.asarray([0.5, 1.5, 0.25], jnp.float32)
     targets, weights = head_targets(jax.tree.map(jnp.asarray, batch), HEADS)
     sums, grads = medusa_gradient(heads, hidden, targets, weights, scale, chunk=chunk)
-    np.testing.assert_allclose(sums.loss_K, loss, rtol=1e-5)
-    np.testing.assert_array_equal(sums.correct_K, correct)
+    np.testing.assert_allclose(sums.loss_Y, loss, rtol=1e-5)
+    np.testing.assert_array_equal(sums.correct_Y, correct)
 
     rng = np.random.default_rng(0)
     direction = {name: rng.normal(size=x.shape) for name, x in heads.items()}
@@ -174,8 +174,8 @@ def test_a_step_reports_the_papers_loss(one_device):
     }
     loss, correct, counted = expected_sums(heads, np.asarray(target_states(batch, params)), batch)
     metrics = one_device[0][0]
-    np.testing.assert_allclose(metrics["loss_K"], loss / counted, rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy_K"], correct / counted, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_Y"], loss / counted, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy_Y"], correct / counted, rtol=1e-5)
     expected = (np.array([0.5, 0.25, 0.125]) * loss / counted).sum()
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["tokens"] == ROWS * 10

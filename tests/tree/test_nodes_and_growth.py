@@ -145,13 +145,13 @@ def _shapes(tree: Tree, start_B):
 def test_ancestors_positions_and_mask(forest):
     """The root ends a text of `start + 1` tokens, so node i sits at cache position `start + i`."""
     found = jax.device_get(_shapes(forest.arrays(), forest.start_B))
-    for row, (seen_MM, positions_M, mask_MC) in enumerate(zip(*found, strict=True)):
+    for row, (seen_MM, positions_M, mask_MS) in enumerate(zip(*found, strict=True)):
         root, start = forest.nested(row, all_nodes=True), int(forest.start_B[row])
         ancestors = reference.ancestors(root)
         assert {i: set(np.flatnonzero(seen_MM[i])) for i in range(NODES)} == ancestors
         assert dict(enumerate(positions_M)) == reference.positions(root, start + 1)
         visible = reference.visible(root, start, CAPACITY)
-        assert dict(enumerate(mask_MC.tolist())) == visible
+        assert dict(enumerate(mask_MS.tolist())) == visible
 
 
 @jax.jit
@@ -160,11 +160,11 @@ def _paths(tree: Tree, node_B):
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _compacted(cache: KVCache, start_B, path_BD, rows):
+def _compacted(cache: KVCache, start_B, path_BY, rows):
     """The same for the first so many rows: how a cache is written depends on their number."""
     keys, values = ([x[:rows] for x in arrays] for arrays in (cache.keys, cache.values))
     few = KVCache(tuple(keys), tuple(values), cache.length_B[:rows])
-    return few.keep_path(start_B[:rows], path_BD[:rows])
+    return few.keep_path(start_B[:rows], path_BY[:rows])
 
 
 @each_forest
@@ -173,18 +173,18 @@ def test_paths_and_what_a_cache_keeps(forest):
     """Rows of different starts, one or four or a hundred of them, keys and values of two layers."""
     rng = np.random.default_rng(forest.seed)
     node_B = rng.integers(NODES, size=ROWS, dtype=np.int32)
-    path_BD = np.asarray(_paths(forest.arrays(), node_B))
+    path_BY = np.asarray(_paths(forest.arrays(), node_B))
     layers = rng.normal(size=(4, ROWS, 2, CAPACITY, 2)).astype(np.float32)
     cache = KVCache((*layers[:2],), (*layers[2:],), np.asarray(forest.start_B))
     expected = layers.copy()
     for row in range(ROWS):
         root = forest.nested(row, all_nodes=True)
         line = reference.padded_line(root, int(node_B[row]), MAX_DEPTH)
-        assert path_BD[row].tolist() == line
+        assert path_BY[row].tolist() == line
         where = reference.compacted(list(range(CAPACITY)), int(forest.start_B[row]), line)
         expected[:, row] = layers[:, row][:, :, where]
     for rows in (1, 4, ROWS):
-        kept = _compacted(cache, forest.start_B, path_BD, rows)
+        kept = _compacted(cache, forest.start_B, path_BY, rows)
         np.testing.assert_array_equal(np.stack((*kept.keys, *kept.values)), expected[:, :rows])
         np.testing.assert_array_equal(kept.length_B, forest.start_B[:rows])
 
@@ -249,11 +249,11 @@ def _drawn_forest(forest: Forest, listed: np.ndarray | None):
     ids = np.arange(VOCAB) if listed is None else listed
     near_BMV = forest.logits_BMV + rng.normal(size=forest.logits_BMV.shape)
     token_BM, valid_BM = forest.token_BM.copy(), forest.valid_BM.copy()
-    q_BMK = np.zeros((ROWS, NODES, len(ids)), np.float32)
+    q_BMU = np.zeros((ROWS, NODES, len(ids)), np.float32)
     for b in range(ROWS):
         for i in range(NODES):
             q = filtered(near_BMV[b, i, ids], sampling[b])
-            q_BMK[b, i] = q
+            q_BMU[b, i] = q
             children = [j for j in range(1, NODES) if forest.parent_BM[b, j] == i]
             with np.errstate(divide="ignore"):
                 order = np.argsort(-(np.log(q) + rng.gumbel(size=len(q))))
@@ -263,12 +263,12 @@ def _drawn_forest(forest: Forest, listed: np.ndarray | None):
                 valid_BM[b, child] &= possible and valid_BM[b, i]
     drawn = dataclasses.replace(forest, token_BM=token_BM, valid_BM=valid_BM, sampling=sampling)
     slot_BM = np.asarray(drawn.arrays().slot_BM)
-    q_BSK = np.full((ROWS, NODES, len(ids)), 0.7, np.float32)  # unused slots mean nothing
+    q_BLU = np.full((ROWS, NODES, len(ids)), 0.7, np.float32)  # unused slots mean nothing
     for b in range(ROWS):
-        q_BSK[b, slot_BM[b][slot_BM[b] >= 0]] = q_BMK[b, slot_BM[b] >= 0]
+        q_BLU[b, slot_BM[b][slot_BM[b] >= 0]] = q_BMU[b, slot_BM[b] >= 0]
     q_BMV = np.zeros((ROWS, NODES, VOCAB))
-    q_BMV[:, :, ids] = q_BMK
-    return drawn, q_BSK, q_BMV
+    q_BMV[:, :, ids] = q_BMU
+    return drawn, q_BLU, q_BMV
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
@@ -276,17 +276,17 @@ def test_acceptance_of_children_drawn_without_replacement(trimmed):
     """Half of the 10,000 trees each: with the q of a whole head, and with that of a trimmed one."""
     places = []
     listed = LISTED if trimmed else None
-    vocabulary_K = jnp.asarray(LISTED) if trimmed else None
+    vocabulary_U = jnp.asarray(LISTED) if trimmed else None
     accept = jax.jit(tree_acceptance.accept_without_replacement)
 
     @settings(each_forest, max_examples=EXAMPLES // 2)
     @given(forest=forests)
     def collect(forest):
         rng = np.random.default_rng(forest.seed)
-        drawn, q_BSK, q_BMV = _drawn_forest(forest, listed)
+        drawn, q_BLU, q_BMV = _drawn_forest(forest, listed)
         sampling = SamplingArrays.stack(drawn.sampling)
-        inputs = (drawn.arrays(), jnp.asarray(q_BSK), drawn.logits_BMV, sampling)
-        outcome = accept(*inputs, _keys(forest), vocabulary_K)
+        inputs = (drawn.arrays(), jnp.asarray(q_BLU), drawn.logits_BMV, sampling)
+        outcome = accept(*inputs, _keys(forest), vocabulary_U)
         for row, (node, token) in enumerate(zip(*map(np.asarray, outcome), strict=True)):
 
             def q_of(node, row=row):

@@ -144,7 +144,7 @@ def test_the_law_of_one_tree(seed):
     def q_of(node):
         q_V = np.zeros(VOCAB)
         if node["children"]:
-            q_V[listed_ids(case)] = drawn.q_BSK[0, drawn.slot_BM[0, node["index"]]]
+            q_V[listed_ids(case)] = drawn.q_BLU[0, drawn.slot_BM[0, node["index"]]]
         return q_V
 
     law = reference.without_replacement_law(root, p_of, q_of)
@@ -176,7 +176,7 @@ def test_a_draft_that_equals_the_target_is_always_accepted():
     case, rows = Case(2), 1000
     drawn = draw_trees(case, np.random.default_rng(1), rows)
     q_V = q_of_case(case, ())
-    drawn.q_BSK[:] = q_V
+    drawn.q_BLU[:] = q_V
     logits_BMV = np.broadcast_to(np.log(q_V).astype(np.float32), (*drawn.token_BM.shape, VOCAB))
     node_B, token_B = product_rule(case, drawn, logits_BMV)
     for row in range(rows):

@@ -247,7 +247,7 @@ def _assert_drawn_from(q, node, number, proposal, row) -> None:
     tokens = [child["token"] for child in node["children"]]
     assert len(set(tokens)) == len(tokens)
     if tokens:
-        kept_q = proposal.draft_probs_BSK[row, proposal.tree.slot_BM[row, node["index"]]]
+        kept_q = proposal.draft_probs_BLU[row, proposal.tree.slot_BM[row, node["index"]]]
         np.testing.assert_allclose(kept_q, q, atol=2e-4)
     for child in node["children"]:
         assert child["exit"] == number

@@ -26,8 +26,8 @@ def test_what_is_written_is_read(ids):
     vocabulary = DraftVocabulary(np.array(sorted(ids)), "abc", {"answers": ["a.jsonl"]})
     raw = json.loads(json.dumps(vocabulary.to_json()))
     again = DraftVocabulary.from_json(raw, "file")
-    np.testing.assert_array_equal(again.ids_K, vocabulary.ids_K)
-    assert again.ids_K.dtype == np.int32
+    np.testing.assert_array_equal(again.ids_U, vocabulary.ids_U)
+    assert again.ids_U.dtype == np.int32
     assert (again.tokens_sha256, again.provenance) == ("abc", {"answers": ["a.jsonl"]})
 
 
@@ -114,7 +114,7 @@ def test_a_list_knows_its_tokenizer():
     """By the listed tokens alone: padding behind them may have any name."""
     tokenizer = tiny_tokenizer(300)
     listed = DraftVocabulary.of_tokenizer([270, 0, 262], tokenizer, {})
-    assert listed.ids_K.tolist() == [0, 262, 270]
+    assert listed.ids_U.tolist() == [0, 262, 270]
     listed.check(300, tokenizer)
     listed.check(300, None)
     with _error("was made for another tokenizer; make the list with this draft"):

@@ -75,7 +75,7 @@ def test_every_exit_reads_the_listed_rows_of_the_head(tied):
     variables = {"params": trimmed.params}
     hiddens = apply(variables, jnp.array([tokens]), exit_layers=(1, 2, 4), method="exit_hiddens")
     for depth, h_1TD in zip((1, 2, 4), hiddens, strict=True):
-        expected = logits(draft.config, draft.params, states[depth])[:, LISTED.ids_K]
+        expected = logits(draft.config, draft.params, states[depth])[:, LISTED.ids_U]
         found = apply(variables, h_1TD, method="logits")[0]
         assert found.shape == (4, LISTED.size)
         np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-4)
@@ -87,11 +87,11 @@ def _request(rows, ids) -> Request:
         sampling=SamplingArrays.stack(rows),
         key_B=jax.vmap(jax.random.key)(jnp.arange(B)),
         max_length_B=jnp.full(B, 99, jnp.int32),
-        stop_ids_BN=jnp.full((B, 1), -1, jnp.int32),
+        stop_ids_BZ=jnp.full((B, 1), -1, jnp.int32),
         exit_threshold_E=jnp.zeros(1),
         max_rounds=jnp.int32(100),
         drafting=DraftingArrays.create(DecodeConfig(), [np.inf] * B, 2, 1),
-        vocabulary_K=jnp.array(ids, jnp.int32),
+        vocabulary_U=jnp.array(ids, jnp.int32),
     )
 
 
@@ -99,15 +99,15 @@ def _request(rows, ids) -> Request:
 def test_the_proposal_by_its_definition(sampled):
     """q is the softmax over the list and 0 elsewhere; id 9, which the target lacks, is never drafted."""
     ids, V, B = [1, 4, 6, 9], 8, 300
-    raw_K = np.array([0.3, 1.0, -0.5, 4.0], np.float32)
+    raw_U = np.array([0.3, 1.0, -0.5, 4.0], np.float32)
     expected_V = np.zeros(V)
-    expected_V[ids[:3]] = np.exp(raw_K[:3]) / np.exp(raw_K[:3]).sum()
+    expected_V[ids[:3]] = np.exp(raw_U[:3]) / np.exp(raw_U[:3]).sum()
     config = ChainConfig(2, V, greedy=False, sampled=sampled)
     request = _request([SamplingParams(temperature=1.0)] * B, ids)
 
     def step(state, tokens_BC, end_B, live_B):
-        logits_BK = fit_draft_logits(jnp.tile(raw_K, (B, 1)), V, request)
-        return logits_BK, jnp.zeros(B, jnp.int32), state
+        logits_BU = fit_draft_logits(jnp.tile(raw_U, (B, 1)), V, request)
+        return logits_BU, jnp.zeros(B, jnp.int32), state
 
     lengths_B, num_draft_B = jnp.ones(B, jnp.int32), jnp.full(B, 2, jnp.int32)
     tokens_BC = jnp.zeros((B, 8), jnp.int32)
@@ -122,7 +122,7 @@ def test_the_proposal_by_its_definition(sampled):
     q_BGV = np.asarray(proposal.draft_probs_BGV)
     np.testing.assert_allclose(q_BGV, np.broadcast_to(expected_V, (B, 2, V)), atol=1e-6)
     assert (q_BGV[:, :, [0, 2, 3, 5, 7]] == 0).all()
-    unsure = fit_draft_logits(jnp.array(raw_K)[None], V, request)
+    unsure = fit_draft_logits(jnp.array(raw_U)[None], V, request)
     assert float(confidence(unsure)[0]) == pytest.approx(expected_V.max(), abs=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_greedy_equals_the_width_matched_reference(policy, batch, tied):
     result = decoder.generate(PROMPTS[:batch], GREEDY)
     assert result.token_ids == reference.generate(PROMPTS[:batch], GREEDY).token_ids
     assert result.stats.accepted_tokens > 0
-    unlisted = set(range(64)) - set(LISTED.ids_K.tolist())
+    unlisted = set(range(64)) - set(LISTED.ids_U.tolist())
     # The list matters here: the target writes tokens that the draft cannot propose.
     assert batch == 1 or unlisted & {i for ids in result.token_ids for i in ids}
 
@@ -238,7 +238,7 @@ def test_tokens_beside_a_sharded_target_equal_those_of_one_device():
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_export_keeps_the_list_and_whole_weights(tied, tmp_path):
     draft = _noisy(_target(tie_embeddings=tied))
-    listed = DraftVocabulary(LISTED.ids_K, None, {"answers": ["a.jsonl"]})
+    listed = DraftVocabulary(LISTED.ids_U, None, {"answers": ["a.jsonl"]})
     export_draft(with_trimmed_head(draft, listed), tmp_path / "trimmed", {})
     export_draft(draft, tmp_path / "whole", {})
     for name in ("model.safetensors", "config.json", "exit_01/model.safetensors"):

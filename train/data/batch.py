@@ -7,15 +7,15 @@ import jax
 
 
 class TopK(flax.struct.PyTreeNode):
-    """The K most probable tokens of a teacher at every position.
+    """The k most probable tokens of a teacher at every position.
 
     Attributes:
-        ids_BTK: int32.
-        log_probs_BTK: f32, of the teacher's whole distribution.
+        ids_BTk: int32.
+        log_probs_BTk: f32, of the teacher's whole distribution.
     """
 
-    ids_BTK: jax.Array
-    log_probs_BTK: jax.Array
+    ids_BTk: jax.Array
+    log_probs_BTk: jax.Array
 
 
 class Batch(flax.struct.PyTreeNode):

@@ -14,11 +14,11 @@ _TINY = 1e-7
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """`-log softmax(logits)[target]` in nats; f32 `[..., N]`.
+    """`-log softmax(logits)[target]` in nats; f32 `[..., W]`.
 
     Args:
-        logits: f32 `[..., N, K]`.
-        targets: int32 `[N]` or with more of the leading axes, in [0, K).
+        logits: f32 `[..., W, U]`.
+        targets: int32 `[W]` or with more of the leading axes, in [0, U).
     """
     targets = jnp.broadcast_to(targets, logits.shape[:-1])[..., None]
     target_logit = jnp.take_along_axis(logits, targets, axis=-1, mode="clip")[..., 0]
@@ -26,7 +26,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def divergence(kind: Divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """How far the draft's q is from the teacher's p, over K outcomes; f32 `[...]`.
+    """How far the draft's q is from the teacher's p, over the same outcomes; f32 `[...]`.
 
     - forward_kl: `sum p (log p - log q)`, in nats (Hinton et al. 2015 without its temperature; DistillSpec, Zhou et al. 2023,
       arXiv 2310.08461, table 1).
@@ -35,7 +35,7 @@ def divergence(kind: Divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Arra
       theorem 3.5).
 
     Args:
-        log_p, log_q: f32 `[..., K]` log-probabilities; -inf is probability 0.
+        log_p, log_q: f32 `[..., outcomes]` log-probabilities; -inf is probability 0.
     """
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if kind == "tvd":
@@ -47,9 +47,9 @@ def divergence(kind: Divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Arra
 
 
 def with_rest(log_probs: jax.Array) -> jax.Array:
-    """Adds one outcome for all tokens that are not among the K given: `[..., K]` -> `[..., K + 1]`.
+    """Adds one outcome for all tokens that are not among the k given: `[..., k]` -> `[..., k + 1]`.
 
-    Lumping outcomes together never increases an f-divergence, so divergences over the top K and the rest are lower bounds of
+    Lumping outcomes together never increases an f-divergence, so divergences over the top k and the rest are lower bounds of
     those over the whole vocabulary (the data-processing inequality; Csiszar 1967).
     """
     total = jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
@@ -58,16 +58,16 @@ def with_rest(log_probs: jax.Array) -> jax.Array:
 
 
 def at_tokens(log_q: jax.Array, ids: jax.Array) -> jax.Array:
-    """`log q` at the listed ids `[..., K]`."""
+    """`log q` at the listed ids `[..., k]`."""
     return jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
 
 
 def restricted(log_probs: jax.Array, known: jax.Array) -> jax.Array:
-    """Top-K log-probabilities and their rest, without the tokens that the draft's list lacks, adding up to 1 again.
+    """Top-k log-probabilities and their rest, without the tokens that the draft's list lacks, adding up to 1 again.
 
     Args:
-        log_probs: f32 `[..., K + 1]`, the last entry the rest.
-        known: bool `[..., K]`, True where the draft's list has the token.
+        log_probs: f32 `[..., k + 1]`, the last entry the rest.
+        known: bool `[..., k]`, True where the draft's list has the token.
     """
     kept = jnp.where(known, log_probs[..., :-1], -jnp.inf)
     kept = jnp.concatenate([kept, log_probs[..., -1:]], axis=-1)

@@ -34,7 +34,7 @@ class Reading:
         exit_layers, parts: where it is read, and what exits have of their own.
         objective: what the exits learn.
         teachers: shapes of the teachers that run in every step.
-        vocabulary_K: int32, the list of tokens that heads are read over; None for all.
+        vocabulary_U: int32, the list of tokens that heads are read over; None for all.
     """
 
     model: ModelConfig
@@ -43,7 +43,7 @@ class Reading:
     parts: ExitParts = ExitParts()
     objective: ObjectiveSection = ObjectiveSection()
     teachers: tuple[ModelConfig, ...] = ()
-    vocabulary_K: np.ndarray | None = None
+    vocabulary_U: np.ndarray | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, dtype: Any = jnp.float32) -> Reading:
@@ -53,21 +53,21 @@ class Reading:
     @property
     def transformer(self) -> Transformer:
         """The draft; its head is over the list where there is one."""
-        size = None if self.vocabulary_K is None else len(self.vocabulary_K)
+        size = None if self.vocabulary_U is None else len(self.vocabulary_U)
         return Transformer(self.model, self.dtype, trimmed_head_size=size, parts=self.parts)
 
     def head_params(self, params: Params) -> Params:
         """What `logits` needs of the draft's parameters, with the listed rows of the heads where there is a list."""
         table = shared_head(self.model).ours[0]
         own = {name: value for name, value in params.items() if name.startswith(_OWN)}
-        if self.vocabulary_K is None:
+        if self.vocabulary_U is None:
             return {"final_norm": params["final_norm"], table: params[table], **own}
         heads = {TRIMMED_HEAD: get_weight(params, shared_head(self.model))}
         for name in [name for name in own if name.startswith(EXIT_HEADS)]:
             heads[TRIMMED + name] = own.pop(name)["kernel"]
-        ids_K = jnp.asarray(self.vocabulary_K)
+        ids_U = jnp.asarray(self.vocabulary_U)
         rows = {
-            name: {"kernel": jnp.take(head_VD, ids_K, axis=0, mode="clip")}
+            name: {"kernel": jnp.take(head_VD, ids_U, axis=0, mode="clip")}
             for name, head_VD in heads.items()
         }
         return {"final_norm": params["final_norm"], **own, **rows}
@@ -89,107 +89,107 @@ class Reading:
         """Reads a running teacher."""
         return Reading.of(self.teachers[index], jnp.dtype(self.objective.teacher_dtype))
 
-    def losses(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
-        """The `TokenFunction` of training: `loss`, `ce`, `correct`, and with teachers `divergence`, each `[E, B, C]`.
+    def losses(self, learned, fixed, h_EBWD: jax.Array, labels: Labels) -> TokenValues:
+        """The `TokenFunction` of training: `loss`, `ce`, `correct`, and with teachers `divergence`, each `[E, B, W]`.
 
         Args:
             learned, fixed: two halves of the head parameters; fixed also holds those of the teachers.
         """
         objective = self.objective
         head = join_params(learned, fixed["head"])
-        targets_BC, listed_BC = self._indices(labels.targets_BT)
+        targets_BW, listed_BW = self._indices(labels.targets_BT)
         read = zip(labels.teachers, fixed["teachers"], strict=True)
         teachers = [self._distribution(i, *pair) for i, pair in enumerate(read)]
-        logits_BECK = self._exit_logits(head, h_EBCD)
-        total_BEC = jax.nn.logsumexp(logits_BECK, axis=-1)
-        ce_BEC = cross_entropy(logits_BECK, targets_BC[:, None, :])
+        logits_BEWU = self._exit_logits(head, h_EBWD)
+        total_BEW = jax.nn.logsumexp(logits_BEWU, axis=-1)
+        ce_BEW = cross_entropy(logits_BEWU, targets_BW[:, None, :])
         # No token has a smaller one. An argmax takes XLA's CPU backend ten times as long as a maximum.
-        best_BEC = ce_BEC <= total_BEC - jnp.max(logits_BECK, axis=-1)
-        ce_BEC = jnp.where(listed_BC[:, None, :], ce_BEC, 0.0)
-        correct_BEC = (listed_BC[:, None, :] & best_BEC).astype(jnp.float32)
+        best_BEW = ce_BEW <= total_BEW - jnp.max(logits_BEWU, axis=-1)
+        ce_BEW = jnp.where(listed_BW[:, None, :], ce_BEW, 0.0)
+        correct_BEW = (listed_BW[:, None, :] & best_BEW).astype(jnp.float32)
         values: dict[str, Any] = {
-            "loss": objective.ce_weight * ce_BEC,
-            "ce": ce_BEC,
-            "correct": correct_BEC,
+            "loss": objective.ce_weight * ce_BEW,
+            "ce": ce_BEW,
+            "correct": correct_BEW,
         }
         if teachers:
-            log_q_BECK = logits_BECK - total_BEC[..., None]
-            apart_BEC = sum(self._apart(of, log_q_BECK) for of in teachers) / len(teachers)
-            values["divergence"] = apart_BEC
-            values["loss"] = values["loss"] + objective.distill_weight * apart_BEC
-        return {name: jnp.swapaxes(value_BEC, 0, 1) for name, value_BEC in values.items()}
+            log_q_BEWU = logits_BEWU - total_BEW[..., None]
+            apart_BEW = sum(self._apart(of, log_q_BEWU) for of in teachers) / len(teachers)
+            values["divergence"] = apart_BEW
+            values["loss"] = values["loss"] + objective.distill_weight * apart_BEW
+        return {name: jnp.swapaxes(value_BEW, 0, 1) for name, value_BEW in values.items()}
 
-    def _apart(self, teacher, log_q_BECK: jax.Array) -> jax.Array:
-        """How far each exit is from a teacher, f32 `[B, E, C]`."""
+    def _apart(self, teacher, log_q_BEWU: jax.Array) -> jax.Array:
+        """How far each exit is from a teacher, f32 `[B, E, W]`."""
         exits = [
-            divergence(self.objective.divergence, *teacher(log_q_BECK[:, e]))
+            divergence(self.objective.divergence, *teacher(log_q_BEWU[:, e]))
             for e in range(len(self.exit_layers))
         ]
         return jnp.stack(exits, axis=1)
 
-    def watched(self, learned, fixed, h_EBCD: jax.Array, labels: Labels) -> TokenValues:
-        """The `TokenFunction` of evaluation, `[E, B, C]`: `ce`, `confidence`, and `best`, the token drafted (int32)."""
+    def watched(self, learned, fixed, h_EBWD: jax.Array, labels: Labels) -> TokenValues:
+        """The `TokenFunction` of evaluation, `[E, B, W]`: `ce`, `confidence`, and `best`, the token drafted (int32)."""
         values: dict[str, list[jax.Array]] = {"ce": [], "confidence": [], "best": []}
-        targets_BC, listed_BC = self._indices(labels.targets_BT)
-        for exit_layer, h_BCD in zip(self.exit_layers, h_EBCD, strict=True):
-            logits_BCK = self.logits(learned, h_BCD, exit_layer)
-            log_q_BCK = jax.nn.log_softmax(logits_BCK, axis=-1)
-            best_BC = jnp.argmax(logits_BCK, axis=-1).astype(jnp.int32)
-            if self.vocabulary_K is not None:
-                best_BC = jnp.asarray(self.vocabulary_K)[best_BC]
-            values["ce"].append(jnp.where(listed_BC, cross_entropy(logits_BCK, targets_BC), 0.0))
-            values["confidence"].append(jnp.exp(jnp.max(log_q_BCK, axis=-1)))
-            values["best"].append(best_BC)
+        targets_BW, listed_BW = self._indices(labels.targets_BT)
+        for exit_layer, h_BWD in zip(self.exit_layers, h_EBWD, strict=True):
+            logits_BWU = self.logits(learned, h_BWD, exit_layer)
+            log_q_BWU = jax.nn.log_softmax(logits_BWU, axis=-1)
+            best_BW = jnp.argmax(logits_BWU, axis=-1).astype(jnp.int32)
+            if self.vocabulary_U is not None:
+                best_BW = jnp.asarray(self.vocabulary_U)[best_BW]
+            values["ce"].append(jnp.where(listed_BW, cross_entropy(logits_BWU, targets_BW), 0.0))
+            values["confidence"].append(jnp.exp(jnp.max(log_q_BWU, axis=-1)))
+            values["best"].append(best_BW)
         return {name: jnp.stack(value) for name, value in values.items()}
 
-    def logits(self, head: Params, h_BCD: jax.Array, exit_layer: int) -> jax.Array:
-        """f32 `[B, C, K]` of an exit."""
-        return apply_model(self.transformer, head, "logits", h_BCD, exit_layer=exit_layer)
+    def logits(self, head: Params, h_BWD: jax.Array, exit_layer: int) -> jax.Array:
+        """f32 `[B, W, U]` of an exit."""
+        return apply_model(self.transformer, head, "logits", h_BWD, exit_layer=exit_layer)
 
-    def _exit_logits(self, head: Params, h_EBCD: jax.Array) -> jax.Array:
-        """f32 `[B, E, C, K]`; what exits share is multiplied at once, for larger products are faster.
+    def _exit_logits(self, head: Params, h_EBWD: jax.Array) -> jax.Array:
+        """f32 `[B, E, W, U]`; what exits share is multiplied at once, for larger products are faster.
 
         The batch comes first: it is split over devices, and stays so when all but the last axis become one.
         """
         if not self.parts.exits:
-            return self.logits(head, jnp.swapaxes(h_EBCD, 0, 1), self.exit_layers[-1])
-        each = zip(self.exit_layers, h_EBCD, strict=True)
-        return jnp.stack([self.logits(head, h_BCD, exit_layer) for exit_layer, h_BCD in each], 1)
+            return self.logits(head, jnp.swapaxes(h_EBWD, 0, 1), self.exit_layers[-1])
+        each = zip(self.exit_layers, h_EBWD, strict=True)
+        return jnp.stack([self.logits(head, h_BWD, exit_layer) for exit_layer, h_BWD in each], 1)
 
     def _indices(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where the head's entries have these tokens, and whether they have them at all."""
-        if self.vocabulary_K is None:
+        if self.vocabulary_U is None:
             return ids, jnp.ones_like(ids, dtype=bool)
         index_V = np.full(self.model.vocab_size, -1, np.int32)
-        index_V[self.vocabulary_K] = np.arange(len(self.vocabulary_K), dtype=np.int32)
+        index_V[self.vocabulary_U] = np.arange(len(self.vocabulary_U), dtype=np.int32)
         found = jnp.take(jnp.asarray(index_V), ids, mode="fill", fill_value=-1)
         return jnp.maximum(found, 0), found >= 0
 
     def _distribution(self, index: int, values: Any, head: Params):
-        """A function from the draft's `log_q_BCK` to `(log_p, log_q)` over the same outcomes."""
+        """A function from the draft's `log_q_BWU` to `(log_p, log_q)` over the same outcomes."""
         if isinstance(values, TopK):
             return self._of_top_k(values)
         teacher = self.teacher(index)
-        logits_BCV = teacher.logits(head, values, teacher.exit_layers[0])
-        if self.vocabulary_K is not None:
-            logits_BCV = jnp.take(logits_BCV, jnp.asarray(self.vocabulary_K), axis=-1, mode="clip")
+        logits_BWU = teacher.logits(head, values, teacher.exit_layers[0])
+        if self.vocabulary_U is not None:
+            logits_BWU = jnp.take(logits_BWU, jnp.asarray(self.vocabulary_U), axis=-1, mode="clip")
 
-        def both(log_q_BCK):
+        def both(log_q_BWU):
             # Models of one tokenizer pad their tables differently; the common entries are the tokens.
-            common = min(logits_BCV.shape[-1], log_q_BCK.shape[-1])
-            cut = (jax.nn.log_softmax(x[..., :common], axis=-1) for x in (logits_BCV, log_q_BCK))
+            common = min(logits_BWU.shape[-1], log_q_BWU.shape[-1])
+            cut = (jax.nn.log_softmax(x[..., :common], axis=-1) for x in (logits_BWU, log_q_BWU))
             return tuple(cut)
 
         return both
 
     def _of_top_k(self, stored: TopK):
-        index_BCk, known_BCk = self._indices(stored.ids_BTK)
-        log_p_BCk = with_rest(stored.log_probs_BTK)
-        if self.vocabulary_K is not None:
-            log_p_BCk = restricted(log_p_BCk, known_BCk)
+        index_BWk, known_BWk = self._indices(stored.ids_BTk)
+        log_p_BWk = with_rest(stored.log_probs_BTk)
+        if self.vocabulary_U is not None:
+            log_p_BWk = restricted(log_p_BWk, known_BWk)
 
-        def both(log_q_BCK):
-            log_q_BCk = jnp.where(known_BCk, at_tokens(log_q_BCK, index_BCk), -jnp.inf)
-            return log_p_BCk, with_rest(log_q_BCk)
+        def both(log_q_BWU):
+            log_q_BWk = jnp.where(known_BWk, at_tokens(log_q_BWU, index_BWk), -jnp.inf)
+            return log_p_BWk, with_rest(log_q_BWk)
 
         return both

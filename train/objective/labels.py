@@ -8,9 +8,9 @@ from typing import Any
 import flax.struct
 import jax
 
-# Values of some positions by name, each [E, B, C] with one entry per exit; "loss" is what training minimises.
+# Values of some positions by name, each [E, B, W] with one entry per exit; "loss" is what training minimises.
 TokenValues = dict[str, jax.Array]
-# (learned, fixed, h_EBCD, labels of [B, C]) -> values of these positions
+# (learned, fixed, h_EBWD, labels of [B, W]) -> values of these positions
 TokenFunction = Callable[[Any, Any, jax.Array, "Labels"], TokenValues]
 
 

@@ -46,11 +46,11 @@ def sorted_loss(
     """
     shares = tuple(weight / sum(exit_weights) for weight in exit_weights)
 
-    def chunk_loss(learned, h_EBCD, fixed, labels):
-        values = token_values(learned, fixed, h_EBCD, labels)
+    def chunk_loss(learned, h_EBWD, fixed, labels):
+        values = token_values(learned, fixed, h_EBWD, labels)
         sums = {
-            name: jnp.sum(value_EBC * labels.weights_BT[None], axis=(1, 2))
-            for name, value_EBC in values.items()
+            name: jnp.sum(value_EBW * labels.weights_BT[None], axis=(1, 2))
+            for name, value_EBW in values.items()
         }
         return jnp.sum(sums["loss"] * jnp.asarray(shares, jnp.float32)), sums
 
@@ -81,13 +81,13 @@ def _value_and_gradients(
     gradient = jax.value_and_grad(chunk_loss, argnums=argnums, has_aux=True)
 
     def step(i, carry):
-        total, sums, learned_grad, hidden_grad_EBSD = carry
-        h_EBCD, piece = walk.take(i, hiddens), walk.labels(i, labels)
-        (value, found), grads = gradient(learned, h_EBCD, fixed, piece)
+        total, sums, learned_grad, hidden_grad_EBCD = carry
+        h_EBWD, piece = walk.take(i, hiddens), walk.labels(i, labels)
+        (value, found), grads = gradient(learned, h_EBWD, fixed, piece)
         if through_hiddens:
-            hidden_grad_EBSD = walk.put(i, hidden_grad_EBSD, grads[1])
+            hidden_grad_EBCD = walk.put(i, hidden_grad_EBCD, grads[1])
         add = jax.tree.map(jnp.add, (total, sums, learned_grad), (value, found, grads[0]))
-        return *add, hidden_grad_EBSD
+        return *add, hidden_grad_EBCD
 
     first = (learned, walk.take(0, hiddens), fixed, walk.labels(0, labels))
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731

@@ -27,14 +27,14 @@ class Watch:
         config: the run.
         held_out: indices of rows.
         make: `indices -> Batch`.
-        expected_RT: int32, what the watched target would write at each position of the held-out rows; None takes the answers'
-            own tokens, which are the same where a target wrote them greedily.
+        expected_tokens: int32, what the watched target would write at each position of the held-out rows; None takes the
+            answers' own tokens, which are the same where a target wrote them greedily.
     """
 
     config: Config
     held_out: np.ndarray
     make: Callable[[np.ndarray], Batch]
-    expected_RT: np.ndarray | None = None
+    expected_tokens: np.ndarray | None = None
 
     def evaluate(self, step: EvalStep, params: Any) -> dict[str, Any] | None:
         """The row of the metrics file for these parameters; None where nothing is held out.
@@ -50,12 +50,12 @@ class Watch:
             ce_E += values["ce"].sum(axis=(1, 2))
             for row in np.flatnonzero(places >= 0):
                 expected_T = tokens_BT[row]
-                if self.expected_RT is not None:
-                    expected_T = self.expected_RT[places[row]]
+                if self.expected_tokens is not None:
+                    expected_T = self.expected_tokens[places[row]]
                 agrees_ET = values["best"][:, row] == expected_T
                 counted_T = weights_BT[row] > 0
                 answers += answers_of_row(counted_T, agrees_ET, values["confidence"][:, row])
-        counted = sum(answer.agrees_EN.shape[1] for answer in answers)
+        counted = sum(answer.agrees_ET.shape[1] for answer in answers)
         if not counted:
             return None
         losses = (ce_E / counted).tolist()

@@ -14,12 +14,12 @@ class HeldOutAnswer:
     """One answer, teacher-forced: every token predicted from the true ones before it.
 
     Attributes:
-        agrees_EN: bool, whether an exit's argmax is what the target writes (its argmax, or else the answer's own token).
-        confidence_EN: f32, the largest probability of each exit.
+        agrees_ET: bool, whether an exit's argmax is what the target writes (its argmax, or else the answer's own token).
+        confidence_ET: f32, the largest probability of each exit.
     """
 
-    agrees_EN: np.ndarray
-    confidence_EN: np.ndarray
+    agrees_ET: np.ndarray
+    confidence_ET: np.ndarray
 
 
 def answers_of_row(
@@ -36,7 +36,7 @@ def answers_of_row(
         yield HeldOutAnswer(agrees_ET[:, start:stop], confidence_ET[:, start:stop])
 
 
-def rounds_of_chain(agrees_N: np.ndarray, draft_tokens: int) -> int:
+def rounds_of_chain(agrees_T: np.ndarray, draft_tokens: int) -> int:
     """Target passes that write an answer when chains of at most `draft_tokens` are drafted; the first token is the prefill's.
 
     Exact for greedy answers: as long as drafted tokens agree, the draft has seen what it sees here.
@@ -45,18 +45,18 @@ def rounds_of_chain(agrees_N: np.ndarray, draft_tokens: int) -> int:
     2
     """
     at, rounds = 1, 0
-    while at < len(agrees_N):
-        window = agrees_N[at : at + draft_tokens]
+    while at < len(agrees_T):
+        window = agrees_T[at : at + draft_tokens]
         accepted = len(window) if window.all() else int(np.argmin(window))
         at, rounds = at + accepted + 1, rounds + 1
     return rounds
 
 
-def exits_taken(confidence_EN: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """The exit `[N]` where each token leaves: the first whose confidence is above its threshold; the last always accepts."""
-    leaves_EN = confidence_EN > np.asarray(thresholds)[:, None]
-    leaves_EN[-1] = True
-    return np.argmax(leaves_EN, axis=0)
+def exits_taken(confidence_ET: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """The exit `[T]` where each token leaves: the first whose confidence is above its threshold; the last always accepts."""
+    leaves_ET = confidence_ET > np.asarray(thresholds)[:, None]
+    leaves_ET[-1] = True
+    return np.argmax(leaves_ET, axis=0)
 
 
 def acceptance(
@@ -72,19 +72,19 @@ def acceptance(
         (shares) and `s2d_mat`. A MAT is None where no answer has two tokens.
     """
     names = [str(layer) for layer in exit_layers]
-    agrees_EN = np.concatenate([answer.agrees_EN for answer in answers], axis=1)
-    taken = [exits_taken(answer.confidence_EN, thresholds) for answer in answers]
+    agrees_ET = np.concatenate([answer.agrees_ET for answer in answers], axis=1)
+    taken = [exits_taken(answer.confidence_ET, thresholds) for answer in answers]
     sorted_agrees = [
-        np.take_along_axis(answer.agrees_EN, exits[None], axis=0)[0]
+        np.take_along_axis(answer.agrees_ET, exits[None], axis=0)[0]
         for answer, exits in zip(answers, taken, strict=True)
     ]
-    shares = np.bincount(np.concatenate(taken), minlength=len(names)) / agrees_EN.shape[1]
+    shares = np.bincount(np.concatenate(taken), minlength=len(names)) / agrees_ET.shape[1]
     per_exit = [
-        mean_acceptance_length([answer.agrees_EN[e] for answer in answers], draft_tokens)
+        mean_acceptance_length([answer.agrees_ET[e] for answer in answers], draft_tokens)
         for e in range(len(names))
     ]
     return {
-        "agreement_per_exit": dict(zip(names, agrees_EN.mean(axis=1).tolist(), strict=True)),
+        "agreement_per_exit": dict(zip(names, agrees_ET.mean(axis=1).tolist(), strict=True)),
         "mat_per_exit": dict(zip(names, per_exit, strict=True)),
         "exit_histogram": dict(zip(names, shares.tolist(), strict=True)),
         "s2d_mat": mean_acceptance_length(sorted_agrees, draft_tokens),
@@ -93,6 +93,6 @@ def acceptance(
 
 def mean_acceptance_length(agrees: Sequence[np.ndarray], draft_tokens: int) -> float | None:
     """Tokens per target pass, the prefill's token and pass left out."""
-    rounds = sum(rounds_of_chain(agrees_N, draft_tokens) for agrees_N in agrees)
-    tokens = sum(max(len(agrees_N) - 1, 0) for agrees_N in agrees)
+    rounds = sum(rounds_of_chain(agrees_T, draft_tokens) for agrees_T in agrees)
+    tokens = sum(max(len(agrees_T) - 1, 0) for agrees_T in agrees)
     return tokens / rounds if rounds else None

@@ -76,7 +76,7 @@ class Run:
         self._step = self.trainer.compile_step(self.state, batch, self.teachers.params)
         self._eval_step = self.trainer.compile_eval(self.state.params, batch.replace(top_k=()))
         make = lambda indices: make_batch(self.rows, indices, self.trainer.batch_sharding)  # noqa: E731
-        self._watch = Watch(self.trainer.config, self.held_out, make, self.teachers.expected_RT)
+        self._watch = Watch(self.trainer.config, self.held_out, make, self.teachers.expected_tokens)
         self._began = time.perf_counter() - self.elapsed
         with self.preemption.listening():
             if self.step == 0:

@@ -166,7 +166,7 @@ def _metrics(config: Config, run_dir: Path, *, last_step: int) -> MetricsFile:
 
 
 def _listed(vocabulary: DraftVocabulary | None) -> np.ndarray | None:
-    return None if vocabulary is None else vocabulary.ids_K
+    return None if vocabulary is None else vocabulary.ids_U
 
 
 def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:

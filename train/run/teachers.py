@@ -104,23 +104,23 @@ def store_top_k(
     batches: Iterator[tuple[np.ndarray, Batch]],
     num_rows: int,
 ) -> None:
-    """Writes the K most probable tokens of a teacher at every counted position, and their log-probabilities in f16.
+    """Writes the k most probable tokens of a teacher at every counted position, and their log-probabilities in f16.
 
     f16 rounds a log-probability of -8 by 0.004, less than bfloat16 teachers do.
     """
-    K, T = config.objective.teacher_top_k, config.data.max_length
+    k, T = config.objective.teacher_top_k, config.data.max_length
     ids = log_probs = None
     if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
         ids, log_probs = (
             np.lib.format.open_memmap(
-                directory / name, mode="w+", dtype=dtype, shape=(num_rows, T, K)
+                directory / name, mode="w+", dtype=dtype, shape=(num_rows, T, k)
             )
             for name, dtype in (("ids.npy", np.int32), ("log_probs.npy", np.float16))
         )
     step = None
     for places, batch in batches:
-        step = step or _compiled(model, config, mesh, batch, lambda reading: _top_k(reading, K))
+        step = step or _compiled(model, config, mesh, batch, lambda reading: _top_k(reading, k))
         values = jax.device_get(step(model.params, batch))
         if ids is not None and log_probs is not None:
             here = places >= 0
@@ -128,11 +128,11 @@ def store_top_k(
             log_probs[places[here]] = values["log_probs"][0][here].astype(np.float16)
 
 
-def _top_k(reading: Reading, K: int) -> TokenFunction:
-    def values(learned, fixed, h_EBCD, labels) -> dict[str, Any]:
+def _top_k(reading: Reading, k: int) -> TokenFunction:
+    def values(learned, fixed, h_EBWD, labels) -> dict[str, Any]:
         (layer,) = reading.exit_layers
-        logits_BCV = reading.logits(learned, h_EBCD[0], layer)
-        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits_BCV, axis=-1), K)
+        logits_BWV = reading.logits(learned, h_EBWD[0], layer)
+        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits_BWV, axis=-1), k)
         return {"ids": ids[None], "log_probs": log_probs[None]}
 
     return values
@@ -175,12 +175,12 @@ class Teachers:
     Attributes:
         models: those that run in every step.
         stored: what was stored of those that do not.
-        expected_RT: int32, what the watched target writes at each position of the held-out rows; None if none is watched.
+        expected_tokens: int32, what the watched target writes at each position of the held-out rows; None if none is watched.
     """
 
     models: tuple[Model, ...] = ()
     stored: tuple[StoredTeacher, ...] = ()
-    expected_RT: np.ndarray | None = None
+    expected_tokens: np.ndarray | None = None
 
     @property
     def shapes(self) -> tuple[ModelConfig, ...]:
@@ -250,8 +250,8 @@ def _found(config: Config, run_dir: Path, models: tuple[Model, ...]) -> Teachers
     objective, file = config.objective, run_dir / _EXPECTED
     count = len(objective.teachers) if objective.teacher_top_k else 0
     stored = tuple(StoredTeacher(run_dir / _STORED.format(i)) for i in range(count))
-    expected_RT = np.load(file) if _watched(config) and file.exists() else None
-    return Teachers(models, stored, expected_RT)
+    expected_tokens = np.load(file) if _watched(config) and file.exists() else None
+    return Teachers(models, stored, expected_tokens)
 
 
 def _watched(config: Config) -> str | None:

@@ -47,14 +47,14 @@ class Trainer:
         model_config: the draft's shape.
         mesh: with axes data, fsdp, tensor; rows are split over the first two.
         teachers: shapes of the targets that run in every step.
-        vocabulary_K: int32, the list of tokens that the draft's heads are read over; None for all.
+        vocabulary_U: int32, the list of tokens that the draft's heads are read over; None for all.
     """
 
     config: Config
     model_config: ModelConfig
     mesh: Mesh
     teachers: tuple[ModelConfig, ...] = ()
-    vocabulary_K: np.ndarray | None = None
+    vocabulary_U: np.ndarray | None = None
 
     @cached_property
     def reading(self) -> Reading:
@@ -67,7 +67,7 @@ class Trainer:
             parts=config.draft.parts,
             objective=config.objective,
             teachers=self.teachers,
-            vocabulary_K=self.vocabulary_K,
+            vocabulary_U=self.vocabulary_U,
         )
 
     @property

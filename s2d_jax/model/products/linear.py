@@ -20,10 +20,12 @@ _FEW_BF16_ROWS = 4
 # Above this many, two int8 digits an activation are more arithmetic than converting the weights.
 _FEW_DIGIT_ROWS = 8
 
-Form = Callable[[Float[Array, "M I"], Any], Float[Array, "M O"]]
+Form = Callable[[Float[Array, "A I"], Any], Float[Array, "A O"]]
 
 
-def linear(x: Float[Array, "*B I"], w: Weight, out_dtype: Any = None) -> Float[Array, "*B O"]:
+def linear(
+    x: Float[Array, "*batch I"], w: Weight, out_dtype: Any = None
+) -> Float[Array, "*batch O"]:
     """Multiplies the last axis of `x` by a weight stored as PyTorch stores it.
 
     Args:
@@ -34,21 +36,21 @@ def linear(x: Float[Array, "*B I"], w: Weight, out_dtype: Any = None) -> Float[A
     Returns:
         Sums that were accumulated in f32, or exactly.
     """
-    out_MO = _product(x.reshape(-1, x.shape[-1]), w)
-    return out_MO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
+    out_AO = _product(x.reshape(-1, x.shape[-1]), w)
+    return out_AO.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
-def _product(x_MI: jax.Array, w: Weight) -> jax.Array:
-    """f32 `[M, O]`."""
-    stored, computed = format_of(w), format_of(x_MI)
+def _product(x_AI: jax.Array, w: Weight) -> jax.Array:
+    """f32 `[A, O]`."""
+    stored, computed = format_of(w), format_of(x_AI)
     if (stored, computed) == ("f32", "bf16"):
-        return mixed_product(x_MI, w)
+        return mixed_product(x_AI, w)
     if not isinstance(w, Int8Weight):
-        w, stored = w.astype(x_MI.dtype), computed
-    forms = {platform: form_of(platform, stored, x_MI.shape[0]) for platform in ("cpu", "tpu")}
+        w, stored = w.astype(x_AI.dtype), computed
+    forms = {platform: form_of(platform, stored, x_AI.shape[0]) for platform in ("cpu", "tpu")}
     if forms["cpu"] is forms["tpu"]:
-        return forms["cpu"](x_MI, w)
-    return jax.lax.platform_dependent(x_MI, w, cpu=forms["cpu"], default=forms["tpu"])
+        return forms["cpu"](x_AI, w)
+    return jax.lax.platform_dependent(x_AI, w, cpu=forms["cpu"], default=forms["tpu"])
 
 
 def format_of(w: Weight) -> str:

@@ -14,7 +14,7 @@ _TRANSPOSED_ROWS = 16
 
 
 @jax.custom_vjp
-def mixed_product(x_MI: Float[Array, "M I"], w_OI: Matrix) -> Float[Array, "M O"]:
+def mixed_product(x_AI: Float[Array, "A I"], w_OI: Matrix) -> Float[Array, "A O"]:
     """`x @ w.T`, the weight rounded to the dtype of `x`; sums in f32.
 
     Its gradients are products of the same precision (Micikevicius et al. 2018, section 3): the gradient of the result is
@@ -22,45 +22,45 @@ def mixed_product(x_MI: Float[Array, "M I"], w_OI: Matrix) -> Float[Array, "M O"
     plain product would widen both operands instead.
 
     Args:
-        x_MI: activations, bf16.
+        x_AI: activations, bf16.
         w_OI: a master weight, f32.
 
     Returns:
         f32.
     """
-    return plain(x_MI, w_OI.astype(x_MI.dtype))
+    return plain(x_AI, w_OI.astype(x_AI.dtype))
 
 
-def _forward(x_MI, w_OI):
-    return mixed_product(x_MI, w_OI), (x_MI, w_OI)
+def _forward(x_AI, w_OI):
+    return mixed_product(x_AI, w_OI), (x_AI, w_OI)
 
 
-def _backward(saved, dy_MO):
-    x_MI, w_OI = saved
-    dy_MO = dy_MO.astype(x_MI.dtype)
-    dx_MI = jnp.matmul(dy_MO, w_OI.astype(x_MI.dtype), preferred_element_type=jnp.float32)
-    dw_OI = jax.lax.platform_dependent(dy_MO, x_MI, cpu=_transposed_first, default=_contract_rows)
-    return dx_MI.astype(x_MI.dtype), dw_OI.astype(w_OI.dtype)
+def _backward(saved, dy_AO):
+    x_AI, w_OI = saved
+    dy_AO = dy_AO.astype(x_AI.dtype)
+    dx_AI = jnp.matmul(dy_AO, w_OI.astype(x_AI.dtype), preferred_element_type=jnp.float32)
+    dw_OI = jax.lax.platform_dependent(dy_AO, x_AI, cpu=_transposed_first, default=_contract_rows)
+    return dx_AI.astype(x_AI.dtype), dw_OI.astype(w_OI.dtype)
 
 
 mixed_product.defvjp(_forward, _backward)
 
 
-def _contract_rows(dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
+def _contract_rows(dy_AO: jax.Array, x_AI: jax.Array) -> jax.Array:
     """`dy.T @ x`, f32 `[O, I]`."""
     rows = (((0,), (0,)), ((), ()))
-    return jax.lax.dot_general(dy_MO, x_MI, rows, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(dy_AO, x_AI, rows, preferred_element_type=jnp.float32)
 
 
-def _transposed_first(dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
+def _transposed_first(dy_AO: jax.Array, x_AI: jax.Array) -> jax.Array:
     """The same, from a transposed copy of `dy`.
 
     XLA sees through a plain transposition and widens the operands. It does not see through one that is cut in two with a
     barrier, and then takes the bf16 product.
     """
-    missing = -dy_MO.shape[0] % _TRANSPOSED_ROWS
-    dy_MO, x_MI = (jnp.pad(a, ((0, missing), (0, 0))) for a in (dy_MO, x_MI))
-    rows, channels = dy_MO.shape
-    blocks = dy_MO.reshape(rows // _TRANSPOSED_ROWS, _TRANSPOSED_ROWS, channels)
-    dy_OM = jax.lax.optimization_barrier(blocks.transpose(2, 0, 1)).reshape(channels, rows)
-    return jnp.matmul(dy_OM, x_MI, preferred_element_type=jnp.float32)
+    missing = -dy_AO.shape[0] % _TRANSPOSED_ROWS
+    dy_AO, x_AI = (jnp.pad(a, ((0, missing), (0, 0))) for a in (dy_AO, x_AI))
+    rows, channels = dy_AO.shape
+    blocks = dy_AO.reshape(rows // _TRANSPOSED_ROWS, _TRANSPOSED_ROWS, channels)
+    dy_OA = jax.lax.optimization_barrier(blocks.transpose(2, 0, 1)).reshape(channels, rows)
+    return jnp.matmul(dy_OA, x_AI, preferred_element_type=jnp.float32)

@@ -44,7 +44,7 @@ class Int8Weight(flax.struct.PyTreeNode):
 # What a model is given may be NumPy arrays where nothing is jitted.
 Matrix = Float[Array | np.ndarray, "O I"]
 Weight = Matrix | Int8Weight
-Indices = Int[Array | np.ndarray, "*B"]
+Indices = Int[Array | np.ndarray, "*batch"]
 
 
 def check_weight_format(weight_format: str) -> None:
@@ -124,7 +124,7 @@ def dequantise(weight: Int8Weight) -> Matrix:
     return weight.values.astype(jnp.float32) * weight.scale[:, None]
 
 
-def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*B I"] | Int8Weight:
+def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*batch I"] | Int8Weight:
     """Some output channels of a weight, in its own format. Indices beyond the end read the last one.
 
     Args:
@@ -134,7 +134,7 @@ def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*B I"] | Int8Weigh
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), weight)
 
 
-def embed(weight: Weight, tokens: Indices) -> Float[Array, "*B I"]:
+def embed(weight: Weight, tokens: Indices) -> Float[Array, "*batch I"]:
     """Rows of an embedding table as vectors: f32 from an int8 table, else the table's dtype."""
     found = take_rows(weight, tokens)
     if not isinstance(found, Int8Weight):
