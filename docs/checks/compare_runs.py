@@ -9,14 +9,20 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from s2d_jax.cli.figures import save_figure
+from s2d_jax.cli.figures import exit_styles, legend_below, save_figure
 from s2d_jax.cli.screen import screen
 
-PANELS = (("agreement_per_exit", "held-out agreement"), ("mat_per_exit", "chain MAT implied by it"))
-STYLES = ("-", "--", ":", "-.")
+PANELS = (
+    ("agreement_per_exit", "held-out agreement with the target", "share of tokens"),
+    ("mat_per_exit", "chain MAT implied by it", "tokens per target pass"),
+)
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
 
 def held_out(run_dir: Path) -> list[dict]:
@@ -31,19 +37,28 @@ def exits_of(runs: dict[str, list[dict]]) -> list[int]:
 
 
 def curves(runs: dict[str, list[dict]]) -> Figure:
+    """Colours are exits, as in the pictures of each run; dashes are runs."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    exits = exits_of(runs)
-    for axes, (key, title) in zip(figure.subplots(1, 2), PANELS, strict=True):
-        for number, (name, rows) in enumerate(runs.items()):
-            for exit_layer, style in zip(exits, STYLES, strict=False):
-                if str(exit_layer) in rows[0][key]:
-                    values = [row[key][str(exit_layer)] for row in rows]
+    exits = exit_styles(exits_of(runs))
+    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(runs)}
+    for axes, (key, title, unit) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        for name, rows in runs.items():
+            for layer, style in exits.items():
+                if str(layer) in rows[0][key]:
+                    values = np.array([row[key][str(layer)] for row in rows], float)
                     steps = [row["step"] for row in rows]
-                    label = f"{name}, exit {exit_layer}"
-                    axes.plot(steps, values, style, color=f"C{number}", label=label)
-        axes.set_xlabel("step")
-        axes.set_title(title)
-    figure.axes[1].legend(fontsize=8)
+                    every = -(-len(steps) // 12)
+                    line = {**style, "linestyle": dashes[name], "markevery": every}
+                    axes.plot(steps, values, **line, markersize=4)
+        axes.set(xlabel="step", ylabel=unit, title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+    handles = [Line2D([], [], **style, label=f"exit {layer}") for layer, style in exits.items()]
+    handles += [
+        Line2D([], [], color="black", linestyle=style, label=name) for name, style in dashes.items()
+    ]
+    legend_below(figure, handles)
     return figure
 
 
@@ -69,7 +84,8 @@ def table(runs: dict[str, list[dict]]) -> Table:
     return shown
 
 
-named = dict(word.split("=", 1) for word in sys.argv[2:])
-found = {name: held_out(Path(run_dir)) for name, run_dir in named.items()}
-screen().print(table(found))
-save_figure(curves(found), Path(sys.argv[1]))
+if __name__ == "__main__":
+    named = dict(word.split("=", 1) for word in sys.argv[2:])
+    found = {name: held_out(Path(run_dir)) for name, run_dir in named.items()}
+    screen().print(table(found))
+    save_figure(curves(found), Path(sys.argv[1]))

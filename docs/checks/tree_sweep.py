@@ -18,6 +18,7 @@ from pathlib import Path
 
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.progress import TextColumn
 from rich.table import Table
 
@@ -26,7 +27,15 @@ from infer.bench.methods import BASELINE, Method, build_methods, check_trees, pa
 from s2d_jax import SamplingParams, SpeculativeDecoder, use_compile_cache
 from s2d_jax.cli.command import check_writable, run_command_line
 from s2d_jax.cli.environment import environment
-from s2d_jax.cli.figures import save_figure
+from s2d_jax.cli.figures import (
+    COLOURS,
+    MARKED,
+    legend_below,
+    log_ticks,
+    ratio_scale,
+    save_figure,
+    wrapped,
+)
 from s2d_jax.cli.loading import load_listed_draft, load_target
 from s2d_jax.cli.options import DraftingOptions, LoadingOptions, SamplingOptions, parse_numbers
 from s2d_jax.cli.prompts import read_questions
@@ -303,28 +312,39 @@ def markdown(args: Args, rows: Sequence[Row], verdict: Sequence[str]) -> str:
 
 
 def figure(args: Args, rows: Sequence[Row]) -> Figure:
-    """Speedup and MAT over the nodes; dashed, the chains."""
+    """Speedup and MAT over the nodes; dashed, the chains; dotted, plain decoding."""
     made = Figure(figsize=(9, 4), layout="constrained")
     trees = [row for row in rows if row.tree]
     chains = [row for row in rows if not row.tree and row.depth]
-    panels = (("speedup", "speedup"), ("mat", "mean acceptance length"))
-    for axes, (field, name) in zip(made.subplots(1, 2), panels, strict=True):
+    panels = (
+        ("speedup", "speedup", "times plain decoding's tokens per second"),
+        ("mat", "mean acceptance length (MAT)", "tokens per target pass"),
+    )
+    for axes, (field, name, unit) in zip(made.subplots(1, 2), panels, strict=True):
         values = [getattr(row, field) for row in trees]
-        axes.plot([row.nodes for row in trees], values, marker="o", label="tree")
-        for row, value in zip(trees, values, strict=True):
-            axes.annotate(f"{value:.2f}", (row.nodes, value), (0, 5), textcoords="offset points")
+        axes.plot([row.nodes for row in trees], values, color=COLOURS[0], marker="o")
         if chains:
             # In the left picture the fastest chain, in the right one the chain as deep as the tree, if it was measured.
             equal = [row for row in chains if row.depth == args.drafting.tree_depth]
             fastest = max(chains, key=lambda row: row.speedup)
             chain = equal[0] if field == "mat" and equal else fastest
-            label = f"chain of {chain.depth} tokens"
-            axes.axhline(getattr(chain, field), color="tab:orange", linestyle="--", label=label)
-        axes.set_xlabel("nodes that the target verifies")
-        axes.set_title(name)
+            axes.axhline(getattr(chain, field), color=COLOURS[2], linestyle="--")
+            name += f"\n(chain: {chain.depth} tokens)"
+        axes.axhline(1.0, color=MARKED, linestyle=":")
+        axes.set(xlabel="nodes that the target verifies", ylabel=unit, title=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(y=0.15)
-        axes.legend(fontsize=7)
-    made.suptitle(title_of(args))
+        axes.set_yscale(ratio_scale(values))
+        log_ticks(axes.yaxis)
+        axes.grid(alpha=0.3)
+    panel = made.axes[0]
+    made.suptitle(wrapped(title_of(args), 90))
+    lines = (
+        ("tree", COLOURS[0], "o-"),
+        ("chain", COLOURS[2], "--"),
+        ("plain decoding", MARKED, ":"),
+    )
+    legend_below(made, [panel.plot([], [], s, color=c, label=name)[0] for name, c, s in lines])
     return made
 
 

@@ -152,7 +152,7 @@ def bench(args: Args) -> None:
     write_report(args.out, environment(dtype), settings, rows)
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_text(args.out / "samples.jsonl", "".join(lines))
-    write_plots(args.out, rows)
+    write_plots(args.out, rows, draft.draft_config.exit_layers if draft else ())
     show_report(screen(), settings, rows)
 
 

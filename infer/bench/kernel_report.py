@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
-from s2d_jax.files import write_text, written_whole
+from s2d_jax.cli.figures import Style, legend_below, line_styles, log_ticks, save_figure
+from s2d_jax.files import write_text
 
 Report = dict[str, Any]
 
@@ -20,10 +21,7 @@ def write_kernels(directory: Path, report: Report) -> None:
     """Writes kernels.json, kernels.md and kernels.png, each whole or not at all."""
     write_text(directory / "kernels.json", json.dumps(report, indent=2) + "\n")
     write_text(directory / "kernels.md", _markdown(report))
-    figure = _plot(report)
-    FigureCanvasAgg(figure)
-    with written_whole(directory / "kernels.png") as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    save_figure(kernels_figure(report), directory / "kernels.png")
 
 
 def show_kernels(console: Console, report: Report) -> None:
@@ -84,24 +82,40 @@ def _markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _plot(report: Report) -> Figure:
+def kernels_figure(report: Report) -> Figure:
+    """Milliseconds over rows: a panel per format, a line per form, stars on what `linear` uses."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     formats = list(dict.fromkeys(row["format"] for row in report["rows"]))
-    for axes, weight_format in zip(
-        figure.subplots(1, len(formats), sharey=True), formats, strict=True
-    ):
+    styles = line_styles(dict.fromkeys(row["form"] for row in report["rows"]))
+    panels = figure.subplots(1, len(formats), sharey=True, squeeze=False)[0]
+    for axes, weight_format in zip(panels, formats, strict=True):
         own = [row for row in report["rows"] if row["format"] == weight_format]
-        counts = sorted({row["rows"] for row in own})
         for form in dict.fromkeys(row["form"] for row in own):
             line = [row for row in own if row["form"] == form]
             columns = [[row[key] for row in line] for key in ("rows", "milliseconds")]
-            axes.plot(*columns, marker=".", label=form)
+            axes.plot(*columns, **styles[form], markersize=4)
         picked = [row for row in own if row["picked"]]
-        counts_ms = [[row[key] for row in picked] for key in ("rows", "milliseconds")]
-        axes.scatter(*counts_ms, marker="*", s=120, color="black", zorder=3, label="linear")
-        axes.set(xscale="log", yscale="log", title=weight_format, xlabel="rows")
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
-        axes.legend(fontsize=7)
-    figure.axes[0].set_ylabel("milliseconds")
+        places = [[row[key] for row in picked] for key in ("rows", "milliseconds")]
+        axes.plot(*places, **_PICKED, zorder=3)
+        axes.set(xscale="log", yscale="log", title=weight_format, xlabel="rows of the activations")
+        counts = _apart(sorted({row["rows"] for row in own}))
+        axes.set_xticks(counts, [str(count) for count in counts], fontsize=8)
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("milliseconds")
+    log_ticks(panels[0].yaxis)
+    handles = [Line2D([], [], **style, label=form) for form, style in styles.items()]
+    legend_below(figure, [*handles, Line2D([], [], **_PICKED, label="what linear uses")])
     return figure
+
+
+_PICKED: Style = {"color": "black", "marker": "*", "markersize": 10, "linestyle": ""}
+
+
+def _apart(counts: list[int]) -> list[int]:
+    """Those whose labels do not touch each other on a log axis, the largest first."""
+    kept = counts[-1:]
+    for count in counts[-2::-1]:
+        if 1.3 * count <= kept[-1]:
+            kept.append(count)
+    return kept

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from infer.generate.explain_show import exits_of, round_figure, round_tree, rounds_json, rounds_text
+from infer.generate.explain_show import round_figure, round_tree, rounds_json, rounds_text
 from infer.generate.rounds import Node, Round
 from s2d_jax.cli.figures import save_figure
 from s2d_jax.cli.loading import tokenizer_of
@@ -20,6 +20,7 @@ from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.tree.nodes import Tree
+from s2d_jax.weights.model import Draft
 
 
 def explain(
@@ -42,7 +43,8 @@ def explain(
         console.print(round_tree(round))
     write_text(directory / "trees.txt", rounds_text(rounds))
     write_text(directory / "trees.json", rounds_json(rounds))
-    exits = exits_of(rounds)
+    draft = decoder.draft
+    exits = draft.draft_config.exit_layers if isinstance(draft, Draft) else decoder.exits
     for round in rounds:
         save_figure(round_figure(round, exits), directory / f"round_{round.number}.png")
     console.print(f"{len(rounds)} rounds written to {directory}", soft_wrap=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
+
+from s2d_jax.cli.figures import MARKED, Style, drawable, exit_styles, fonts, legend_below
 
 if TYPE_CHECKING:
     from infer.generate.rounds import Node, Round
@@ -20,12 +23,23 @@ if TYPE_CHECKING:
 TICK, ARROW = "✓", "→"
 # Longer tokens are cut: a line has to hold them beside the branches.
 _LONGEST = 24
-_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
+_LONGEST_DRAWN, _FONT_POINTS, _EDGE_INCHES = 16, 7, 0.5
+_ROOT: Style = {"color": "black", "marker": "o"}
+_OWN: Style = {"color": MARKED, "marker": "*"}
 
 
-def quoted(text: str, longest: int = _LONGEST) -> str:
-    """The token in quotes, so that spaces and line ends are seen."""
-    return repr(text if len(text) <= longest else text[: longest - 1] + "…")
+def quoted(text: str, longest: int = _LONGEST, spelled: Callable[[str], str] = repr) -> str:
+    """The token in quotes, so that spaces and line ends are seen.
+
+    Args:
+        longest: columns of the screen between the quotes; escapes count as they are spelled, wide characters twice.
+        spelled: adds the quotes and the escapes.
+    """
+    shown = spelled(text)
+    while cell_len(shown) > longest + 2:
+        text = text[:-1]
+        shown = spelled(text + "…")
+    return shown
 
 
 def round_tree(round: Round) -> Tree:
@@ -68,50 +82,66 @@ def rounds_json(rounds: Sequence[Round]) -> str:
     return json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
 
 
-def exits_of(rounds: Sequence[Round]) -> list[int]:
-    """Where nodes of these rounds left, ascending."""
-    return sorted({node.exit for round in rounds for node in round.nodes if node.exit is not None})
-
-
 def round_figure(round: Round, exits: Sequence[int]) -> Figure:
-    """The round as a picture: levels from left to right, colours by exit, the accepted path thick.
+    """The round as a picture: levels from left to right, colours and markers by exit, the accepted path thick.
+
+    A column is as wide as its longest text, so that no text reaches the next column; lines begin behind the text.
 
     Args:
-        exits: of all rounds that are shown, so that a colour means the same in each.
+        exits: the draft's, so that a colour means the same in each picture.
     """
     nodes, height_of = round.nodes, _heights(round)
+    own = len(nodes)
     depths = [node.depth for node in nodes]
-    own_depth = depths[round.last_accepted] + (round.own_text is not None)
-    deepest = max(*depths, own_depth)
-    rows = max(height_of.values()) + 1
-    figure = Figure(figsize=(2.2 + 1.7 * deepest, 1.2 + 0.19 * rows), layout="constrained")
-    axes = figure.subplots()
-    for index, node in enumerate(nodes[1:], start=1):
-        ends = (nodes[node.parent].depth, node.depth), (height_of[node.parent], height_of[index])
-        _edge(axes, ends, accepted=node.accepted)
-    colours = {exit: _COLOURS[i % len(_COLOURS)] for i, exit in enumerate(exits)}
-    for index, node in enumerate(nodes):
-        colour = "black" if node.exit is None else colours[node.exit]
-        figures = "" if node.probability is None else f" {node.probability:.2f}"
-        _point(
-            axes,
-            node.depth,
-            height_of[index],
-            colour,
-            quoted(node.text, 12) + figures,
-            node.accepted,
-        )
+    texts = [_caption(node) for node in nodes]
     if round.own_text is not None:
-        height = height_of[len(nodes)]
-        ends = (own_depth - 1, own_depth), (height_of[round.last_accepted], height)
-        _edge(axes, ends, accepted=True)
-        _point(axes, own_depth, height, "tab:red", quoted(round.own_text, 12), True, marker="s")
-    axes.legend(handles=_legend(colours), fontsize=7, loc="upper left")
+        depths.append(depths[round.last_accepted] + 1)
+        texts.append(_spelled(round.own_text))
+    places, width = _columns(depths, texts)
+    width = max(width, 4.8)
+    rows = max(height_of.values()) + 1
+    figure = Figure(figsize=(width, 0.5 + 0.19 * rows), layout="constrained")
+    axes, styles = figure.subplots(), exit_styles(exits)
+    for index, depth in enumerate(depths):
+        node = nodes[index] if index < own else None
+        parent = round.last_accepted if node is None else node.parent
+        accepted = node is None or node.accepted
+        point = places[depth], height_of[index]
+        if index:
+            start = places[depth - 1] + _text_inches(texts[parent])
+            _edge(axes, (start, point[0]), (height_of[parent], point[1]), accepted=accepted)
+        style = _OWN if node is None else _ROOT if node.exit is None else styles[node.exit]
+        axes.plot(*point, **style, markersize=6 if accepted else 4, zorder=3)
+        _text(axes, point, texts[index], bold=accepted)
     axes.set_title(round.title, fontsize=9)
-    axes.set_xlim(-0.2, deepest + 0.7)
-    axes.invert_yaxis()
+    axes.set_xlim(-0.1, width - 0.2)
+    axes.set_ylim(rows - 0.4, -0.6)
     axes.set_axis_off()
+    legend_below(figure, _legend(styles))
     return figure
+
+
+def _columns(depths: list[int], texts: list[str]) -> tuple[list[float], float]:
+    """Where each level begins, and the width of all, in inches."""
+    places = [0.0]
+    for depth in range(max(depths) + 1):
+        own = [text for at, text in zip(depths, texts, strict=True) if at == depth]
+        places.append(places[-1] + max(map(_text_inches, own)) + _EDGE_INCHES)
+    return places, places[-1]
+
+
+def _text_inches(text: str) -> float:
+    """How far a text reaches behind its point. Fonts for wide characters are as wide as two narrow ones, or less."""
+    return 0.15 + cell_len(text) * 0.61 * _FONT_POINTS / 72
+
+
+def _caption(node: Node) -> str:
+    figures = "" if node.probability is None else f" {node.probability:.2f}"
+    return _spelled(node.text) + figures
+
+
+def _spelled(text: str) -> str:
+    return quoted(text, _LONGEST_DRAWN, spelled=lambda text: drawable(repr(text)))
 
 
 def _heights(round: Round) -> dict[int, float]:
@@ -135,37 +165,30 @@ def _heights(round: Round) -> dict[int, float]:
     return heights
 
 
-def _edge(axes, ends, *, accepted: bool) -> None:
-    colour, width = ("tab:green", 3.0) if accepted else ("lightgrey", 0.8)
-    axes.plot(*ends, color=colour, linewidth=width, zorder=2 if accepted else 1)
+def _edge(axes, x, y, *, accepted: bool) -> None:
+    colour, width = ("black", 3.0) if accepted else ("darkgrey", 0.8)
+    axes.plot(x, y, color=colour, linewidth=width, zorder=2 if accepted else 1)
 
 
-def _point(axes, x, y, colour, text: str, accepted: bool, *, marker: str = "o") -> None:
-    axes.plot([x], [y], marker=marker, markersize=6 if accepted else 4, color=colour, zorder=3)
+def _text(axes, point: tuple[float, float], text: str, *, bold: bool) -> None:
     axes.annotate(
         text,
-        (x, y),
-        xytext=(5, 0),
+        point,
+        xytext=(6, 0),
         textcoords="offset points",
-        fontsize=7,
-        weight="bold" if accepted else "normal",
-        va="center",
+        fontsize=_FONT_POINTS,
+        family=fonts(),
+        weight="bold" if bold else "normal",
+        va="center_baseline",
         parse_math=False,
         zorder=4,
-        bbox={
-            "boxstyle": "square,pad=0.1",
-            "facecolor": "white",
-            "edgecolor": "none",
-            "alpha": 0.7,
-        },
     )
 
 
-def _legend(colours: dict[int, str]) -> list[Line2D]:
-    points = {f"exit {exit}": (colour, "o") for exit, colour in colours.items()}
-    points["the target's own token"] = ("tab:red", "s")
+def _legend(styles: dict[int, Style]) -> list[Line2D]:
+    points = {f"exit {layer}": style for layer, style in styles.items()}
+    points["the target's own token"] = _OWN
     handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
-        for label, (colour, marker) in points.items()
+        Line2D([], [], **style, linestyle="", label=label) for label, style in points.items()
     ]
-    return [*handles, Line2D([], [], color="tab:green", linewidth=3, label="accepted")]
+    return [*handles, Line2D([], [], color="black", linewidth=3, label="accepted")]

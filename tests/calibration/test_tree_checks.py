@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from extreme_plots import TARGETS, metrics_rows
+from figure_checks import faults
 from infer_tiny import save_tiny_models
 
 from s2d_jax.cli.options import DraftingOptions, SamplingOptions
@@ -195,3 +197,31 @@ def test_overhead(models, tmp_path, capsys, path, changes, names):
     assert max(len(line) for line in shown.splitlines()) <= 100
     with pytest.raises(UserError, match="exit 7 is not in use"):
         check.main(check.dataclasses.replace(args, exit=7))
+
+
+@pytest.mark.parametrize("nodes", [(8,), (2, 3, 4, 8, 16, 24, 32, 48, 60, 250)])
+def test_the_picture_of_a_sweep_is_readable(nodes):
+    sweep = script("tree_sweep")
+
+    def row(nodes, depth, tree, speedup, mat):
+        measured = {"tokens_per_second": 1.0, "decode_speedup": 1.0, "round_milliseconds": 1.0}
+        rest = {**measured, "shares": {}, "identical": None}
+        return sweep.Row("name", "label", nodes, depth, tree, speedup=speedup, mat=mat, **rest)
+
+    rows = [row(1, 0, False, 1.0, 1.0), row(3, 2, False, 0.4, 2.0), row(5, 4, False, 1.9, 3.0)]
+    rows += [row(n, 4, True, 0.3 + 40 / n, min(1 + n / 5, 6.3)) for n in nodes]
+    args = sweep.Args(target=TARGETS[0], questions=Path("q.jsonl"), out=Path("out"))
+    assert faults(sweep.figure(args, rows)) == []
+
+
+def test_the_picture_of_several_runs_is_readable():
+    compare = script("compare_runs")
+    runs = {
+        "a": metrics_rows(1, 0, 1),
+        "b" * 60: metrics_rows(300, 100, 5),
+        "c": metrics_rows(9, 90_000, 5),
+    }
+    held_out = {name: [row for row in rows if "held_out" in row] for name, rows in runs.items()}
+    figure = compare.curves(held_out)
+    assert faults(figure) == []
+    assert [len(axes.lines) for axes in figure.axes] == [11, 11]  # all five exits
