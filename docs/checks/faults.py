@@ -68,11 +68,11 @@ ACCEPTANCE = [
         "improbable-drafts-dropped",
         "a drawn token is dropped for its own low probability",
         "s2d_jax/draft/chain.py",
-        "proposal = _append(proposal, i, token_B, probs_BK, live_B)",
+        "proposal = _append(proposal, i, token_B, exit_B, probs_BK, live_B)",
         """if probs_BK is not None:
             own_B = jnp.take_along_axis(probs_BK, index_B[:, None], axis=1)[:, 0]
             live_B = live_B & (own_B > 0.2)
-        proposal = _append(proposal, i, token_B, probs_BK, live_B)""",
+        proposal = _append(proposal, i, token_B, exit_B, probs_BK, live_B)""",
         "decode/test_lossless.py -k follow_the_target[independent-sampled-fixed]",
     ),
     Fault(
