@@ -35,10 +35,10 @@ def plain_fields(config: Any) -> None:
         UserError: for a value of another type, and for numbers that are not finite.
     """
     for name, hint in _hints(type(config)).items():
-        object.__setattr__(config, name, plain(name, getattr(config, name), hint))
+        object.__setattr__(config, name, plain_value(name, getattr(config, name), hint))
 
 
-def plain(name: str, value: Any, hint: Any) -> Any:
+def plain_value(name: str, value: Any, hint: Any) -> Any:
     """`value` as the plain type that `hint` says; `name` is for the message of UserError if it is of another one."""
     try:
         return _plain(value, hint)

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from s2d_jax.config.plain import plain, plain_fields
+from s2d_jax.config.plain import plain_fields, plain_value
 from s2d_jax.errors import require
 
 Paths: TypeAlias = Sequence[Sequence[int]] | np.ndarray
@@ -80,7 +80,9 @@ class TreeShape:
         Raises:
             UserError: for no paths, or ranks below 0.
         """
-        return cls(*_static_fields(plain("paths", paths, tuple[tuple[int, ...], ...])), leaving)
+        return cls(
+            *_static_fields(plain_value("paths", paths, tuple[tuple[int, ...], ...])), leaving
+        )
 
     def without_gaps(self) -> TreeShape:
         """The static tree in which the children of every node have ranks 0, 1, 2, ... in the order that they had."""

@@ -18,7 +18,7 @@ _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;margi
 _CAPTION = "font-size:85%;opacity:0.75"
 
 
-class Row(Protocol):
+class ShownRow(Protocol):
     """What is shown of a `GeneratedRow`."""
 
     @property
@@ -39,7 +39,7 @@ class Row(Protocol):
     def first_pieces(self, count: int) -> list[str]: ...
 
 
-def html_of(rows: Sequence[Row]) -> str:
+def html_of(rows: Sequence[ShownRow]) -> str:
     """Of each row its text and a caption, and a legend of the exits; the target's own tokens are plain."""
     exits = sorted({exit for row in rows for exit in row.stats.exit_histogram})
     style_of = {exit: _style(_TINTS[i % len(_TINTS)]) for i, exit in enumerate(exits)}
@@ -55,7 +55,7 @@ def _style(tint: str) -> str:
     return f"background:{tint};color:#111;border-radius:3px"
 
 
-def _row(row: Row, style_of: dict[int, str]) -> str:
+def _row(row: ShownRow, style_of: dict[int, str]) -> str:
     ids = row.token_ids[:MOST_TOKENS]
     pieces = row.first_pieces(len(ids)) if row.tokenizer else [f"{token} " for token in ids]
     tokens = [

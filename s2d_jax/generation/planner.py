@@ -22,6 +22,7 @@ from s2d_jax.generation.placement import Placement
 from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.generation.policy import load_policy
 from s2d_jax.sampling import SamplingArrays
+from s2d_jax.text.conversations import Message
 from s2d_jax.text.prompts import OnePrompt, Prompt, Prompts, check_ids, is_ids, split_prompts
 from s2d_jax.weights.model import Model
 
@@ -105,7 +106,7 @@ class Planner:
             )
         if isinstance(prompt, str):
             return tokenizer.encode(prompt)
-        return tokenizer.encode_chat(cast("list[dict[str, str]]", prompt))
+        return tokenizer.encode_chat(cast("list[Message]", prompt))
 
     def plan(self, prompts: Prompts, sampling: Sampling) -> Plan:
         """What a call for these prompts asks for; UserError as in `SpeculativeDecoder.generate`."""

@@ -9,9 +9,7 @@ import jax
 import numpy as np
 
 from s2d_jax.errors import UserError, shown
-
-Message: TypeAlias = Mapping[str, str]
-"""One turn of a conversation: `{"role": "system" | "user" | "assistant", "content": text}`."""
+from s2d_jax.text.conversations import Message
 
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | jax.Array
 """Token ids of one text; arrays are 1-D, of any integer type."""
@@ -22,7 +20,7 @@ Prompt: TypeAlias = str | Sequence[Message] | TokenIds
 Prompts: TypeAlias = Prompt | Sequence[Prompt]
 """One prompt, a sequence of them, or a 2-D array of token ids with one in each row."""
 
-OnePrompt: TypeAlias = str | list[dict[str, str]] | list[int]
+OnePrompt: TypeAlias = str | list[Message] | list[int]
 """A prompt in plain Python."""
 
 _EXPECTED = "a text, a list of messages with role and content, token ids"
@@ -76,7 +74,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         outside = next(token for token in ids if not 0 <= token < vocab_size)
         raise UserError(
-            f"a prompt has token id {outside}; the target's ids are 0 to {vocab_size - 1}"
+            f"a prompt has token id {outside}; the model's ids are 0 to {vocab_size - 1}"
         )
 
 

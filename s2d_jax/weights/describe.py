@@ -19,7 +19,7 @@ def short_source(source: str) -> str:
     return source if len(source) <= _LONGEST_SOURCE else f"…{source[1 - _LONGEST_SOURCE :]}"
 
 
-def shape_of(config: ModelConfig) -> str:
+def described_shape(config: ModelConfig) -> str:
     """Family, depth, width and vocabulary."""
     size = f"{config.num_layers} layers x {config.embed_dim}"
     return f"{config.family}, {size}, vocabulary {config.vocab_size}, context {config.max_context}"

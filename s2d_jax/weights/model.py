@@ -18,7 +18,7 @@ from s2d_jax.model.params import Params
 from s2d_jax.model.transformer import Transformer
 from s2d_jax.text.prompts import Prompts
 from s2d_jax.text.tokenizer import Tokenizer
-from s2d_jax.weights.describe import described_size, shape_of, short_source
+from s2d_jax.weights.describe import described_shape, described_size, short_source
 from s2d_jax.weights.score import TextScore, logits_of, scores_of
 from s2d_jax.weights.vocabulary import DraftVocabulary, trimmed_params
 
@@ -94,7 +94,7 @@ class Model:
     def __repr__(self) -> str:
         tokens = "" if self.tokenizer else ", no tokenizer"
         heading = f"{type(self).__name__}: {short_source(self.source)}{tokens}"
-        return f"{heading}\n    {shape_of(self.config)}, {described_size(self.params)}"
+        return f"{heading}\n    {described_shape(self.config)}, {described_size(self.params)}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

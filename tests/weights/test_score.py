@@ -130,7 +130,7 @@ def test_int8_weights_and_numpy_parameters(model):
     ("call", "message"),
     [
         (lambda m: m.logits([]), "there are no prompts; give at least one"),
-        (lambda m: m.logits([1, 300]), "token id 300; the target's ids are 0 to 299"),
+        (lambda m: m.logits([1, 300]), "token id 300; the model's ids are 0 to 299"),
         (lambda m: m.logits("text"), "'text' is no list of token ids; encode it"),
         (lambda m: m.logits([[1], [2, 3]]), "rows of 1 to 2 tokens have no logits in one array"),
         (lambda m: m.logits(np.zeros(3)), "is no prompt; give"),
