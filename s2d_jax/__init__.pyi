@@ -10,15 +10,18 @@ from .decode.programs import use_compile_cache as use_compile_cache
 from .errors import UserError as UserError
 from .generation.conversation import Conversation as Conversation
 from .generation.decoder import SpeculativeDecoder as SpeculativeDecoder
+from .generation.result import GeneratedRow as GeneratedRow
+from .generation.result import GenerationResult as GenerationResult
 from .generation.stats import GenerationStats as GenerationStats
 from .generation.stream import Delta as Delta
-from .generation.stream import GenerationResult as GenerationResult
 from .generation.stream import Stream as Stream
 from .model.lora import LoraConfig as LoraConfig
 from .model.lora import init_lora as init_lora
 from .model.lora import merge_lora as merge_lora
 from .sharding import MeshConfig as MeshConfig
 from .sharding import make_mesh as make_mesh
+from .text.prompts import Prompt as Prompt
+from .text.prompts import Prompts as Prompts
 from .text.tokenizer import Tokenizer as Tokenizer
 from .version import __version__ as __version__
 from .weights.export import export_draft as export_draft
@@ -31,5 +34,6 @@ from .weights.model import with_trimmed_head as with_trimmed_head
 from .weights.peft import load_peft as load_peft
 from .weights.peft import save_peft as save_peft
 from .weights.prepare import prepare_for_decode as prepare_for_decode
+from .weights.score import TextScore as TextScore
 from .weights.vocabulary import DraftVocabulary as DraftVocabulary
 from .weights.vocabulary import read_vocabulary as read_vocabulary

@@ -14,3 +14,9 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def shown(value: object, longest: int = 60) -> str:
+    """`repr(value)` on one line, cut after `longest` characters: for messages."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -68,11 +68,11 @@ ACCEPTANCE = [
         "improbable-drafts-dropped",
         "a drawn token is dropped for its own low probability",
         "s2d_jax/draft/chain.py",
-        "proposal = _append(proposal, i, token_B, probs_BU, live_B)",
+        "proposal = _append(proposal, i, token_B, exit_B, probs_BU, live_B)",
         """if probs_BU is not None:
             own_B = jnp.take_along_axis(probs_BU, index_B[:, None], axis=1)[:, 0]
             live_B = live_B & (own_B > 0.2)
-        proposal = _append(proposal, i, token_B, probs_BU, live_B)""",
+        proposal = _append(proposal, i, token_B, exit_B, probs_BU, live_B)""",
         "decode/test_lossless.py -k follow_the_target[independent-sampled-fixed]",
     ),
     Fault(
@@ -324,6 +324,38 @@ DECODING = [
         "return jnp.all(state.length_B + self.margin <= state.tokens_BC.shape[1])",
         "return jnp.all(state.length_B < state.tokens_BC.shape[1])",
         "generation/test_session.py -k caches_grow",
+    ),
+    Fault(
+        "origin-one-exit-too-early",
+        "a token is recorded as drafted by the exit before the one that drafted it",
+        "s2d_jax/decode/verifier.py",
+        "return append_next(exit_BG + 1, num_accepted_B, jnp.zeros_like(num_accepted_B))",
+        "return append_next(exit_BG, num_accepted_B, jnp.zeros_like(num_accepted_B))",
+        "generation/test_origins.py -k equal_their_replay",
+    ),
+    Fault(
+        "origin-one-token-too-early",
+        "who chose a token is recorded at the token before",
+        "s2d_jax/decode/loop.py",
+        "origin_BC=write_window(state.origin_BC, origin_BY, state.length_B, axis=1)",
+        "origin_BC=write_window(state.origin_BC, origin_BY, state.length_B - 1, axis=1)",
+        "generation/test_origins.py -k equal_their_replay",
+    ),
+    Fault(
+        "a-text-is-many-prompts",
+        "a text is answered letter by letter",
+        "s2d_jax/text/prompts.py",
+        "if (one := one_prompt(prompts)) is not None:",
+        "if (one := one_prompt(prompts)) is not None and not isinstance(prompts, str):",
+        "text/test_prompts.py",
+    ),
+    Fault(
+        "score-of-the-token-itself",
+        "a token is scored by the logits after it instead of those before",
+        "s2d_jax/weights/score.py",
+        "next_BW = read_window(tokens_BC, start_B + 1, width)",
+        "next_BW = read_window(tokens_BC, start_B, width)",
+        "weights/test_score.py -k scores_are_those_of_torch",
     ),
 ]
 

@@ -82,7 +82,8 @@ def judge_program(vocab_size: int, width: int, temperature: float) -> Program:
     G = width - 1
     row = SamplingArrays.stack([SamplingParams(temperature=temperature)])
     drafted = jnp.full((1, G, vocab_size), 1.0 / vocab_size, jnp.float32)
-    proposal = Proposal(jnp.zeros((1, G), jnp.int32), jnp.full((1,), G, jnp.int32), drafted)
+    nothing_BG = jnp.zeros((1, G), jnp.int32)
+    proposal = Proposal(nothing_BG, jnp.full((1,), G, jnp.int32), drafted, nothing_BG)
     key_B = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
 
     @jax.jit

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.state import DecodeState
 from s2d_jax.generation.decoder import SpeculativeDecoder
-from s2d_jax.generation.stream import GenerationResult
+from s2d_jax.generation.result import GenerationResult
 from s2d_jax.model.transformer import apply_model
 from s2d_jax.weights.model import Draft
 

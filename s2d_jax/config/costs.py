@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import require
 
 
@@ -32,6 +33,7 @@ class RoundCosts:
     next_acceptance: float = 0.5
 
     def __post_init__(self):
+        plain_fields(self)
         require(
             len(self.draft_step) > 0 and min(self.draft_step) >= 0,
             f"draft_step={self.draft_step} must be costs of 0 or more, one per exit; a plain round costs 1",

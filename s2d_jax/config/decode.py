@@ -7,6 +7,7 @@ from typing import Literal
 
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.draft import DraftConfig
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError as UserError
 from s2d_jax.errors import require
@@ -76,6 +77,7 @@ class DecodeConfig:
     policy_file: str | None = None
 
     def __post_init__(self):
+        plain_fields(self)
         require(
             self.draft_length_rule in LENGTH_RULES,
             f"draft_length_rule={self.draft_length_rule!r} is unknown; use one of {', '.join(LENGTH_RULES)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import UserError as UserError
 from s2d_jax.errors import require
 
@@ -23,6 +24,7 @@ class ExitParts:
     adapter_rank: int = 0
 
     def __post_init__(self):
+        plain_fields(self)
         for name, exits in (("heads", self.heads), ("adapters", self.adapters)):
             require(
                 list(exits) == sorted(set(exits)) and min(exits, default=1) >= 1,
@@ -59,6 +61,7 @@ class DraftConfig:
     parts: ExitParts = NO_PARTS
 
     def __post_init__(self):
+        plain_fields(self)
         exits = self.exit_layers
         require(
             len(exits) > 0 and min(exits) >= 1 and list(exits) == sorted(set(exits)),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import UserError as UserError
-from s2d_jax.errors import require
+from s2d_jax.errors import require, shown
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled. `temperature=0` is greedy.
 
-    Filters act in this order, as in Hugging Face generation: temperature, top-k, top-p, min-p.
+    Filters act in this order, as in Hugging Face generation: temperature, top-k, top-p, min-p. Numbers and sequences may be
+    NumPy's; they are kept as Python's.
 
     Attributes:
         temperature: >= 0; 0 takes the argmax.
@@ -21,9 +25,13 @@ class SamplingParams:
         min_p: drop tokens below `min_p` times the largest probability; 0 keeps all.
         max_new_tokens: at most this many tokens are emitted.
         seed: the request's own random seed.
-        stop_token_ids: further ids that end the request, beside the model's own.
+        stop_token_ids: further ids that end the request, beside the model's own; one, or a sequence.
         ignore_eos: go on after the model's own end-of-sequence tokens (for measurements).
-        stop: strings that end the request. The text ends before the first of them, the token ids with the one completing it.
+        stop: strings that end the request; one, or a sequence. The text ends before the first of them, the token ids with the
+            one completing it.
+
+    Raises:
+        UserError: for values of a wrong type or outside their range.
     """
 
     temperature: float = 0.0
@@ -37,9 +45,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
+        plain_fields(self)
         require(
-            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-            f"stop={self.stop!r} must be a tuple of texts that are not empty, such as ('\\n\\n',)",
+            all(self.stop), f"stop={self.stop} must be texts that are not empty, such as '\\n\\n'"
         )
         require(
             self.temperature >= 0, f"temperature={self.temperature} must be 0 or more; 0 is greedy"
@@ -51,3 +59,40 @@ class SamplingParams:
             self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
         )
         require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2**31)")
+
+
+Sampling: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
+"""One for all rows, one for each, or None: greedy."""
+
+
+def one_for_each(sampling: Sampling, count: int) -> list[SamplingParams]:
+    """The parameters of `count` rows; one for all gives row i `seed + i`.
+
+    Raises:
+        UserError: for anything that is no `Sampling`, or another number of them.
+    """
+    if sampling is None:
+        sampling = SamplingParams()
+    if isinstance(sampling, SamplingParams):
+        return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
+    wrong = [sampling]
+    if isinstance(sampling, Sequence) and not isinstance(sampling, str | bytes):
+        wrong = [row for row in sampling if not isinstance(row, SamplingParams)]
+    if wrong:
+        raise UserError(f"sampling={shown(wrong[0])} is no SamplingParams; {_remedy(wrong[0])}")
+    if len(sampling) != count:
+        raise UserError(
+            f"{len(sampling)} sampling parameters for {count} prompts; give one each, or one for all"
+        )
+    return list(sampling)
+
+
+def _remedy(value: Any) -> str:
+    """What to write instead of `value`."""
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    given = "temperature=0.7, max_new_tokens=128"
+    if isinstance(value, dict) and value and value.keys() <= fields:
+        given = ", ".join(f"{name}={setting!r}" for name, setting in value.items())
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        given = f"temperature={value}"
+    return f"write SamplingParams({given})"

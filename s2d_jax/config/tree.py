@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
+import numpy as np
+
+from s2d_jax.config.plain import plain_fields, plain_value
 from s2d_jax.errors import require
+
+Paths: TypeAlias = Sequence[Sequence[int]] | np.ndarray
+"""Of a static tree: ranks of children from the root on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,7 @@ class TreeShape:
     leaving: Literal["level", "node"] = "level"
 
     def __post_init__(self):
+        plain_fields(self)
         require(self.depth >= 1, f"depth={self.depth} of a tree must be at least 1")
         require(self.top_k >= 1, f"top_k={self.top_k} of a tree must be at least 1")
         require(
@@ -63,9 +70,7 @@ class TreeShape:
         return 1 + top_k + (depth - 1) * top_k**2
 
     @classmethod
-    def static(
-        cls, paths: Sequence[Sequence[int]], leaving: Literal["level", "node"] = "level"
-    ) -> TreeShape:
+    def static(cls, paths: Paths, leaving: Literal["level", "node"] = "level") -> TreeShape:
         """The tree of these paths and all their beginnings.
 
         Args:
@@ -75,7 +80,9 @@ class TreeShape:
         Raises:
             UserError: for no paths, or ranks below 0.
         """
-        return cls(*_static_fields(paths), leaving)
+        return cls(
+            *_static_fields(plain_value("paths", paths, tuple[tuple[int, ...], ...])), leaving
+        )
 
     def without_gaps(self) -> TreeShape:
         """The static tree in which the children of every node have ranks 0, 1, 2, ... in the order that they had."""

@@ -113,6 +113,7 @@ class Decoder:
         counts_BG = jnp.zeros((len(length_B), self.drafter.width), jnp.int32)
         return DecodeState(
             tokens_BC=write_window(tokens_BC, token_B[:, None], length_B, axis=1),
+            origin_BC=jnp.zeros_like(tokens_BC, jnp.int8),
             length_B=length_B + 1,
             target_cache=cache,
             draft_state=draft_state,
@@ -129,6 +130,7 @@ class Decoder:
         """The same state with room for `capacity` positions in each row."""
         return state.replace(
             tokens_BC=grow_axis(state.tokens_BC, capacity, axis=1),
+            origin_BC=grow_axis(state.origin_BC, capacity, axis=1),
             target_cache=state.target_cache.grow(capacity),
             draft_state=self.drafter.grow(state.draft_state, capacity),
         )
@@ -212,7 +214,8 @@ class Decoder:
     def accept(self, request: Request, state: DecodeState, verified: Verified) -> DecodeState:
         """Emits the accepted tokens and one more, rewinds both caches, and checks the stop conditions."""
         proposal, live_B = verified.proposal, ~state.done_B
-        emitted_BY, num_accepted_B, state = self.verifier.judge(request, state, verified)
+        judged = self.verifier.judge(request, state, verified)
+        emitted_BY, origin_BY, num_accepted_B, state = judged
         num_emitted_B, stopped_B = _until_stop(emitted_BY, num_accepted_B + 1, request.stop_ids_BZ)
         num_emitted_B = jnp.where(live_B, num_emitted_B, 0)
         length_B = state.length_B + num_emitted_B
@@ -223,6 +226,7 @@ class Decoder:
 
         return state.replace(
             tokens_BC=write_window(state.tokens_BC, emitted_BY, state.length_B, axis=1),
+            origin_BC=write_window(state.origin_BC, origin_BY, state.length_B, axis=1),
             length_B=length_B,
             target_cache=state.target_cache.advance_to(length_B - 1),
             draft_state=self.drafter.rewind(state.draft_state, length_B - 1),

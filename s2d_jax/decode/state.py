@@ -16,6 +16,7 @@ class DecodeState(flax.struct.PyTreeNode):
 
     Attributes:
         tokens_BC: int32, prompt then emitted tokens; at and beyond `length_B` anything.
+        origin_BC: int8, who chose each token: 0 for the prompt and the target, `i + 1` for exit i of the draft.
         length_B: int32, tokens of each row so far. The last one has not been through the target yet.
         target_cache: holds `length_B - 1` positions of each row.
         draft_state: the drafter's own.
@@ -29,6 +30,7 @@ class DecodeState(flax.struct.PyTreeNode):
     """
 
     tokens_BC: jax.Array
+    origin_BC: jax.Array
     length_B: jax.Array
     target_cache: KVCache
     draft_state: Any

@@ -37,11 +37,13 @@ class Judged(NamedTuple):
 
     Attributes:
         emitted_BY: int32 `[B, G + 1]`, the accepted tokens and the target's own; anything behind it.
+        origin_BY: int32, who chose each of these, as `DecodeState.origin_BC` says it.
         num_accepted_B: int32.
         state: its caches hold the accepted tokens behind the text, in order.
     """
 
     emitted_BY: jax.Array
+    origin_BY: jax.Array
     num_accepted_B: jax.Array
     state: DecodeState
 
@@ -115,7 +117,8 @@ class ChainVerifier:
         needed = self.needed_width(proposal)
         num_accepted_B, next_token_B = at_width(self.widths, needed, accept, nothing)
         emitted_BY = append_next(proposal.tokens_BG, num_accepted_B, next_token_B)
-        return Judged(emitted_BY, num_accepted_B, state)
+        origin_BY = origins(proposal.exit_BG, num_accepted_B)
+        return Judged(emitted_BY, origin_BY, num_accepted_B, state)
 
 
 def append_next(
@@ -126,3 +129,8 @@ def append_next(
     """int32: the accepted tokens, and the next one behind them."""
     emitted_BY = jnp.pad(tokens_BG, ((0, 0), (0, 1)))
     return write_window(emitted_BY, next_token_B[:, None], num_accepted_B, axis=1)
+
+
+def origins(exit_BG: Int[Array, "B G"], num_accepted_B: Int[Array, "B"]) -> Int[Array, "B G+1"]:
+    """int32: of what `append_next` gives, who chose each token: the exit that drafted it, from 1, and 0 for the target."""
+    return append_next(exit_BG + 1, num_accepted_B, jnp.zeros_like(num_accepted_B))

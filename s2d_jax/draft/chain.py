@@ -63,7 +63,8 @@ def propose_chain(
     # In the loop the q of each token has the draft's own U entries.
     U = num_entries(config.vocab_size, request)
     probs_BGU = jnp.zeros((B, G, U), jnp.float32) if keep_probs else None
-    proposal = Proposal(jnp.zeros((B, G), jnp.int32), jnp.zeros(B, jnp.int32), probs_BGU)
+    nothing_BG = jnp.zeros((B, G), jnp.int32)
+    proposal = Proposal(nothing_BG, jnp.zeros(B, jnp.int32), probs_BGU, nothing_BG)
 
     def draft_one(carry):
         i, live_B, hope_B, tokens_BC, proposal, state = carry
@@ -78,7 +79,7 @@ def propose_chain(
         index_B, probs_BU = _choose(config, logits_BU, request, fold_in(key_B, length_B + i))
         token_B = token_ids(index_B, request)
         tokens_BC = write_window(tokens_BC, token_B[:, None], length_B + i, axis=1)
-        proposal = _append(proposal, i, token_B, probs_BU, live_B)
+        proposal = _append(proposal, i, token_B, exit_B, probs_BU, live_B)
         live_B = live_B & more_B & ~is_stop(token_B, request.stop_ids_BZ)
         return i + 1, live_B, hope_B, tokens_BC, proposal, state
 
@@ -103,7 +104,7 @@ def _choose(config: ChainConfig, logits_BU, request: Request, key_B):
     return sample(probs_BU, key_B), probs_BU
 
 
-def _append(proposal: Proposal, i, token_B, probs_BU, live_B) -> Proposal:
+def _append(proposal: Proposal, i, token_B, exit_B, probs_BU, live_B) -> Proposal:
     """Writes the token of step `i` (a row that is not live keeps its count, so its entry means nothing)."""
     put = jax.lax.dynamic_update_slice_in_dim
     probs_BGU = proposal.draft_probs_BGV
@@ -112,5 +113,6 @@ def _append(proposal: Proposal, i, token_B, probs_BU, live_B) -> Proposal:
         proposal = proposal.replace(draft_probs_BGV=probs_BGU)
     return proposal.replace(
         tokens_BG=put(proposal.tokens_BG, token_B[:, None], i, 1),
+        exit_BG=put(proposal.exit_BG, exit_B[:, None], i, 1),
         num_draft_B=proposal.num_draft_B + live_B.astype(jnp.int32),
     )

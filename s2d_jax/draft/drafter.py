@@ -20,16 +20,22 @@ class Proposal(flax.struct.PyTreeNode):
         num_draft_B: int32, drafted tokens of each row, 0..G.
         draft_probs_BGV: f32, the distribution that each token was drawn from; None when tokens are not drawn, but are
             certain given what came before (q is one-hot).
+        exit_BG: int32, index of the exit that drafted each token.
     """
 
     tokens_BG: jax.Array
     num_draft_B: jax.Array
     draft_probs_BGV: jax.Array | None
+    exit_BG: jax.Array
 
     def first(self, count: int) -> Proposal:
         """Only the first `count` drafted positions; no row has more."""
         probs_BGV = None if self.draft_probs_BGV is None else self.draft_probs_BGV[:, :count]
-        return self.replace(tokens_BG=self.tokens_BG[:, :count], draft_probs_BGV=probs_BGV)
+        return self.replace(
+            tokens_BG=self.tokens_BG[:, :count],
+            draft_probs_BGV=probs_BGV,
+            exit_BG=self.exit_BG[:, :count],
+        )
 
 
 # States of the target by their names, valid at the positions that have been through it: all but the last token's.

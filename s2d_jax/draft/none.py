@@ -66,7 +66,7 @@ class NoDrafter:
         seen: TargetStates,
     ) -> tuple[Proposal, tuple[()]]:
         tokens_BG = jnp.zeros((tokens_BC.shape[0], self.width), jnp.int32)
-        return Proposal(tokens_BG, jnp.zeros_like(num_draft_B), None), state
+        return Proposal(tokens_BG, jnp.zeros_like(num_draft_B), None, tokens_BG), state
 
     def rewind(self, state: tuple[()], length_B: Int[Array, "B"]) -> tuple[()]:
         return state

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import check_thresholds
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, shown
 from s2d_jax.text.tokenizer import check_same_tokenizer
 from s2d_jax.weights.model import Draft, Model
 from s2d_jax.weights.vocabulary import DraftVocabulary
+
+
+def opened(name: str, model: Any, load: Callable[[str | Path], Model]) -> Model:
+    """The model, loaded if it is a path or a hub id; `name` says in messages what it is for.
+
+    Raises:
+        UserError: for anything else, and as `load`.
+    """
+    if isinstance(model, str | Path):
+        return load(model)
+    if not isinstance(model, Model):
+        kind = type(model).__name__
+        raise UserError(
+            f"{name}={shown(model)} ({kind}) is no model; give a path, or what {load.__name__} returns"
+        )
+    return model
 
 
 def vocabulary_of(draft: Model | None) -> DraftVocabulary | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from s2d_jax.config.sampling import SamplingParams
-from s2d_jax.errors import UserError
+from s2d_jax.config.sampling import Sampling
+from s2d_jax.errors import UserError, shown
 from s2d_jax.generation.planner import Planner
+from s2d_jax.generation.result import GenerationResult
 from s2d_jax.generation.session import Session
-from s2d_jax.generation.stream import Delta, GenerationResult, Stream
-
-Message = dict[str, str]
+from s2d_jax.generation.stream import Delta, Stream
+from s2d_jax.text.conversations import Message
+from s2d_jax.text.prompts import Prompts
+from s2d_jax.weights.describe import short_source
 
 
 class Conversation:
@@ -30,10 +32,15 @@ class Conversation:
         self._planner, self._session = planner, Session()
         self.messages: list[Message] = []
 
+    def __repr__(self) -> str:
+        last = shown(self.messages[-1]["content"], 60) if self.messages else "none yet"
+        source = short_source(self._planner.target.source)
+        return f"Conversation: with {source}\n    {len(self.messages)} messages, the last: {last}"
+
     def generate(
         self,
-        prompts,
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+        prompts: Prompts,
+        sampling: Sampling = None,
     ) -> GenerationResult:
         """As `SpeculativeDecoder.generate`; another number of prompts than before starts with empty caches."""
         plan = self._planner.plan(prompts, sampling)
@@ -41,8 +48,8 @@ class Conversation:
 
     def stream(
         self,
-        prompts,
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
         rounds_per_look: int = 8,
     ) -> Stream:
@@ -53,27 +60,27 @@ class Conversation:
     def ask(
         self,
         text: str,
-        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        sampling: Sampling = None,
     ) -> GenerationResult:
         """Adds a user's message, answers it through the chat template, and adds the answer.
 
         Raises:
             UserError: if the target has no tokenizer, or the conversation fills its context.
         """
-        result = self.generate([self._with(text)], [sampling])
+        result = self.generate(self._with(text), sampling)
         self._add(text, result)
         return result
 
     def ask_stream(
         self,
         text: str,
-        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        sampling: Sampling = None,
         *,
         rounds_per_look: int = 8,
     ) -> Iterator[Delta]:
         """`ask`, giving out `Delta`s as they come; question and answer are added at the end, also when closed early."""
-        prompts = [self._with(text)]
-        with self.stream(prompts, [sampling], rounds_per_look=rounds_per_look) as stream:
+        prompt = self._with(text)
+        with self.stream(prompt, sampling, rounds_per_look=rounds_per_look) as stream:
             try:
                 yield from stream
             finally:

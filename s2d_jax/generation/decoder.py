@@ -6,14 +6,20 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from s2d_jax.config.decode import DecodeConfig
-from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.config.sampling import Sampling, SamplingParams, one_for_each
 from s2d_jax.decode.loop import Decoder
+from s2d_jax.generation.checks import opened
 from s2d_jax.generation.conversation import Conversation
 from s2d_jax.generation.planner import Planner
+from s2d_jax.generation.result import GenerationResult
 from s2d_jax.generation.session import Session
-from s2d_jax.generation.stream import GenerationResult, Stream, Timing
+from s2d_jax.generation.stream import Stream, Timing
+from s2d_jax.text.prompts import Prompt, Prompts
+from s2d_jax.weights.describe import short_source
+from s2d_jax.weights.load import load_draft, load_model
 from s2d_jax.weights.model import Model
 
 
@@ -21,26 +27,48 @@ class SpeculativeDecoder:
     """Generates with a target, made faster by a draft, in batches, inside one compiled loop.
 
     Args:
-        target: the model whose output is wanted.
-        draft: a sorted draft, or any model of the same vocabulary; None decodes plainly on the same engine.
+        target: the model whose output is wanted; a path or hub id is loaded with `load_model`.
+        draft: a sorted draft, or any model of the same vocabulary; a path or hub id is loaded with `load_draft`. None decodes
+            plainly on the same engine.
         config: exits, draft length and the like.
 
     Raises:
         UserError: for different tokenizers, exits that the draft does not have, a tree of more children than the draft has
-            tokens, or `policy="auto"` without a draft.
+            tokens, `policy="auto"` without a draft, or what is no model; and as `load_model` and `load_draft`.
     """
 
     def __init__(
         self,
-        target: Model,
-        draft: Model | None = None,
+        target: Model | str | Path,
+        draft: Model | str | Path | None = None,
         config: DecodeConfig = DecodeConfig(),  # noqa: B008 (frozen)
     ):
-        self.target, self.config, self.draft = target, config, draft
-        self._planner = Planner(target, draft, config)
+        self.target = opened("target", target, load_model)
+        self.draft = None if draft is None else opened("draft", draft, load_draft)
+        self.config = config
+        self._planner = Planner(self.target, self.draft, config)
         self.exits, self.thresholds = self._planner.exits, self._planner.thresholds
         self.mesh = self._planner.placement.mesh
         self._settled: dict[float, SpeculativeDecoder] = {}
+
+    def __repr__(self) -> str:
+        pair = [short_source(self.target.source)]
+        pair += [short_source(self.draft.source)] if self.draft is not None else ["no draft"]
+        return f"SpeculativeDecoder: target {pair[0]}, draft {pair[1]}\n    {self._way}"
+
+    @property
+    def _way(self) -> str:
+        """How it decodes, in a few words."""
+        config = self.config
+        if self.draft is None:
+            return f"plain decoding, {self.verify_width} positions in a target pass"
+        if config.policy == "auto":
+            return "as calibration chose (policy='auto')"
+        drafted = f"{config.draft_width} tokens"
+        if config.tree is not None:
+            drafted = f"trees of {config.tree.nodes} nodes, {config.tree.depth} deep"
+        guard = ", guarded" if config.guard else ""
+        return f"exits {', '.join(map(str, self.exits))}, up to {drafted} a round{guard}"
 
     def settled(self, temperature: float) -> SpeculativeDecoder:
         """The decoder that really runs at a temperature: this one, or with `policy="auto"` the one that calibration chose.
@@ -63,8 +91,8 @@ class SpeculativeDecoder:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[dict[str, str]]],
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
         time_phases: bool = False,
         time_rounds: bool = False,
@@ -72,25 +100,26 @@ class SpeculativeDecoder:
         """Generates for all prompts in one batch.
 
         Args:
-            prompts: texts, taken as they are; conversations (lists of messages with role and content), which go through the
-                chat template; or token ids.
-            sampling: one for each prompt; or one for all, and then row i uses `seed + i`.
+            prompts: one prompt, or a sequence of them. A prompt is a text, taken as it is; a conversation (a list of messages
+                with role and content), which goes through the chat template; or token ids (a list, or a 1-D array). A 2-D array
+                of integers has a prompt in each row.
+            sampling: one for each prompt; or one for all, and then row i uses `seed + i`. None is greedy.
             time_phases: wait between prefill and decoding, to time them apart.
             time_rounds: time drafting, verification and the rest apart, by running them as programs of their own that are
                 waited for one by one. The phases add up to the total of this call, which is longer than with one loop on the
                 device.
 
         Raises:
-            UserError: for no prompts, an empty prompt, one that fills the target's context, ids outside the vocabulary, or stop
-                strings without a tokenizer.
+            UserError: for no prompts, what is no prompt, an empty one, one that fills the target's context, ids outside the
+                vocabulary, stop strings without a tokenizer, or what is no `SamplingParams`.
         """
         timing = Timing(prefill=time_phases, rounds=time_rounds)
         return Stream(Session(), self._planner.plan(prompts, sampling), timing=timing).finish()
 
     def stream(
         self,
-        prompts,
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+        prompts: Prompts,
+        sampling: Sampling = None,
         *,
         rounds_per_look: int = 8,
     ) -> Stream:
@@ -115,32 +144,34 @@ class SpeculativeDecoder:
         self,
         buckets: Sequence[int] = (64,),
         batch_sizes: Sequence[int] = (1,),
-        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        sampling: SamplingParams | None = None,
     ) -> float:
         """Compiles ahead what `generate` and `stream` will need, and runs it for one round.
 
         Args:
             buckets: prompt lengths; programs serve all lengths of the same bucket (32, 48, 64, 96, 128, 192, ...).
             batch_sizes: prompts per call.
-            sampling: `max_new_tokens` and whether the temperature is 0 decide what is compiled; the rest may change later.
+            sampling: `max_new_tokens` and whether the temperature is 0 decide what is compiled; the rest may change later. None
+                is greedy.
 
         Returns:
             Wall seconds spent. With a persistent compilation cache (`use_compile_cache`) a later process spends few.
         """
         started = time.perf_counter()
+        (row,) = one_for_each(sampling, 1)
         for batch in batch_sizes:
             for length in buckets:
                 prompts = [[0] * min(length, self.target.config.max_context - 1)] * batch
-                with self.stream(prompts, dataclasses.replace(sampling, stop=())) as stream:
+                with self.stream(prompts, dataclasses.replace(row, stop=())) as stream:
                     for _ in itertools.islice(stream, batch + 1):
                         pass
         return time.perf_counter() - started
 
-    def encode(self, prompt) -> list[int]:
-        """The token ids of a prompt that can be answered; UserError as in `generate`."""
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of one prompt that can be answered; UserError as in `generate`."""
         return self._planner.encode(prompt)
 
-    def prepare(self, prompts, sampling) -> tuple[Decoder, int, tuple]:
+    def prepare(self, prompts: Prompts, sampling: Sampling = None) -> tuple[Decoder, int, tuple]:
         """What `generate` would run: static decoder, prompt width, and `(params, request, tokens_BC, length_B)`."""
         plan = self._planner.plan(prompts, sampling)
         kept = [0] * len(plan.prompts)

@@ -28,6 +28,7 @@ class Plan:
         params: `{"target": ..., "draft": ...}`.
         request: per-row parameters, on the device.
         rows: the sampling parameters of each row.
+        stop_ids: int32, token ids that end each row, as in the request, but on the host.
         exits: of the draft, for the statistics.
         prompts: token ids of each row.
         context: positions that the target can take.
@@ -41,6 +42,7 @@ class Plan:
     params: Any
     request: Request
     rows: list[SamplingParams]
+    stop_ids: np.ndarray
     exits: tuple[int, ...]
     prompts: list[list[int]]
     context: int

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.config.decode import DecodeConfig
-from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.config.sampling import Sampling, SamplingParams, one_for_each
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.draft.guard import allowance
 from s2d_jax.draft.length import DraftingArrays
@@ -22,6 +22,8 @@ from s2d_jax.generation.placement import Placement
 from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.generation.policy import load_policy
 from s2d_jax.sampling import SamplingArrays
+from s2d_jax.text.conversations import Message
+from s2d_jax.text.prompts import OnePrompt, Prompt, Prompts, check_ids, is_ids, split_prompts
 from s2d_jax.weights.model import Model
 
 _STOP_SLOTS = 8
@@ -43,14 +45,14 @@ class Planner:
         if config.policy == "auto" and draft is None:
             raise UserError("policy='auto' chooses how to use a draft; give one, or leave it out")
         self.target, self.draft, self.config = target, draft, config
-        self.placement = Placement.beside(target.params)
+        self.placement = Placement.beside(target.device_params)
         self.exits, self.thresholds = resolve_exits(draft, config)
         if draft is not None:
             check_pair(target, draft, self.exits, config)
         self._settled: dict[float, Planner] = {}
         self._params = {
-            "target": target.params,
-            "draft": {} if draft is None else self.placement.put(draft.params),
+            "target": target.device_params,
+            "draft": {} if draft is None else self.placement.put(draft.device_params),
         }
 
     def settled(self, temperature: float) -> Planner:
@@ -78,48 +80,38 @@ class Planner:
             return self.config.full_width
         return self.config.verify_width or 1
 
-    def encode(self, prompt) -> list[int]:
-        """The token ids of a prompt that can be answered; UserError as in `SpeculativeDecoder.generate`."""
-        is_text = isinstance(prompt, str)
-        is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], dict)
-        if is_text or is_chat:
-            tokenizer = self.target.tokenizer
-            if tokenizer is None:
-                raise UserError(
-                    f"prompt {str(prompt)[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
-                )
-            prompt = tokenizer.encode(prompt) if is_text else tokenizer.encode_chat(prompt)
-        ids, context = list(prompt), self.target.config.max_context
-        if not ids:
-            raise UserError("a prompt is empty; give at least one token")
-        vocab_size = self.target.config.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            outside = next(token for token in ids if not 0 <= token < vocab_size)
-            raise UserError(
-                f"a prompt has token id {outside}; the target's ids are 0 to {vocab_size - 1}"
-            )
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of one prompt that can be answered; UserError as in `SpeculativeDecoder.generate`."""
+        found = split_prompts(prompt)
+        if len(found) > 1:
+            raise UserError(f"{len(found)} prompts to encode; give one at a time")
+        return self._ids(found[0])
+
+    def _ids(self, prompt: OnePrompt) -> list[int]:
+        ids, context = self._encoded(prompt), self.target.config.max_context
+        check_ids(ids, self.target.config.vocab_size)
         if len(ids) >= context:
             raise UserError(
                 f"a prompt has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
             )
         return ids
 
-    @staticmethod
-    def _per_row(sampling, count: int) -> list[SamplingParams]:
-        if isinstance(sampling, SamplingParams):
-            return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
-        if len(sampling) != count:
+    def _encoded(self, prompt: OnePrompt) -> list[int]:
+        if is_ids(prompt):
+            return prompt
+        tokenizer = self.target.tokenizer
+        if tokenizer is None:
             raise UserError(
-                f"{len(sampling)} sampling parameters for {count} prompts; give one each, or one for all"
+                f"prompt {str(prompt)[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
             )
-        return list(sampling)
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        return tokenizer.encode_chat(cast("list[Message]", prompt))
 
-    def plan(self, prompts, sampling) -> Plan:
+    def plan(self, prompts: Prompts, sampling: Sampling) -> Plan:
         """What a call for these prompts asks for; UserError as in `SpeculativeDecoder.generate`."""
-        if not len(prompts):
-            raise UserError("there are no prompts; give at least one")
-        prompt_ids = [self.encode(prompt) for prompt in prompts]
-        rows = self._per_row(sampling, len(prompt_ids))
+        prompt_ids = [self._ids(prompt) for prompt in split_prompts(prompts)]
+        rows = one_for_each(sampling, len(prompt_ids))
         settled = self.settled(_hottest(rows))
         if settled is not self:
             return settled.plan(prompt_ids, rows)
@@ -133,12 +125,13 @@ class Planner:
             min(len(ids) + row.max_new_tokens, context)
             for ids, row in zip(prompt_ids, rows, strict=True)
         ]
+        stop_ids = self._stop_ids(rows)
         decoder = self.decoder(greedy=all(row.temperature == 0.0 for row in rows))
         request = Request(
             sampling=SamplingArrays.stack(rows),
             key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
             max_length_B=jnp.asarray(limits, jnp.int32),
-            stop_ids_BZ=jnp.asarray(self._stop_ids(rows)),
+            stop_ids_BZ=jnp.asarray(stop_ids),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
             max_rounds=jnp.asarray(UNLIMITED, jnp.int32),
             vocabulary_U=None if listed is None else jnp.asarray(listed.ids_U),
@@ -149,6 +142,7 @@ class Planner:
             params=self._params,
             request=self.placement.put(request),
             rows=rows,
+            stop_ids=stop_ids,
             exits=self.exits,
             prompts=prompt_ids,
             context=context,

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GenerationStats:
     """Counts of one row, or summed over rows; prefill (its target pass and the token that it emits) is left out of the rates.
 
@@ -49,6 +49,25 @@ class GenerationStats:
         """MAT: tokens emitted per target pass, the bonus or correction token included; autoregressive is 1."""
         decoded = self.emitted_tokens + self.overshoot_tokens - self.rows
         return decoded / max(self.target_forwards, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of the whole call, prefill included and compilation left out; 0 when nothing was timed."""
+        seconds = self.seconds.get("total", 0.0)
+        return self.emitted_tokens / seconds if seconds else 0.0
+
+    @property
+    def summary(self) -> str:
+        """Rows, tokens, MAT and speed, in a few words."""
+        rows = "" if self.rows == 1 else f"{self.rows} rows, "
+        speed = f"MAT {self.mean_acceptance_length:.2f}, {self.tokens_per_second:.1f} tokens/s"
+        return f"{rows}{self.emitted_tokens} tokens, {speed}"
+
+    def __repr__(self) -> str:
+        drafted = f"{self.accepted_tokens} of {self.drafted_tokens} drafted tokens accepted"
+        exits = ", ".join(f"{exit}: {count}" for exit, count in self.exit_histogram.items())
+        heading = f"GenerationStats: {self.summary}, {self.target_forwards} rounds"
+        return f"{heading}\n    {drafted}{f', left at exit {exits}' if exits else ''}"
 
     @property
     def draft_acceptance_rate(self) -> float:

@@ -8,31 +8,15 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, shown
 from s2d_jax.generation.plan import UNLIMITED, Plan
+from s2d_jax.generation.result import FinishReason, GeneratedRow, GenerationResult
 from s2d_jax.generation.session import Look, Session
 from s2d_jax.generation.stats import GenerationStats, sum_stats
 from s2d_jax.text.detokenizer import RowText
 
 # Between these many rounds the host looks for stop strings.
 _ROUNDS_BETWEEN_LOOKS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationResult:
-    """What one call generated.
-
-    Attributes:
-        texts: new text per row, special tokens left out; empty strings without a tokenizer.
-        token_ids: new tokens per row, the stop token included.
-        stats: summed over the rows.
-        row_stats: one per row.
-    """
-
-    texts: list[str]
-    token_ids: list[list[int]]
-    stats: GenerationStats
-    row_stats: list[GenerationStats]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +90,12 @@ class Stream(Iterator[Delta]):
         self._deltas.close()
         self._end()
 
+    def __repr__(self) -> str:
+        tokens = sum(len(text.token_ids) for text in self._texts)
+        running = "running" if self._result is None else "ended"
+        heading = f"Stream: {running}, {len(self._texts)} rows, {tokens} tokens so far"
+        return f"{heading}\n    {shown(self._texts[0].text, 90)}"
+
     def __enter__(self) -> Stream:
         return self
 
@@ -175,10 +165,27 @@ class Stream(Iterator[Delta]):
             self._session.release()
 
     def _made_result(self) -> GenerationResult:
-        row_stats = [self._row_stats(row) for row in range(len(self._texts))]
-        texts = [text.text for text in self._texts]
-        token_ids = [text.token_ids for text in self._texts]
-        return GenerationResult(texts, token_ids, sum_stats(row_stats), row_stats)
+        rows = [self._made_row(row) for row in range(len(self._texts))]
+        return GenerationResult(rows, sum_stats([row.stats for row in rows]))
+
+    def _made_row(self, row: int) -> GeneratedRow:
+        assert self._look is not None
+        text, start = self._texts[row], len(self._plan.prompts[row])
+        origins = self._look.state.origin_BC[row, start : start + len(text.token_ids)]
+        return GeneratedRow(
+            text=text.text,
+            token_ids=text.token_ids,
+            finish_reason=self._finish_reason(row),
+            stats=self._row_stats(row),
+            drafted_by=[(None, *self._plan.exits)[origin] for origin in origins],
+            tokenizer=self._plan.tokenizer,
+        )
+
+    def _finish_reason(self, row: int) -> FinishReason:
+        text = self._texts[row]
+        if text.stopped or text.token_ids[-1] in self._plan.stop_ids[row]:
+            return "stop"
+        return "length" if self._done[row] else "abort"
 
     def _row_stats(self, row: int) -> GenerationStats:
         assert self._look is not None

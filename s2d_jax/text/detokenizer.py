@@ -78,3 +78,24 @@ class RowText:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def text_pieces(
+    tokenizer: Tokenizer | None, ids: Sequence[int], text: str, count: int, *, complete: bool
+) -> list[str]:
+    """What each of the first `count` tokens brought of a row's text; all of them together are the text.
+
+    Args:
+        tokenizer: None gives no text.
+        ids: all tokens of the row.
+        text: of the row: what `RowText` gave out, cut before a stop string or not.
+        count: pieces that are wanted.
+        complete: nothing can follow the last token.
+    """
+    row, pieces, given = RowText(tokenizer), [], 0
+    for number, token in enumerate(ids[:count], start=1):
+        row.feed([token], complete and number == len(ids))
+        length = min(len(row.text), len(text))
+        pieces.append(text[given:length])
+        given = length
+    return pieces

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import sentencepiece
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, shown
 from s2d_jax.formats.eos_ids import merged_ids, saved_eos_token_ids
 from s2d_jax.formats.gguf import GGUFFile
 from s2d_jax.formats.gguf_tokenizer import tokenizer_from_gguf
@@ -81,6 +81,11 @@ class Tokenizer:
         special = {str(t): i for i, t in fast.added_tokens_decoder.items() if t.special}
         end_of_turn = [special[token] for token in END_OF_TURN if token in special]
         self.stop_token_ids = merged_ids(fast.eos_token_id, stop_token_ids, end_of_turn)
+
+    def __repr__(self) -> str:
+        ends = shown(self._fast.convert_ids_to_tokens(list(self.stop_token_ids)), 40)
+        template = "its own" if self._fast.chat_template else "Vicuna's"
+        return f"Tokenizer: {len(self._fast)} tokens, answers end with {ends}, chat template {template}"
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from s2d_jax.decode.state import DecodeState, Verified
-from s2d_jax.decode.verifier import Judged, Window, append_next
+from s2d_jax.decode.verifier import Judged, Window, append_next, origins
 from s2d_jax.draft.guard import Steps
 from s2d_jax.draft.request import Request
 from s2d_jax.model import tree_mask
@@ -62,8 +62,9 @@ class TreeVerifier:
         path_BY = trees.path(tree.parent_BM, tree.depth_BM, node_B, depth)
         tokens_BG = _at(tree.tokens_BM, path_BY[:, 1:])
         emitted_BY = append_next(tokens_BG, num_accepted_B, next_token_B)
+        origin_BY = origins(_at(tree.exit_BM, path_BY[:, 1:]), num_accepted_B)
         state = self._keep_path(state, tree, path_BY, num_accepted_B)
-        return Judged(emitted_BY, num_accepted_B, state)
+        return Judged(emitted_BY, origin_BY, num_accepted_B, state)
 
     def _accepted(self, request: Request, verified: Verified):
         proposal, logits_BMV = verified.proposal, verified.logits_BTV

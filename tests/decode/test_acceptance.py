@@ -30,6 +30,12 @@ def _keys(count):
     return jax.vmap(jax.random.key)(jnp.arange(count))
 
 
+def _chain(tokens_BG, num_draft_B, probs_BGV=None) -> Proposal:
+    """Drafted by one exit."""
+    num_draft_B = jnp.asarray(num_draft_B, jnp.int32)
+    return Proposal(tokens_BG, num_draft_B, probs_BGV, jnp.zeros_like(tokens_BG))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_leading_counts_until_the_first_refusal(data):
@@ -46,7 +52,7 @@ def test_greedy_example():
     """The target prefers 4, 2, 7, 1 after 0, 1, 2, 3 drafted tokens."""
     logits_BTV = jnp.stack([one_hot(jnp.array([4, 2, 7, 1]), 8)] * 4)
     drafted = jnp.array([[4, 2, 7], [4, 3, 7], [4, 2, 7], [0, 2, 7]], jnp.int32)
-    proposal = Proposal(drafted, jnp.array([3, 3, 2, 3], jnp.int32), None)
+    proposal = _chain(drafted, [3, 3, 2, 3])
     num_accepted_B, next_token_B = accept_greedy(proposal, logits_BTV)
     np.testing.assert_array_equal(num_accepted_B, [3, 1, 2, 0])
     np.testing.assert_array_equal(next_token_B, [1, 2, 7, 4])
@@ -60,7 +66,7 @@ def test_one_token_law(argmax):
     q_BV = jnp.broadcast_to(jnp.array(q), (DRAWS, 3))
     tokens_B = jnp.zeros(DRAWS, jnp.int32) if argmax else sample(q_BV, draft_key_B)
     probs_BGV = None if argmax else q_BV[:, None]
-    proposal = Proposal(tokens_B[:, None], jnp.ones(DRAWS, jnp.int32), probs_BGV)
+    proposal = _chain(tokens_B[:, None], [1] * DRAWS, probs_BGV)
     p_BTV = jnp.broadcast_to(jnp.array(p), (DRAWS, 2, 3))
     num_accepted_B, next_token_B = accept_sampled(proposal, p_BTV, accept_key_B)
     first_B = jnp.where(num_accepted_B == 1, tokens_B, next_token_B)
@@ -73,7 +79,7 @@ def test_one_token_law(argmax):
 def test_equal_p_and_q_accept_everything_and_rounding_leaves_no_nan():
     probs_BV = jax.nn.softmax(jax.random.normal(jax.random.key(0), (1000, 16)))
     tokens_B = sample(probs_BV, _keys(1000))
-    proposal = Proposal(tokens_B[:, None], jnp.ones(1000, jnp.int32), probs_BV[:, None])
+    proposal = _chain(tokens_B[:, None], [1] * 1000, probs_BV[:, None])
     p_BTV = jnp.stack([probs_BV, probs_BV], axis=1)
     num_accepted_B, next_token_B = accept_sampled(proposal, p_BTV, _keys(1000))
     assert (num_accepted_B == 1).all()
@@ -82,7 +88,7 @@ def test_equal_p_and_q_accept_everything_and_rounding_leaves_no_nan():
 
 def test_nothing_drafted_draws_from_the_target():
     p_BTV = jnp.broadcast_to(one_hot(jnp.array([2, 0]), 4), (5, 2, 4))
-    empty = Proposal(jnp.ones((5, 1), jnp.int32), jnp.zeros(5, jnp.int32), None)
+    empty = _chain(jnp.ones((5, 1), jnp.int32), [0] * 5)
     num_accepted_B, next_token_B = accept_sampled(empty, p_BTV, _keys(5))
     assert (num_accepted_B == 0).all()
     assert (next_token_B == 2).all()

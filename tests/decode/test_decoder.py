@@ -316,7 +316,7 @@ def test_bad_requests_say_what_is_wrong(target, draft):
         decoder.generate([[1] * 300], GREEDY)
     with pytest.raises(UserError, match=r"there are no prompts; give at least one"):
         decoder.generate([], GREEDY)
-    with pytest.raises(UserError, match=r"token id 9999; the target's ids are 0 to 63"):
+    with pytest.raises(UserError, match=r"token id 9999; the model's ids are 0 to 63"):
         decoder.generate([[1, 9999]], GREEDY)
     with pytest.raises(UserError, match=r"1 sampling parameters for 4 prompts; give one each"):
         decoder.generate(PROMPTS, [GREEDY])

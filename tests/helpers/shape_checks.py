@@ -9,9 +9,22 @@ from beartype.roar import BeartypeDecorHintPep3119Exception
 _CHECK = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
+# What users give: the library says itself, in a line for people, what it refuses.
+_FROM_USERS = {"prompts", "prompt", "texts", "token_ids", "paths"}
+
+
+def _is_for_users(function) -> bool:
+    hints = function.__annotations__
+    sampling = str(hints.get("sampling", "SamplingArrays"))
+    return bool(_FROM_USERS & hints.keys()) or "SamplingArrays" not in sampling
+
+
 def checked(function):
-    """beartype, except on what makes a dataclass: JAX rebuilds pytrees around leaves that are no arrays."""
-    if function.__name__ == "__init__":
+    """beartype, except on what users give anything, and on what makes a dataclass.
+
+    JAX rebuilds pytrees around leaves that are no arrays.
+    """
+    if function.__name__ == "__init__" or _is_for_users(function):
         return function
     try:
         return _CHECK(function)

@@ -68,6 +68,15 @@ def test_tokens_equal_those_of_one_device(target, draft, tensor, temperature, us
     many = SpeculativeDecoder(_sharded(target, mesh), drafting).generate(PROMPTS, sampling)
     assert many.token_ids == one.token_ids
     assert many.stats.exit_histogram == one.stats.exit_histogram
+    assert [row.drafted_by for row in many] == [row.drafted_by for row in one]
+
+
+def test_logits_and_scores_equal_those_of_one_device(target):
+    many = _sharded(target, make_mesh(MeshConfig(tensor=8)))
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(many.logits(PROMPTS[0]), target.logits(PROMPTS[0]), **close)
+    (ours,), (expected,) = many.score(PROMPTS[0]), target.score(PROMPTS[0])
+    np.testing.assert_allclose(ours.log_probs, expected.log_probs, **close)
 
 
 def test_caches_of_a_sharded_target_grow_and_serve_the_next_turn(target, draft):
