@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from s2d_jax.progress.activity import BOARD
+from s2d_jax.progress.displays import due_now, table_of
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,7 +30,29 @@ def screen(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=width)
 
 
-class CountingBar(Progress):
+class SharedProgress(Progress):
+    """Bars with the library's activities below them: a screen has one place for what moves."""
+
+    _ends = False
+
+    def start(self) -> None:
+        if self.console.is_terminal:
+            BOARD.give_way(self)
+        super().start()
+
+    def stop(self) -> None:
+        self._ends = True
+        super().stop()
+        BOARD.come_back(self)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        now = BOARD.clock()
+        if not self._ends and (due := due_now(BOARD.going_for(self), now)):
+            yield table_of(due, now)
+
+
+class CountingBar(SharedProgress):
     """A progress bar on stderr; where that is no terminal, a line now and then."""
 
     _last_line = 0.0

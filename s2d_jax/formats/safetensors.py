@@ -19,7 +19,7 @@ _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class SafetensorsFiles:
-    """The tensors of one or several safetensors files.
+    """The tensors of one or several safetensors files; `num_bytes` is their size.
 
     Raises:
         UserError: for a truncated file, or a dtype other than F32, F16 and BF16.
@@ -28,6 +28,7 @@ class SafetensorsFiles:
     def __init__(self, paths: Sequence[Path]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._handles: dict[str, Any] = {}
+        self.num_bytes = 0
         for path in paths:
             try:
                 # NumPy knows bfloat16 here because jax registers ml_dtypes on import.
@@ -36,6 +37,7 @@ class SafetensorsFiles:
                 raise UserError(
                     f"{path} is truncated or damaged ({error}); fetch it again"
                 ) from error
+            self.num_bytes += path.stat().st_size
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 tensor = handle.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES.values():
