@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from s2d_jax.progress.activity import BOARD
+from s2d_jax.progress.activity import BOARD, is_shown
 from s2d_jax.progress.displays import due_now, table_of
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -56,6 +56,15 @@ class CountingBar(SharedProgress):
     """A progress bar on stderr; where that is no terminal, a line now and then."""
 
     _last_line = 0.0
+
+    def add_task(self, description: str, *args: Any, **fields: Any) -> TaskID:
+        task_id = super().add_task(description, *args, **fields)
+        # Where activities are told as lines, this is one, which may be quiet for long until something of it is done.
+        if not self.console.is_terminal and is_shown():
+            total = self.tasks[-1].total
+            of = "" if total is None else f" 0 of {total:.0f}"
+            self.console.print(f"{description}{of}", markup=False, soft_wrap=True)
+        return task_id
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
         super().update(task_id, **fields)

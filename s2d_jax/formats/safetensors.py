@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 
 from s2d_jax.errors import UserError
+from s2d_jax.progress.activity import activity
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -78,10 +79,12 @@ def save_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
+    text = f"writing {path.parent.name}/{path.name}"
+    with activity(text, total=start, unit="B", key="save") as told, open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for array in tensors.values():
             host = np.ascontiguousarray(np.asarray(array))
             file.write(host.reshape(-1).view(np.uint8).data)
+            told.advance(host.nbytes)
         file.flush()
         os.fsync(file.fileno())

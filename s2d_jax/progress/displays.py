@@ -127,10 +127,9 @@ def table_of(going: Sequence[Activity], now: float) -> Any:
 
     statuses = [activity.status(now) for activity in going]
     table = Table.grid(padding=(0, 1))
-    # Where there is little room, the text is cut.
-    table.add_column(overflow="ellipsis", no_wrap=True)
-    table.add_column(min_width=_BAR_WIDTH)
-    table.add_column(min_width=max(map(len, statuses), default=0), no_wrap=True)
+    table.add_column()  # where there is little room, the text is cut: rich makes columns narrow whose text may wrap
+    table.add_column(width=_BAR_WIDTH, no_wrap=True)
+    table.add_column(no_wrap=True)
     for activity, status in zip(going, statuses, strict=True):
         share = activity.share(now)
         bar = ProgressBar(
@@ -140,7 +139,8 @@ def table_of(going: Sequence[Activity], now: float) -> Any:
             pulse=share is None,
             animation_time=now,
         )
-        table.add_row(Text(activity.text), bar, Text(status))
+        text = Text(activity.text, no_wrap=True, overflow="ellipsis")
+        table.add_row(text, bar, Text(status))
     return table
 
 

@@ -244,7 +244,7 @@ class Tokenizer:
 
 def _reading() -> contextlib.AbstractContextManager[Activity]:
     """Tells that a tokenizer is read; the first of a process takes longest, because it imports transformers."""
-    key = "" if "transformers" in sys.modules else "tokenizer"
+    key = "" if "transformers.tokenization_utils_base" in sys.modules else "tokenizer"
     return activity("reading the tokenizer", key=key)
 
 
