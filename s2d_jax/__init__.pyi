@@ -18,6 +18,7 @@ from .generation.stream import Stream as Stream
 from .model.lora import LoraConfig as LoraConfig
 from .model.lora import init_lora as init_lora
 from .model.lora import merge_lora as merge_lora
+from .progress.activity import show_progress as show_progress
 from .sharding import MeshConfig as MeshConfig
 from .sharding import make_mesh as make_mesh
 from .text.prompts import Prompt as Prompt

@@ -92,9 +92,11 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s2d-ja
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_rows(tmp_path_factory):
-    """Tests leave nothing in the user's cache."""
+    """Tests leave nothing in the user's cache, and show no progress unless they ask for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("S2D_DATA_CACHE", str(tmp_path_factory.mktemp("rows")))
+        patch.setenv("S2D_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("S2D_PROGRESS", "off")
         yield
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from s2d_jax.progress.activity import BOARD, is_shown
+from s2d_jax.progress.displays import due_now, table_of
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,10 +30,41 @@ def screen(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=width)
 
 
-class CountingBar(Progress):
+class SharedProgress(Progress):
+    """Bars with the library's activities below them: a screen has one place for what moves."""
+
+    _ends = False
+
+    def start(self) -> None:
+        if self.console.is_terminal:
+            BOARD.give_way(self)
+        super().start()
+
+    def stop(self) -> None:
+        self._ends = True
+        super().stop()
+        BOARD.come_back(self)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        now = BOARD.clock()
+        if not self._ends and (due := due_now(BOARD.going_for(self), now)):
+            yield table_of(due, now)
+
+
+class CountingBar(SharedProgress):
     """A progress bar on stderr; where that is no terminal, a line now and then."""
 
     _last_line = 0.0
+
+    def add_task(self, description: str, *args: Any, **fields: Any) -> TaskID:
+        task_id = super().add_task(description, *args, **fields)
+        # Where activities are told as lines, this is one, which may be quiet for long until something of it is done.
+        if not self.console.is_terminal and is_shown():
+            total = self.tasks[-1].total
+            of = "" if total is None else f" 0 of {total:.0f}"
+            self.console.print(f"{description}{of}", markup=False, soft_wrap=True)
+        return task_id
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
         super().update(task_id, **fields)

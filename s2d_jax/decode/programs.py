@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from s2d_jax.decode.loop import Decoder
+from s2d_jax.progress.compiling import compiling
 
 
 class Programs(NamedTuple):
@@ -40,6 +41,16 @@ class RoundPrograms(NamedTuple):
 
 
 _CACHE: dict[Any, Any] = {}
+# What somebody who waits is told; the field is the width or the capacity of the key.
+_WORDS = {
+    "prefill": "compiling prefill for {} tokens",
+    "run": "compiling the decoding loop",
+    "extend": "compiling prefill for {} more tokens",
+    "grow": "compiling a cache of {} tokens",
+    "propose": "compiling drafting",
+    "verify": "compiling verification",
+    "accept": "compiling acceptance",
+}
 
 
 def programs(decoder: Decoder, prompt_width: int, args: tuple) -> tuple[Programs, float]:
@@ -64,13 +75,18 @@ def run_program(decoder: Decoder, inputs: tuple) -> tuple[Any, float]:
 
 
 def extend_program(decoder: Decoder, width: int, inputs: tuple) -> tuple[Any, float]:
-    """`Decoder.extend` for `(params, request, state, tokens_BC, length_B, kept_B)`; the state is donated."""
+    """`Decoder.extend` for `(params, request, state, tokens_BC, length_B, kept_B)`; the state is donated.
+
+    The loop that goes on from there is compiled too, so that nobody waits for it behind the first word of an answer.
+    """
 
     def extend(params, request, state, tokens_BC, length_B, kept_B):
         return decoder.extend(params, request, state, tokens_BC, length_B, kept_B, width)
 
-    (program, _), spent = _compiled(("extend", decoder, width), extend, inputs, donate=2)
-    return program, spent
+    (program, after), spent = _compiled(("extend", decoder, width), extend, inputs, donate=2)
+    params, request, *_ = inputs
+    _, more = run_program(decoder, (params, request, after))
+    return program, spent + more
 
 
 def grow_program(decoder: Decoder, capacity: int, state: Any) -> tuple[Any, float]:
@@ -123,8 +139,9 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     jitted = jax.jit(
         function, donate_argnums=donate, **({} if out is None else {"out_shardings": out})
     )
-    lowered = jitted.lower(*inputs)
-    compiled = lowered.compile()
+    with compiling(key[0], _WORDS[key[0]].format(*key[2:-1]), inputs):
+        lowered = jitted.lower(*inputs)
+        compiled = lowered.compile()
     result = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         lowered.out_info,

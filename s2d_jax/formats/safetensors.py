@@ -14,12 +14,13 @@ import numpy as np
 import safetensors
 
 from s2d_jax.errors import UserError
+from s2d_jax.progress.activity import activity
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class SafetensorsFiles:
-    """The tensors of one or several safetensors files.
+    """The tensors of one or several safetensors files; `num_bytes` is their size.
 
     Raises:
         UserError: for a truncated file, or a dtype other than F32, F16 and BF16.
@@ -28,6 +29,7 @@ class SafetensorsFiles:
     def __init__(self, paths: Sequence[Path]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._handles: dict[str, Any] = {}
+        self.num_bytes = 0
         for path in paths:
             try:
                 # NumPy knows bfloat16 here because jax registers ml_dtypes on import.
@@ -36,6 +38,7 @@ class SafetensorsFiles:
                 raise UserError(
                     f"{path} is truncated or damaged ({error}); fetch it again"
                 ) from error
+            self.num_bytes += path.stat().st_size
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 tensor = handle.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES.values():
@@ -76,10 +79,12 @@ def save_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
+    text = f"writing {path.parent.name}/{path.name}"
+    with activity(text, total=start, unit="B", key="save") as told, open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for array in tensors.values():
             host = np.ascontiguousarray(np.asarray(array))
             file.write(host.reshape(-1).view(np.uint8).data)
+            told.advance(host.nbytes)
         file.flush()
         os.fsync(file.fileno())

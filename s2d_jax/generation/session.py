@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,12 @@ from s2d_jax.decode.timed_rounds import timed_rounds
 from s2d_jax.draft.request import Request
 from s2d_jax.generation.buckets import bucket
 from s2d_jax.generation.plan import UNLIMITED, Plan
+from s2d_jax.progress.activity import activity, is_shown
+from s2d_jax.progress.durations import known
+
+# Prompts of fewer tokens, and those that take fewer seconds, are read without a word.
+_FEWEST_TOLD = 32
+_SHORTEST_TOLD = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +68,33 @@ class Session:
             (program, _), spent = compilation.programs(plan.decoder, width, inputs)
         self.seconds["compile"] += spent
         started = time.perf_counter()
-        state = program(*inputs)
-        if wait:
-            jax.block_until_ready(state)
+        with self._reading(plan.params) as told:
+            state = program(*inputs)
+            if wait or told:
+                jax.block_until_ready(state)
         self._spend(started, phase)
         self._state, self._look = state, None
+
+    @contextlib.contextmanager
+    def _reading(self, params: Any) -> Iterator[bool]:
+        """Tells that prompts are read, if it takes about a second or more; then it is waited for, which is little beside it.
+
+        Yields:
+            Whether it is told. Otherwise the device goes on with the rounds, and nobody knows when it has read the prompts.
+        """
+        tokens = len(self.prefilled) * max(self.prefilled)
+        if tokens < _FEWEST_TOLD or not is_shown():
+            yield False
+            return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        key = f"prefill/{jax.default_backend()}/{size}"
+        per_second = known(key)
+        if per_second is not None and tokens / per_second < _SHORTEST_TOLD:
+            yield False
+            return
+        text = f"reading {tokens:,} tokens of the prompt{'s' * (len(self.prefilled) > 1)}"
+        with activity(text, total=tokens, key=key, quiet=_SHORTEST_TOLD):
+            yield True
 
     def advance(self, rounds: int = UNLIMITED, *, phases: bool = False, wait: bool = False) -> Look:
         """Runs up to `rounds` rounds, fewer when all rows are done or the caches are full, and looks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.generation.result import FinishReason, GeneratedRow, GenerationResult
 from s2d_jax.generation.session import Look, Session
 from s2d_jax.generation.stats import GenerationStats, sum_stats
+from s2d_jax.progress.activity import text_is_written
 from s2d_jax.text.detokenizer import RowText
 
 # Between these many rounds the host looks for stop strings.
@@ -134,10 +136,12 @@ class Stream(Iterator[Delta]):
                 rounds = itertools.repeat(_ROUNDS_BETWEEN_LOOKS)
             else:
                 rounds = itertools.repeat(UNLIMITED)
+            given_out = nullcontext if rounds_per_look is None else text_is_written
             while not all(self._done):
-                look = self._session.advance(
-                    next(rounds), phases=timing.rounds, wait=timing.prefill
-                )
+                with given_out():
+                    look = self._session.advance(
+                        next(rounds), phases=timing.rounds, wait=timing.prefill
+                    )
                 yield from self._read(look)
         finally:
             self._end()

@@ -5,11 +5,13 @@ The only place that touches Hugging Face tokenizers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from s2d_jax.errors import UserError, shown
 from s2d_jax.formats.eos_ids import merged_ids, saved_eos_token_ids
 from s2d_jax.formats.gguf import GGUFFile
 from s2d_jax.formats.gguf_tokenizer import tokenizer_from_gguf
+from s2d_jax.progress.activity import activity
+from s2d_jax.progress.state import Activity
 
 # transformers advises to install PyTorch when it is imported; nothing here needs it. Importing it takes seconds, so it is
 # imported when a tokenizer is made.
@@ -94,11 +98,12 @@ class Tokenizer:
         Raises:
             UserError: if transformers cannot read one.
         """
-        from transformers import AutoTokenizer
-
         _check_sentencepiece(Path(directory))
         try:
-            fast = AutoTokenizer.from_pretrained(str(directory))
+            with _reading():
+                from transformers import AutoTokenizer
+
+                fast = AutoTokenizer.from_pretrained(str(directory))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
@@ -113,15 +118,16 @@ class Tokenizer:
         Raises:
             UserError: for an unsupported kind of tokenizer.
         """
-        from transformers import PreTrainedTokenizerFast
+        with _reading():
+            from transformers import PreTrainedTokenizerFast
 
-        backend, special_tokens = tokenizer_from_gguf(file)
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            clean_up_tokenization_spaces=False,
-            chat_template=file.metadata.get("tokenizer.chat_template"),
-            **special_tokens,
-        )
+            backend, special_tokens = tokenizer_from_gguf(file)
+            fast = PreTrainedTokenizerFast(
+                tokenizer_object=backend,
+                clean_up_tokenization_spaces=False,
+                chat_template=file.metadata.get("tokenizer.chat_template"),
+                **special_tokens,
+            )
         ids = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
         return cls(fast, merged_ids(*ids))
 
@@ -239,6 +245,12 @@ class Tokenizer:
         file.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         generation = {"eos_token_id": list(self.stop_token_ids)}
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _reading() -> contextlib.AbstractContextManager[Activity]:
+    """Tells that a tokenizer is read; the first of a process takes longest, because it imports transformers."""
+    key = "" if "transformers.tokenization_utils_base" in sys.modules else "tokenizer"
+    return activity("reading the tokenizer", key=key)
 
 
 def _check_sentencepiece(directory: Path) -> None:

@@ -17,6 +17,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax.errors import UserError
+from s2d_jax.progress.activity import activity
 
 _SCORE = "score"
 # Seconds to wait for the threads of a failed save.
@@ -102,7 +103,7 @@ class Checkpoints:
             UserError: if this or the save before fails, for example on a full disk.
         """
         assert self._checkpointer is not None
-        with self._explained():
+        with self._explained(), activity(f"saving step {step}"):
             self._checkpointer.wait()
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -119,8 +120,10 @@ class Checkpoints:
             UserError: if its files are damaged, or hold something else.
         """
         assert self._checkpointer is not None
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         try:
-            return self._checkpointer.load_checkpointables(step, abstract)
+            with activity(f"reading the checkpoint of step {step}", total=size, key="restore"):
+                return self._checkpointer.load_checkpointables(step, abstract)
         except (MemoryError, jax.errors.JaxRuntimeError):  # too large for this machine, not damaged
             raise
         except Exception as error:
@@ -152,7 +155,7 @@ class Checkpoints:
             UserError: if it failed.
         """
         if self._checkpointer is not None:
-            with self._explained():
+            with self._explained(), activity("writing the checkpoint to disk"):
                 self._checkpointer.wait()
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,13 +19,20 @@ from s2d_jax.formats.safetensors import SafetensorsFiles
 from s2d_jax.model.lora import merged_kernel
 from s2d_jax.model.params import Params, abstract_params, logical_axes
 from s2d_jax.model.products.weight_formats import check_weight_format, compute_dtype
+from s2d_jax.progress.activity import activity
 from s2d_jax.sharding import params_sharding
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.model import Draft, Model, with_trimmed_head
 from s2d_jax.weights.peft import read_peft
 from s2d_jax.weights.prepare import load_weight, platform_of
 from s2d_jax.weights.sorted_draft import Base, base_fingerprint, read_sorted_draft
-from s2d_jax.weights.stored import check_shapes, describe_model, open_model, tokenizer_in
+from s2d_jax.weights.stored import (
+    StoredModel,
+    check_shapes,
+    describe_model,
+    open_model,
+    tokenizer_in,
+)
 
 
 def load_model(
@@ -46,7 +54,8 @@ def load_model(
 
 def _load(local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
     stored = open_model(local)
-    params = _read_params(stored.config, stored.tensors(), weight_format, mesh)
+    with _loading(stored, source, weight_format) as told:
+        params = _read_params(stored.config, stored.tensors(), weight_format, mesh, told=told)
     return Model(stored.config, params, stored.tokenizer, source)
 
 
@@ -94,15 +103,34 @@ def _read_params(
     weight_format: str,
     mesh: jax.sharding.Mesh | None,
     parts: ExitParts = NO_PARTS,
+    told: Callable[[np.ndarray], None] = lambda array: None,
 ) -> Params:
-    """Converts and places one tensor after another, so that only one is held twice."""
+    """Converts and places one tensor after another, so that only one is held twice; `told` is told of each."""
     placement = None if mesh is None else params_sharding(config, logical_axes(config, parts), mesh)
     params: Params = {}
     dtype = compute_dtype(weight_format, platform_of(mesh))
     for name, array in tensors:
         sharding = None if placement is None else get_weight(placement, name)
         set_weight(params, name, load_weight(array, weight_format, dtype, sharding))
+        told(array)
     return params
+
+
+@contextlib.contextmanager
+def _loading(
+    stored: StoredModel, source: str, weight_format: str, layers: Sequence[int] | None = None
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Tells how far loading is, in bytes of the files; what is yielded takes each tensor that was read."""
+    weights = stored.num_weights(layers)
+    bytes_per_weight = stored.source.num_bytes / stored.num_weights()
+    kind = Path(source).suffix if source.endswith(".gguf") else "safetensors"
+    with activity(
+        f"loading {Path(source).name}",
+        total=weights * bytes_per_weight,
+        unit="B",
+        key=f"load/{kind.lstrip('.')}/{weight_format}",
+    ) as loading:
+        yield lambda array: loading.advance(array.size * bytes_per_weight)
 
 
 def _tensors_of_parts(file: Path, config: ModelConfig, parts: ExitParts):
@@ -137,7 +165,8 @@ def _load_on_base(
                 array = np.asarray(merged_kernel(array.astype(np.float32), *factors[name.ours]))
             yield name, array
 
-    params = _read_params(config, tensors(), weight_format, mesh)
+    with _loading(stored, base.path, weight_format, layers) as told:
+        params = _read_params(config, tensors(), weight_format, mesh, told=told)
     if not seen.matches(base.fingerprint):
         raise UserError(
             f"{base.path} is not the model that {local} was trained on (fingerprint {seen}, {base.fingerprint} is expected); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +25,13 @@ from s2d_jax.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
 
 class WeightSource(Protocol):
-    """Tensors by name: `shapes` says what there is, `read` gives one as NumPy."""
+    """Tensors by name: `shapes` says what there is, `read` gives one as NumPy, `num_bytes` is the size of their files."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -37,6 +41,7 @@ class GGUFWeights:
 
     def __init__(self, file: GGUFFile, config: ModelConfig):
         self._file = file
+        self.num_bytes = file.path.stat().st_size
         self._heads_of = {}
         if config.family == "llama":
             self._heads_of = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
@@ -158,11 +163,19 @@ class StoredModel:
 
     def tensors(self, layers: Sequence[int] | None = None) -> Iterator[tuple[WeightName, Any]]:
         """Every tensor of the model, or of the model of some of its layers, by its name in that model: a NumPy array."""
+        for name in self._names(layers):
+            yield name, np.asarray(self.source.read(self.name_of(name)))
+
+    def num_weights(self, layers: Sequence[int] | None = None) -> int:
+        """How many numbers `tensors` gives."""
+        shapes = (self.source.shapes[self.name_of(name)] for name in self._names(layers))
+        return sum(math.prod(shape) for shape in shapes)
+
+    def _names(self, layers: Sequence[int] | None) -> tuple[WeightName, ...]:
         config = self.config
         if layers is not None:
             config = dataclasses.replace(config, num_layers=len(layers))
-        for name in weight_names(config, layers):
-            yield name, np.asarray(self.source.read(self.name_of(name)))
+        return weight_names(config, layers)
 
 
 def describe_model(path: Path) -> tuple[ModelConfig, Tokenizer | None]:

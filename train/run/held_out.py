@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from s2d_jax.progress.activity import activity
+from s2d_jax.progress.state import Activity
 from train.config.sections import Config
 from train.data.batch import Batch
 from train.data.batches import batches_of
@@ -42,6 +44,12 @@ class Watch:
         Returns:
             `loss` (the exits' weighted cross-entropy), `loss_per_exit`, and what `acceptance` says.
         """
+        with activity(
+            f"evaluating on {len(self.held_out)} held-out rows", total=len(self.held_out)
+        ) as told:
+            return self._evaluate(step, params, told)
+
+    def _evaluate(self, step: EvalStep, params: Any, told: Activity) -> dict[str, Any] | None:
         draft = self.config.draft
         ce_E, answers = np.zeros(len(draft.exit_layers)), []
         for places, batch in batches_of(self.held_out, self.config.train.batch_size, self.make):
@@ -55,6 +63,7 @@ class Watch:
                 agrees_ET = values["best"][:, row] == expected_T
                 counted_T = weights_BT[row] > 0
                 answers += answers_of_row(counted_T, agrees_ET, values["confidence"][:, row])
+            told.advance(int((places >= 0).sum()))
         counted = sum(answer.agrees_ET.shape[1] for answer in answers)
         if not counted:
             return None

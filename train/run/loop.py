@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.errors import UserError
+from s2d_jax.progress.activity import activity
+from s2d_jax.progress.compiling import compiling
 from s2d_jax.weights.checkpoints import Checkpoints
 from train.data.batch import Batch
 from train.data.batches import make_batch, rows_of_step
@@ -73,11 +76,15 @@ class Run:
         section = self.trainer.config.train
         batch = self._batch(self.step)
         self.report.say(f"compiling for {self.trainer.mesh.size} device(s)")
-        self._step = self.trainer.compile_step(self.state, batch, self.teachers.params)
-        self._eval_step = self.trainer.compile_eval(self.state.params, batch.replace(top_k=()))
+        inputs = self.state, batch, self.teachers.params
+        with compiling("train", "compiling the training step", inputs):
+            self._step = self.trainer.compile_step(*inputs)
+        inputs = self.state.params, batch.replace(top_k=())
+        with compiling("evaluate", "compiling the evaluation", inputs):
+            self._eval_step = self.trainer.compile_eval(*inputs)
         make = lambda indices: make_batch(self.rows, indices, self.trainer.batch_sharding)  # noqa: E731
         self._watch = Watch(self.trainer.config, self.held_out, make, self.teachers.expected_tokens)
-        self._began = time.perf_counter() - self.elapsed
+        self._began, self._stepped = time.perf_counter() - self.elapsed, False
         with self.preemption.listening():
             if self.step == 0:
                 self._evaluate()
@@ -105,7 +112,10 @@ class Run:
     def _train_one(self) -> None:
         section, draft = self.trainer.config.train, self.trainer.config.draft
         started = time.perf_counter()
-        metrics = self._run_step(update=True)
+        first = not self._stepped
+        with activity("taking the first step") if first else contextlib.nullcontext():
+            metrics = self._run_step(update=True)
+        self._stepped = True
         self.step += 1
         self.elapsed = self._clock()
         self._check_finite(metrics, f"at step {self.step}")
@@ -180,7 +190,8 @@ class Run:
         self.metrics.write(row)
         self.report.say(f"step {self.step}: held-out {losses(row)}, {summary(row)}")
         if is_main_process():
-            draw_progress(self.run_dir / METRICS, self.run_dir / PICTURE)
+            with activity(f"drawing {PICTURE}"):
+                draw_progress(self.run_dir / METRICS, self.run_dir / PICTURE)
 
     def _save(self, *, judged: bool) -> None:
         """Starts a checkpoint; after SIGTERM not `judged`, for there may be no time for an evaluation.
@@ -188,7 +199,9 @@ class Run:
         A step's loss tells of the parameters before its update. So what a resumed run would compute first, the loss and the
         gradient of the next step's rows, is computed before anything is written.
         """
-        self._check_finite(self._run_step(update=False), f"after the update of step {self.step}")
+        with activity("checking the parameters to be saved"):
+            metrics = self._run_step(update=False)
+        self._check_finite(metrics, f"after the update of step {self.step}")
         if judged and len(self.held_out) and (self.mat is None or self.mat[0] != self.step):
             self._evaluate()  # which checkpoint is the best is known of each
         metadata = {"elapsed_seconds": self.elapsed}

@@ -17,6 +17,7 @@ from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.files import written_whole
 from s2d_jax.model.params import Params, logical_axes
+from s2d_jax.progress.compiling import compiling
 from s2d_jax.sharding import batch_sharding, params_sharding, replicated
 from s2d_jax.text.tokenizer import Tokenizer, check_same_tokenizer
 from s2d_jax.weights.load import load_model
@@ -70,8 +71,9 @@ def _compiled(
     step = jax.jit(
         read, in_shardings=(placement, batch_sharding(mesh)), out_shardings=replicated(mesh)
     )
-    with jax.set_mesh(mesh):  # for `over_rows`
-        return step.lower(model.params, batch).compile()
+    inputs = model.params, batch
+    with compiling("evaluate", "compiling a pass of the target", inputs), jax.set_mesh(mesh):
+        return step.lower(*inputs).compile()  # the mesh is for `over_rows`
 
 
 def best_tokens(

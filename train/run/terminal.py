@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from s2d_jax.cli.screen import SharedProgress
 from train.run.metrics import losses
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -21,12 +22,12 @@ class ProgressReport:
 
     def __init__(self, console: Console | None = None):
         self._console = console or Console()
-        self._bar: Progress | None = None
+        self._bar: SharedProgress | None = None
         self._last_line = 0.0
 
     def __enter__(self) -> ProgressReport:
         if self._console.is_terminal:
-            self._bar = Progress(
+            self._bar = SharedProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
