@@ -708,8 +708,8 @@ RUNS = [
         "untried-parameters-saved",
         "a checkpoint is written without a look at what its parameters give",
         "train/run/loop.py",
-        'self._check_finite(self._run_step(update=False), f"after the update of step {self.step}")',
-        "self._run_step(update=False)",
+        'self._check_finite(metrics, f"after the update of step {self.step}")',
+        "del metrics",
         "train/test_train_run.py -k nan_stops",
     ),
     Fault(
@@ -802,8 +802,8 @@ COMMANDS = [
         "mistakes-with-status-1",
         "a user's mistake ends a command with status 1",
         "s2d_jax/cli/command.py",
-        "_fail(str(error), 2)",
-        "_fail(str(error), 1)",
+        'return 2, f"error: ',
+        'return 1, f"error: ',
         "infer/test_infer_generate.py -k as_a_process",
     ),
     Fault(

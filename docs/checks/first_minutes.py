@@ -2,10 +2,10 @@
 
     python docs/checks/first_minutes.py --work DIR [--keep-environment] [--out TRANSCRIPT.md]
 
-Builds the wheel, installs it into an environment of its own, and from then on uses that only, in an empty folder: a first answer,
-a stream, a conversation in Python, a benchmark, a training that is interrupted and resumed, an export. Every step runs in a terminal
-of 100 columns; "silent" is the longest time in which nothing reached it, and "first" the time until something did. It takes a
-quarter of an hour and needs only the package registry.
+Builds the wheel, installs it into an environment of its own, and from then on uses that only, in an empty folder: a first
+answer, a stream, a conversation in Python, a benchmark, a training that is interrupted and resumed, an export. Every step runs
+in a terminal of 100 columns; "silent" is the longest time in which nothing reached it, and "first" the time until something
+did. It takes a quarter of an hour and needs only the package registry.
 """
 
 from __future__ import annotations
