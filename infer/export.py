@@ -6,14 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax.numpy as jnp
 import yaml
 
-from s2d_jax.cli.command import run_command_line, say_devices
+from s2d_jax.cli.command import run_command_line, say_devices, starting
 from s2d_jax.cli.flags import Switch, flag
-from s2d_jax.weights.export import exits_left_out, export_draft, export_parts
-from s2d_jax.weights.prepare import prepare_for_decode
-from s2d_jax.weights.runs import load_run
 
 _FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -48,6 +44,13 @@ def export(args: Args) -> None:
     Raises:
         UserError: if there is no such run or step, or the directory holds something else.
     """
+    with starting():  # JAX
+        import jax.numpy as jnp
+
+        from s2d_jax.weights.export import exits_left_out, export_draft, export_parts
+        from s2d_jax.weights.prepare import prepare_for_decode
+        from s2d_jax.weights.runs import load_run
+
     # A whole export folds LoRA in before it rounds.
     dtype = args.dtype if args.adapters_only else "float32"
     draft = load_run(args.run, args.step, dtype=jnp.dtype(dtype))

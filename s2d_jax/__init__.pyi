@@ -3,6 +3,7 @@
 from .config.decode import DecodeConfig as DecodeConfig
 from .config.draft import DraftConfig as DraftConfig
 from .config.draft import ExitParts as ExitParts
+from .config.mesh import MeshConfig as MeshConfig
 from .config.model import ModelConfig as ModelConfig
 from .config.sampling import SamplingParams as SamplingParams
 from .config.tree import TreeShape as TreeShape
@@ -19,7 +20,6 @@ from .model.lora import LoraConfig as LoraConfig
 from .model.lora import init_lora as init_lora
 from .model.lora import merge_lora as merge_lora
 from .progress.activity import show_progress as show_progress
-from .sharding import MeshConfig as MeshConfig
 from .sharding import make_mesh as make_mesh
 from .text.prompts import Prompt as Prompt
 from .text.prompts import Prompts as Prompts

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import traceback
+from collections.abc import Callable
 
-import datasets
-import jax
-
-from s2d_jax.cli.command import told
-from s2d_jax.cli.parsing import other_command
-from s2d_jax.errors import UserError
+from s2d_jax.cli.command import starting, status_of
 from train.config.files import FlagsWithConfig, parse_command_line
-from train.run.preemption import PREEMPTED_STATUS, Preempted
-from train.run.processes import end_all, ending_together, is_main_process, start_processes
-from train.run.setup import train
+from train.config.sections import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,46 +20,19 @@ class Args(FlagsWithConfig):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a training; returns the exit status.
-
-    A mistake of the user's is one line on stderr and status 2; a run that SIGTERM stopped and that can go on has status 75.
-    Where several processes train together, the failure of one ends all.
-    """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        config = parse_command_line(Args, arguments, "train.main").settings
-        start_processes()
-        with ending_together():
-            run_dir = train(config)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        return _failed(*told(error, "go on from the last checkpoint with --train.resume"))
-    except Preempted as stop:
-        print(f"{stop}; go on with --train.resume", file=sys.stderr)
-        return PREEMPTED_STATUS
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        words = " ".join(str(error).split())[:160]
-        return _failed(
-            1,
-            f"error: {words}; most often another process is gone: see what it said, then go on with --train.resume",
-        )
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        traceback.print_exc()
-        return _failed(1, f"error: {type(error).__name__}, see the lines above")
-    if is_main_process():
-        export = other_command("infer.export")
-        print(f"trained: {run_dir}\nexport with: {export} --run {run_dir} --out {run_dir}/export")
-    return 0
+    """Runs a training; returns the exit status, 2 for a mistake of the user's. `train.run.command` has the others."""
+    found = []
+    if status := status_of(lambda: found.extend(_begin(arguments))):
+        return status
+    run, config = found
+    return run(config)
 
 
-def _failed(status: int, message: str) -> int:
-    print(message, file=sys.stderr)
-    end_all(status, message.removeprefix("error: "))
-    return status
+def _begin(arguments: list[str] | None) -> tuple[Callable[[Config], int], Config]:
+    config = parse_command_line(Args, arguments, "train.main").settings
+    with starting():  # JAX
+        from train.run.command import run
+    return run, config
 
 
 if __name__ == "__main__":

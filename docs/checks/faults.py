@@ -817,7 +817,7 @@ COMMANDS = [
     Fault(
         "cut-off-called-finished",
         "answers that were cut off are called finished",
-        "infer/generate/__main__.py",
+        "infer/generate/answering.py",
         "[not set(stop_ids).isdisjoint(answer.token_ids[-1:]) for answer in answers]",
         "[True for _ in answers]",
         "infer/test_infer_generate.py -k cut_off",

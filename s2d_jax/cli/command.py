@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from s2d_jax.cli.parsing import parse
 from s2d_jax.cli.screen import screen
 from s2d_jax.errors import UserError
-from s2d_jax.machine import device_notice
+from s2d_jax.progress.activity import activity, show_lines_without_terminal
 
 Args = TypeVar("Args")
 
@@ -27,6 +28,7 @@ def status_of(
     work: Callable[[], object], interrupted: str = "nothing half-written was left"
 ) -> int:
     """Does the work of a command; returns its exit status. A user's mistake is one line on stderr."""
+    show_lines_without_terminal()
     try:
         work()
     except (UserError, OSError, KeyboardInterrupt) as error:
@@ -60,8 +62,17 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} is a directory; give the name of a file")
 
 
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Around the imports of what computes: they take a second or two, so flags are read before."""
+    with activity("starting", key="starting", guess=2.0, quiet=0.0):
+        yield
+
+
 @functools.cache
 def say_devices() -> None:
     """Says once, on stderr, which devices JAX uses; and warns if it passes over an accelerator whose plugin is installed."""
+    from s2d_jax.machine import device_notice  # imports JAX
+
     for line in device_notice():
         screen(stderr=True).print(line, markup=False, soft_wrap=True)

@@ -154,6 +154,4 @@ def _is_first_process() -> bool:
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return True
-    from jax._src import distributed  # `jax.process_index` would start the backend
-
-    return distributed.global_state.process_id == 0
+    return jax.process_index() == 0

@@ -11,6 +11,7 @@ import pytest
 from infer_tiny import failing_run, run, save_tiny_models
 
 from infer.bench import __main__ as bench
+from infer.bench import comparison
 from infer.bench.measure import Sample
 from infer.bench.methods import parse_methods
 from infer.bench.report import make_rows
@@ -49,13 +50,13 @@ def questions(tmp_path):
 def test_two_targets_are_measured_with_one_loaded_draft(
     models, questions, tmp_path, monkeypatch, capsys
 ):
-    loaded, load_draft = [], bench.load_listed_draft
+    loaded, load_draft = [], comparison.load_listed_draft
 
     def counting(path, *rest):
         loaded.append(path)
         return load_draft(path, *rest)
 
-    monkeypatch.setattr(bench, "load_listed_draft", counting)
+    monkeypatch.setattr(comparison, "load_listed_draft", counting)
     out = tmp_path / "out"
     targets = (
         "--target",

@@ -12,6 +12,7 @@ import pytest
 from infer_tiny import failing_run, run, save_tiny_models
 
 from infer.generate import __main__ as generate
+from infer.generate import answering
 from infer.generate.args import Args
 from infer.generate.batching import Answer
 from s2d_jax.cli.prompts import Question
@@ -91,7 +92,7 @@ def test_rows_tell_which_answers_were_cut_off(tmp_path):
     ids = {"ended": (5, 7), "cut": (5, 6), "ended at once": (7,)}
     stats = GenerationStats(1, 1, 1, 0, {}, 0, 0, (), (), {}, {"compile": 0.0, "total": 1.0})
     answers = [Answer(text, tokens, stats) for text, tokens in ids.items()]
-    row = generate._row(args, "t", question, answers, (7, 9))
+    row = answering._row(args, "t", question, answers, (7, 9))
     assert row["finished"] == [True, False, True]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))

@@ -9,8 +9,8 @@ import yaml
 
 from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.config.draft import DraftConfig, ExitParts
+from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.errors import require
-from s2d_jax.sharding import MeshConfig
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
 # Of `train`: what is 1 or more.

@@ -1,0 +1,143 @@
+"""Methods compared on the same prompts, with tables, files and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import TextColumn
+
+from infer.bench.args import Args
+from infer.bench.kernels import bench_kernels
+from infer.bench.measure import Sample, measure, round_shares
+from infer.bench.methods import BASELINE, Method, build_methods, check_trees, parse_methods
+from infer.bench.plots import write_plots
+from infer.bench.report import make_rows, show_report, write_report
+from s2d_jax.cli.command import check_writable
+from s2d_jax.cli.environment import environment
+from s2d_jax.cli.loading import load_listed_draft, load_target, tokenizer_of
+from s2d_jax.cli.options import require_targets
+from s2d_jax.cli.profiling import write_profile
+from s2d_jax.cli.prompts import Question, encode, read_questions
+from s2d_jax.cli.screen import counting_bar, eta, screen
+from s2d_jax.cli.short_text import short_name
+from s2d_jax.decode.programs import use_compile_cache
+from s2d_jax.errors import UserError
+from s2d_jax.files import write_text
+
+
+def bench(args: Args) -> None:
+    """Measures every target, prints the tables and writes the report."""
+    if args.measuring.kernels:
+        bench_kernels(args.target[0] if args.target else None, args.out)
+        return
+    require_targets(args.target)
+    check_writable(args.out / "report.json")
+    use_compile_cache(args.loading.compile_cache)
+    names = parse_methods(args.methods)
+    args.sampling.params()
+    _check_drafting(args, names)
+    categories = tuple(args.measuring.categories.split(",")) if args.measuring.categories else ()
+    if args.questions is None:
+        raise UserError("no --questions were given; give a file of prompts")
+    questions = read_questions(
+        args.questions, categories=categories, max_questions=args.measuring.max_questions
+    )
+    vocabulary = args.loading.draft_vocabulary
+    if vocabulary is not None and not (args.draft or args.measuring.independent_draft):
+        raise UserError("--draft-vocabulary needs a draft; give --draft or --independent-draft")
+    draft, independent = (
+        load_listed_draft(path, vocabulary if path else None, args.loading.draft_format)
+        for path in (args.draft, args.measuring.independent_draft)
+    )
+    rows, samples, dtype = [], [], ""
+    for path in args.target:
+        target = load_target(path, args.loading.target_format)
+        dtype = target.dtype.name
+        methods = build_methods(names, target, draft, independent, args.drafting)
+        for method in methods:  # a policy that is missing is known before anything is measured
+            method.decoder.settled(args.sampling.temperature)
+        own = _measure(args, target, methods, questions)
+        shares = {
+            method.name: round_shares(
+                target,
+                method,
+                questions[: args.measuring.phase_questions],
+                args.sampling,
+                raw=args.measuring.raw,
+            )
+            for method in methods
+        }
+        rows += make_rows(path, args.sampling.temperature, methods, own, shares)
+        samples += [_sample_row(path, sample) for sample in own]
+        if args.measuring.profile is not None:
+            _profile(args, args.measuring.profile / short_name(path), target, methods, questions[0])
+        del target, methods
+    settings = _settings(args, questions)
+    write_report(args.out, environment(dtype), settings, rows)
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_text(args.out / "samples.jsonl", "".join(lines))
+    write_plots(args.out, rows, draft.draft_config.exit_layers if draft else ())
+    show_report(screen(), settings, rows)
+
+
+def _profile(args: Args, directory: Path, target, methods, question: Question) -> None:
+    prompt = encode(tokenizer_of(target), question.messages([]), raw=args.measuring.raw)
+    for method in methods:
+        write_profile(directory / method.name, method.decoder, prompt, args.sampling.params())
+
+
+def _check_drafting(args: Args, names: tuple[str, ...]) -> None:
+    if args.drafting.policy is not None:
+        raise UserError("--policy auto is a method here; add auto to --methods")
+    check_trees(names, args.drafting)
+    dataclasses.replace(args.drafting, policy_file=None).config()
+
+
+def _measure(
+    args: Args, target, methods: Sequence[Method], questions: list[Question]
+) -> list[Sample]:
+    with counting_bar(TextColumn("{task.fields[last]}"), *eta()) as progress:
+        total = len(questions) * len(methods) * args.measuring.repeats
+        task = progress.add_task(Path(target.source).name[:32], total=total, last="")
+
+        def on_sample(sample: Sample) -> None:
+            last = f"{sample.method} {sample.tokens_per_second:.1f} tok/s"
+            progress.update(task, advance=1, last=last)
+
+        greedy = args.sampling.temperature == 0
+        return measure(
+            target,
+            methods,
+            questions,
+            args.sampling,
+            repeats=args.measuring.repeats,
+            raw=args.measuring.raw,
+            check_identity=greedy and not args.measuring.skip_identity_check,
+            on_sample=on_sample,
+        )
+
+
+def _sample_row(target: str, sample: Sample) -> dict:
+    row = {"target": target, **dataclasses.asdict(sample)}
+    mat = sample.stats.mean_acceptance_length
+    return {**row, "tokens_per_second": sample.tokens_per_second, "mean_acceptance_length": mat}
+
+
+def _settings(args: Args, questions: list[Question]) -> dict:
+    return {
+        "questions": str(args.questions),
+        "prompts": len(questions),
+        "turns": sum(len(question.turns) for question in questions),
+        "draft": args.draft,
+        "independent_draft": args.measuring.independent_draft,
+        "baseline": f"{BASELINE}: the target alone, one position per pass, on the same engine",
+        "batch_size": 1,
+        "repeats": args.measuring.repeats,
+        "chat_template": not args.measuring.raw,
+        **dataclasses.asdict(args.sampling),
+        **dataclasses.asdict(args.drafting),
+        **dataclasses.asdict(args.loading),
+    }

@@ -1,0 +1,59 @@
+"""A run as a command: its exit status, and one line for what ends it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import datasets
+import jax
+
+from s2d_jax.cli.command import told
+from s2d_jax.cli.parsing import other_command
+from s2d_jax.errors import UserError
+from train.config.sections import Config
+from train.run.preemption import PREEMPTED_STATUS, Preempted
+from train.run.processes import end_all, ending_together, is_main_process, start_processes
+from train.run.setup import train
+
+
+def run(config: Config) -> int:
+    """Trains; returns the exit status.
+
+    A mistake of the user's is one line on stderr and status 2; a run that SIGTERM stopped and that can go on has status 75.
+    Where several processes train together, the failure of one ends all.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        start_processes()
+        with ending_together():
+            run_dir = train(config)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        return _failed(*told(error, "go on from the last checkpoint with --train.resume"))
+    except Preempted as stop:
+        print(f"{stop}; go on with --train.resume", file=sys.stderr)
+        return PREEMPTED_STATUS
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        words = " ".join(str(error).split())[:160]
+        return _failed(
+            1,
+            f"error: {words}; most often another process is gone: see what it said, then go on with --train.resume",
+        )
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        return _failed(1, f"error: {type(error).__name__}, see the lines above")
+    if is_main_process():
+        export = other_command("infer.export")
+        print(f"trained: {run_dir}\nexport with: {export} --run {run_dir} --out {run_dir}/export")
+    return 0
+
+
+def _failed(status: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    end_all(status, message.removeprefix("error: "))
+    return status
