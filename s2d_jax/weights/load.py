@@ -53,7 +53,8 @@ def load_model(
 
 
 def _load(local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
-    stored = open_model(local)
+    with activity(f"opening {Path(source).name}"):
+        stored = open_model(local)
     with _loading(stored, source, weight_format) as told:
         params = _read_params(stored.config, stored.tensors(), weight_format, mesh, told=told)
     return Model(stored.config, params, stored.tokenizer, source)
