@@ -16,7 +16,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 def here_or_shipped(path: str | Path) -> Path:
-    """`path`; or, where that does not exist and is `configs/NAME`, the file of that name that comes with s2d-jax."""
+    """`path`; if it does not exist and reads `configs/NAME`, the file of that name that comes with s2d-jax."""
     path = Path(path).expanduser()
     shipped = SHIPPED / path
     is_shipped = path.parts[:1] == ("configs",) and ".." not in path.parts and shipped.is_file()

@@ -1,4 +1,4 @@
-"""What of the machine decides how fast it computes: its CPU, and the devices that JAX uses."""
+"""What decides how fast this machine computes: its CPU, and the devices that JAX uses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def usable_cores() -> int:
 
 
 def devices_in_use() -> str:
-    """The devices that JAX computes on, in a few words: `4 x NVIDIA H100 80GB HBM3 (gpu)`; JAX begins with this call."""
+    """The devices that JAX computes on, in a few words: `4 x NVIDIA H100 80GB HBM3 (gpu)`. Initialises JAX."""
     counted = collections.Counter((d.device_kind, d.platform) for d in jax.devices())
     named = []
     for (kind, platform_name), count in counted.items():
@@ -48,9 +48,9 @@ def devices_in_use() -> str:
 
 
 def unused_accelerator() -> str | None:
-    """Why JAX computes on the CPU although a plugin for an accelerator is installed, and the remedy; None if all is as meant.
+    """Why JAX computes on the CPU although a plugin for an accelerator is installed, and the remedy; else None.
 
-    Whoever sets JAX_PLATFORMS has chosen, so nothing is said then.
+    Where JAX_PLATFORMS is set, the user has chosen the platform, and the result is None.
     """
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
         return None
@@ -61,7 +61,7 @@ def unused_accelerator() -> str | None:
             continue
         jaxlib = metadata.version("jaxlib")
         remedy = f"pip install --upgrade 'jax[{extra}]=={metadata.version('jax')}'"
-        # JAX takes plugins for CUDA of its own version only; libtpu has numbers of its own.
+        # JAX takes plugins for CUDA of its own version only; libtpu numbers its versions separately.
         if extra != "tpu" and _release(version) != _release(jaxlib):
             why = f"{package} {version} does not fit jaxlib {jaxlib}: {remedy}"
         else:
@@ -82,5 +82,5 @@ def device_notice() -> list[str]:
 
 
 def _release(version: str) -> list[str]:
-    """The numbers of a version: 0.10.2 of 0.10.2+cuda and 0.10.2.dev1."""
+    """The numbers in a version: 0.10.2 for 0.10.2+cuda and for 0.10.2.dev1."""
     return re.findall(r"\d+", version.split("+")[0].split(".dev")[0])

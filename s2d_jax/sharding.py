@@ -17,7 +17,7 @@ from s2d_jax.errors import UserError
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Tensor parallelism splits what a block computes independently (heads, hidden units, vocabulary); FSDP the other axis.
+# Tensor parallelism splits what a block computes independently (heads, hidden units, vocabulary); FSDP splits the other axis.
 RULES: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
     "length": None,
@@ -34,11 +34,11 @@ RULES: dict[str, MeshAxes] = {
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `tensor` over the first devices.
 
-    Where the devices lie in several slices, neighbours along `fsdp` and `tensor` are in one slice, and `data` counts the
-    slices before the places in each.
+    Where the devices lie in several slices, neighbours along `fsdp` and `tensor` are in one slice, and the slices are the
+    outer part of the `data` axis.
 
     Raises:
-        UserError: if there are fewer devices than the mesh asks for, if a process would have no part in it, or if the data
+        UserError: if there are fewer devices than the mesh asks for, if the mesh would leave a process out, or if the data
             axis does not divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -67,7 +67,7 @@ def _groups(devices: list, attribute: str) -> set:
 
 
 def _hybrid(config: MeshConfig, slices: int, devices: list) -> np.ndarray:
-    """Devices in the mesh's shape; processes stand for slices where the platform has none."""
+    """Devices in the mesh's shape; where the platform has no slices, each process counts as one."""
     config.check_slices(slices)
     by_process = len(_groups(devices, "slice_index")) == 1
     groups = len(_groups(devices, "process_index" if by_process else "slice_index"))
@@ -126,15 +126,15 @@ def params_sharding(config: ModelConfig, logical_axes: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays `[batch, length]`: rows over `data` and `fsdp`."""
+    """The sharding of arrays `[batch, length]`: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, partition_spec(("batch", "length")))
 
 
 def over_rows(x: jax.Array) -> jax.Array:
     """Keeps activations `[B, ...]` split over rows where a mesh is set with `jax.set_mesh`; elsewhere nothing happens.
 
-    Left to itself, XLA splits them as the parameters that they meet are split: with `fsdp` every device then sees all rows
-    through a part of the weights, and attends for all of them.
+    Without this, XLA splits activations like the parameters that they are multiplied with. With `fsdp`, every device would
+    then compute all rows with a part of the weights, attention included.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -143,7 +143,7 @@ def over_rows(x: jax.Array) -> jax.Array:
 
 
 def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of an optax state: what belongs to a parameter is split as it is, counters are on every device.
+    """Shardings of an optax state: arrays that belong to a parameter are split like it, counters are on every device.
 
     Args:
         optimizer: the `optax.GradientTransformation` whose state it is.
@@ -174,7 +174,7 @@ def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: M
 def put_whole(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Places an array that every process holds whole; each takes its own part only.
 
-    `jax.device_put` would first send all of it between the processes, to compare.
+    `jax.device_put` would first send the whole array between the processes, to check that they agree.
     """
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)

@@ -15,11 +15,11 @@ class RoundCosts:
     `infer.calibrate` measures these; the expected-gain rule and the guard decide by them.
 
     Attributes:
-        draft_step: of drafting one token, one per exit in use, leaving there.
-        verify: `verify[g]` is the rest of a round that drafted g tokens; `verify[0]` is 1.
-        catch_up: of one position that the draft has not seen, when it is taken up again after plain rounds.
-        acceptance: per exit in use, the probability that a token is accepted at confidences 0, 1/(n-1), ..., 1 (linear
-            between them); empty takes the confidence itself.
+        draft_step: for each exit in use, the cost of drafting one token that leaves there.
+        verify: `verify[g]` is the cost of the rest of a round that drafted g tokens; `verify[0]` is 1.
+        catch_up: cost of one position that the draft has not seen, when a row drafts again after plain rounds.
+        acceptance: for each exit in use, the probabilities that a token is accepted at confidences 0, 1/(n-1), ..., 1 (linear
+            between them); if empty, the confidence itself is that probability.
         next_acceptance: the probability that a token not yet drafted will be accepted, if all before it are.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Frozen configurations that refuse bad values at construction, with the value and the remedy."""
+"""The configuration of decoding; it refuses bad values at construction, with the value and the remedy."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class DecodeConfig:
         num_draft_tokens: tokens drafted per round: always ("fixed"), at the start ("heuristic"), or at most (the others).
         draft_length_rule: per row. "fixed"; "heuristic": +2 when all drafted tokens were accepted, else -1, at least 1
             (Hugging Face's schedule of that name); "confidence": the first token of low confidence is the last of its round;
-            "expected_gain": on while another token pays at the measured costs (`s2d_jax.draft.length`).
-        max_draft_tokens: the most tokens that a round may draft; the verified width is one more. Compiled in: with it set,
-            other lengths and rules below it compile nothing anew. None is 10 for the heuristic, else `num_draft_tokens`.
+            "expected_gain": drafts on while another token pays at the measured costs (`s2d_jax.draft.length`).
+        max_draft_tokens: the most tokens that a round may draft; the verified width is one more. Compiled in; shorter
+            lengths and other rules compile nothing anew. None is 10 for the heuristic, else `num_draft_tokens`.
         min_confidence: where the "confidence" rule stops. Not compiled in.
-        gain_rate: tokens that a plain round's time must bring, for "expected_gain". 1 is plain decoding's own rate; the rate
-            that the whole policy reaches is the right value. Not compiled in.
+        gain_rate: for "expected_gain", the tokens per plain round's time that drafting on must bring. 1 is the rate of plain
+            decoding; the best value is the rate that the whole policy reaches. Not compiled in.
         costs: needed by "expected_gain" and `guard`.
         guard: watch what speculation saves in each row, and fall back to plain rounds where it does not
             (`s2d_jax.draft.guard`).
@@ -50,11 +50,11 @@ class DecodeConfig:
             tests sets it to the `verify_width` of the decoder that it checks. None is 1: the fastest plain decoding.
         catch_up_width: how many waiting tokens one pass of deeper layers takes in.
         prefill_chunk: how many prompt tokens one pass takes in at most; longer prompts take several passes.
-        initial_room: how many new tokens the caches have room for at first. When more are emitted, they are copied into twice
-            the room, which compiles a loop for it; so memory and attention cost what is used, not what `max_new_tokens` allows.
+        initial_room: how many new tokens the caches have room for at first. When more are emitted, the caches are copied into
+            twice the room and the loop is compiled for it. So memory and attention follow use, not `max_new_tokens`.
         policy: "auto" takes the exits, lengths, costs and guard that `infer.calibrate` found for this target on this device
-            and temperature, instead of those above; they must then be left at their defaults.
-        policy_file: where calibration wrote them; None is the draft's own sorted_draft.json.
+            and temperature, instead of the fields above, which must then be left at their defaults.
+        policy_file: where calibration wrote the policies; None is the draft's own sorted_draft.json.
     """
 
     exits: tuple[int, ...] | None = None
@@ -149,7 +149,7 @@ class DecodeConfig:
 
     @property
     def full_width(self) -> int:
-        """Positions that the target pass of a round has at most."""
+        """The most positions that the target pass of a round computes."""
         return self.draft_width + 1 if self.tree is None else self.tree.nodes
 
     @property

@@ -1,4 +1,4 @@
-"""What makes a model a sorted draft: its exits, their thresholds, and the parts that exits have of their own."""
+"""What makes a model a sorted draft: its exits, their thresholds, and the parts that belong to single exits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from s2d_jax.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class ExitParts:
-    """What single exits have of their own beside the shared norm and head; exits are named by their layer counts.
+    """The parts that belong to single exits, beside the shared norm and head. An exit is named by its layer count.
 
     Attributes:
         heads: exits that are read through a head of their own.
         adapters: exits whose state passes a residual low-rank adapter before the shared norm.
-        adapter_rank: of every adapter; 0 where there are none.
+        adapter_rank: the rank of every adapter; 0 without adapters.
     """
 
     heads: tuple[int, ...] = ()
@@ -45,12 +45,12 @@ NO_PARTS = ExitParts()
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """Where a sorted draft can be left, its default thresholds, and what single exits have of their own.
+    """Where a sorted draft can be left, its default thresholds, and the parts that belong to single exits.
 
     Attributes:
         exit_layers: layer counts after which the shared norm and head may read the state, ascending.
         exit_thresholds: confidence above which a token leaves, one per exit; the last always accepts, so its threshold is 0.
-        parts: own heads and adapters of some of these exits.
+        parts: heads and adapters that belong to some of these exits.
 
     Raises:
         UserError: for unsorted exits, a wrong number of thresholds, values outside [0, 1], or parts of other exits.

@@ -21,7 +21,7 @@ class MeshConfig:
     """Devices that split the heads, hidden units and vocabulary of one row."""
     slices: int | None = None
     """Groups of devices with a fast network of their own (TPU slices); the data axis lies over the slow one between them.
-    1 takes no notice of slices; without a number the devices are asked."""
+    1 ignores slices; without a number the devices tell how many there are."""
 
     def __post_init__(self):
         for axis in (*MESH_AXES, "slices"):
@@ -36,7 +36,7 @@ class MeshConfig:
         if self.data % slices:
             raise UserError(
                 f"mesh.data={self.data} does not divide over {slices} slices; choose a multiple of {slices}, "
-                "or mesh.slices 1 to take no notice of slices"
+                "or mesh.slices 1 to ignore slices"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Plain Python values in configurations, whatever kind of number or sequence the user has."""
+"""Plain Python values in configurations, whatever kind of number or sequence the user gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from s2d_jax.errors import UserError, shown
 
-# What is expected where a field, or an entry of it, has this type: one, several, an example.
+# How messages name the values that a type expects: one, several, an example.
 _WORDS = {
     float: ("a finite number", "finite numbers", "0.5"),
     int: ("a whole number", "whole numbers", "1"),
@@ -39,7 +39,7 @@ def plain_fields(config: Any) -> None:
 
 
 def plain_value(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the plain type that `hint` says; `name` is for the message of UserError if it is of another one."""
+    """`value` as the plain type that `hint` says; `name` is for the UserError that is raised if it has another one."""
     try:
         return _plain(value, hint)
     except TypeError:
@@ -57,7 +57,7 @@ def _plain(value: Any, hint: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):  # with None
         return None if value is None else _plain(value, arguments[0])
-    if origin is typing.Literal:  # which texts there are, the config says itself
+    if origin is typing.Literal:  # the config itself checks which texts are allowed
         return _plain(value, str)
     if origin is tuple:
         entries = list(value) if _is_sequence(value) else [value]

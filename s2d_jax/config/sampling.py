@@ -27,8 +27,8 @@ class SamplingParams:
         seed: the request's own random seed.
         stop_token_ids: further ids that end the request, beside the model's own; one, or a sequence.
         ignore_eos: go on after the model's own end-of-sequence tokens (for measurements).
-        stop: strings that end the request; one, or a sequence. The text ends before the first of them, the token ids with the
-            one completing it.
+        stop: strings that end the request; one, or a sequence. The text ends before the first of them; the token ids
+            end with the one that completes it.
 
     Raises:
         UserError: for values of a wrong type or outside their range.
@@ -69,7 +69,7 @@ def one_for_each(sampling: Sampling, count: int) -> list[SamplingParams]:
     """The parameters of `count` rows; one for all gives row i `seed + i`.
 
     Raises:
-        UserError: for anything that is no `Sampling`, or another number of them.
+        UserError: for anything that is no `Sampling`, or a wrong number of them.
     """
     if sampling is None:
         sampling = SamplingParams()

@@ -12,23 +12,23 @@ from s2d_jax.config.plain import plain_fields, plain_value
 from s2d_jax.errors import require
 
 Paths: TypeAlias = Sequence[Sequence[int]] | np.ndarray
-"""Of a static tree: ranks of children from the root on."""
+"""The paths of a static tree: ranks of children from the root on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:
     """Which tree of tokens is drafted and verified in a round. Compiled in.
 
-    A dynamic tree (EAGLE-2, Li et al. 2024) grows where the draft is sure: of each level the `top_k` nodes of the largest
-    cumulative probability get `top_k` children each, and the best `nodes - 1` of all are verified. A static tree is always the
-    same: a list of paths, where the path (0, 2) is the third most probable token after the most probable one.
+    A dynamic tree (EAGLE-2, Li et al. 2024) grows where the draft is sure: on each level, the `top_k` nodes of the largest
+    cumulative probability get `top_k` children each. The best `nodes - 1` of all nodes are verified. A static tree is always
+    the same: a list of paths, where the path (0, 2) is the third most probable token after the most probable one.
 
     Attributes:
         depth: levels below the root; a round emits `depth + 1` tokens at most.
         top_k: children of an expanded node, and nodes that are expanded on a level.
         nodes: positions that the target verifies, the root (the last emitted token) included. A dynamic tree of drawn
-            children has fewer: 1 + depth * min(top_k, (nodes - 1) // depth), since its nodes are counted before they are drawn.
-        paths: of a static tree, ascending; `TreeShape.static` builds one. () grows dynamically.
+            children has fewer: 1 + depth * min(top_k, (nodes - 1) // depth), as their number is fixed before they are drawn.
+        paths: the paths of a static tree, ascending; `TreeShape.static` builds one. () grows dynamically.
         leaving: with several exits, "level": all nodes of a level leave as soon as one of them is confident (the rule of the
             S2D reference); "node": each for itself.
 

@@ -1,7 +1,7 @@
 """The tokenizer that a GGUF file describes, built with `tokenizers`.
 
 A GGUF file stores the vocabulary, the merges (or scores) and the *name* of the rule that splits text into words; the rules
-themselves are those of the models' own `tokenizer.json`.
+themselves are copied here from the models' own `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     merges = [
         (left, right) for left, _, right in (m.partition(" ") for m in vocabulary.require("merges"))
     ]
-    # Llama-3 takes a word that is a token whole, even where no merges lead to it.
+    # Llama-3 keeps a word whole if it is a token, even where no merges lead to it.
     tokenizer = Tokenizer(_bpe(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

@@ -1,6 +1,6 @@
-"""Model shapes in other people's words: Hugging Face `config.json` (both ways) and GGUF metadata (in).
+"""Model shapes as Hugging Face's `config.json` states them, read and written.
 
-Whatever these formats can say and this library cannot compute is refused by name, never ignored.
+An option that this library cannot compute is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HF_DEFAULTS = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-# Features of the two families that change the arithmetic: key, is it switched on, what may stand there.
+# Options of the two families that change the arithmetic: key, whether its value switches it on, what is allowed.
 _HF_UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("quantization_config", bool, "export the model unquantised (f32, bf16 or f16)"),
     ("attention_bias", bool, "only false can be computed (Qwen2's q/k/v bias needs no key)"),

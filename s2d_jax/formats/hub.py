@@ -11,7 +11,7 @@ SORTED_DRAFT = "sorted_draft.json"
 EXIT_PARTS = "exit_parts.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What is fetched of a model on the hub. A `*` there crosses folders, and a sorted draft has its truncated copies in folders, so
-# each pattern begins with a name. The index of .bin weights tells that there are no others.
+# each pattern begins with a name. The index of .bin weights shows that a model has no others.
 HUB_PATTERNS = (
     "config.json", "generation_config.json", SORTED_DRAFT, EXIT_PARTS, PEFT_CONFIG, PEFT_WEIGHTS,
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json",

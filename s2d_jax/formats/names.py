@@ -34,7 +34,7 @@ def _layer(ours: str, hf: str, gguf: str) -> WeightName:
 EMBEDDING = WeightName(("embed", "embedding"), "model.embed_tokens.weight", "token_embd.weight")
 FINAL_NORM = WeightName(("final_norm", "scale"), "model.norm.weight", "output_norm.weight")
 LM_HEAD = WeightName(("lm_head", "kernel"), "lm_head.weight", "output.weight")
-# Of the parts of single exits: `exit_heads_6`, `exit_adapters_9`.
+# The parts that belong to single exits: `exit_heads_6`, `exit_adapters_9`.
 EXIT_HEADS, EXIT_ADAPTERS = "exit_heads", "exit_adapters"
 
 LAYER = (
@@ -80,7 +80,7 @@ def shared_head(config: ModelConfig) -> WeightName:
 
 
 def part_names(parts: ExitParts) -> tuple[WeightName, ...]:
-    """Every tensor of the parts of single exits. No other program has names for them, so the two foreign names are alike."""
+    """Every tensor of `parts`. No other program has names for them, so their Hugging Face and GGUF names are the same."""
 
     def name(kind: str, exit: int, *rest: str) -> WeightName:
         stored = ".".join((kind, str(exit), *rest, "weight"))
