@@ -105,7 +105,7 @@ class Attention(nn.Module):
         mask_BTS: Bool[Array, "B T S"],
         cache: CachePart | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[HeadStates, HeadStates]]:
-        """Attends over the window itself, or over `cache = (k, v, start_B)` once the window is written into it from there on.
+        """Attends over the window itself, or over `cache = (k, v, start_B)` after writing the window into it at `start_B`.
 
         Writing first keeps the cache in place inside a loop. Returns the mixed values, and keys and values.
         """

@@ -1,4 +1,4 @@
-"""Heads and residual adapters of single exits: how they begin, and an exit with its own head as a model."""
+"""Heads and residual adapters of single exits: their initial values, and an exit as a plain model."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def init_exit_parts(
 
     Args:
         config: the draft's shape.
-        params: of the draft, arrays; the parts get their dtype, and their mesh where they lie on one.
+        params: the draft's arrays; the parts get their dtype, and their mesh if they lie on one.
         parts: which exits get what.
-        key: of the adapters' random numbers.
+        key: for the adapters' random numbers.
     """
     head_VD = get_weight(params, shared_head(config))
     dtype = get_weight(params, FINAL_NORM).dtype
@@ -66,7 +66,7 @@ def init_exit_parts(
 def exit_model(
     config: ModelConfig, params: Params, parts: ExitParts, exit_layer: int
 ) -> tuple[ModelConfig, Params]:
-    """What an exit reads as a plain model: the layers up to it, the final norm, and its own head, then untied, if it has one.
+    """An exit as a plain model: the layers up to it, the final norm, and the head that it reads (untied if it is its own).
 
     Raises:
         UserError: for an exit with an adapter, which no plain model has.

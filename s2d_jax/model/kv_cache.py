@@ -1,4 +1,4 @@
-"""Key/value caches with one length per row: append, advance, rewind; and per-row window access.
+"""Key/value caches with one length per row: append, advance, rewind; and reading or writing a window of each row.
 
 Positions at or beyond a row's length hold garbage that the next append overwrites, so rewinding is clipping a length. Entries
 move only when the accepted path of a tree is put together.
@@ -27,7 +27,7 @@ class KVCache(flax.struct.PyTreeNode):
         keys: one `[B, K, C, H]` array per layer (rotary positions already applied).
         values: one `[B, K, C, H]` array per layer.
         length_B: int32 `[B]`, how many positions of each row are valid.
-        states: named states `[B, C, D]` at these positions, for who wants to see them (`draft.drafter.Drafter`); mostly none.
+        states: named states `[B, C, D]` at these positions, for drafters that ask for them (`Drafter.target_states`).
     """
 
     keys: tuple[jax.Array, ...]
@@ -68,7 +68,7 @@ class KVCache(flax.struct.PyTreeNode):
         return self.keys[0].shape[2]
 
     def layers(self, start: int, stop: int) -> KVCache:
-        """The part of layers [start, stop), counted from the first that this cache is of."""
+        """The part of layers [start, stop), counted from this cache's first layer."""
         return KVCache(self.keys[start:stop], self.values[start:stop], self.length_B)
 
     def write_states(self, states: dict[str, Float[Array, "B T D"]]) -> KVCache:
@@ -107,7 +107,7 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 def grow_axis(array: Shaped[Array, "..."], size: int, *, axis: int) -> Shaped[Array, "..."]:
-    """`array` with zeros behind it along `axis`, so that it has `size` entries there."""
+    """`array` padded with zeros at the end of `axis` to `size` entries."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
     return jnp.pad(array, widths)
@@ -165,7 +165,7 @@ def keep_path(
     """Copies the entries `start + index[y]` of each row of `buffer` to `start + y`, along `axis`, in place.
 
     Args:
-        buffer: of any shape behind the batch axis.
+        buffer: of any shape after the batch axis.
         start_B: int32.
         index_BY: int32, 0 or more.
         axis: counted with the batch axis.

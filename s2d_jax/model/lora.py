@@ -27,7 +27,7 @@ class LoraConfig:
     """Which kernels of every layer have low-rank adapters.
 
     Attributes:
-        rank: R, of each.
+        rank: R, the rank of every adapter.
         targets: names of projections.
 
     Raises:
@@ -91,7 +91,7 @@ def init_lora(params: Params, lora: LoraConfig, key: Key[Array, ""]) -> Params:
     Args:
         params: arrays; the adapters get the dtype of the norms, and are split as their kernels are.
         lora: which kernels, and the rank.
-        key: of the random numbers.
+        key: for the random numbers.
     """
     dtype = get_weight(params, FINAL_NORM).dtype
     keys = iter(jax.random.split(key, len(params) * len(PROJECTIONS)))
@@ -108,7 +108,7 @@ def init_lora(params: Params, lora: LoraConfig, key: Key[Array, ""]) -> Params:
 def placed_beside(
     kernel_OI: Any, a_RI: Float[Array, "R I"], b_OR: Float[Array, "O R"]
 ) -> tuple[Float[Array, "R I"], Float[Array, "O R"]]:
-    """The factors on the kernel's mesh: each shares one axis with the kernel, and is split there as it is."""
+    """The factors on the kernel's mesh: each shares one axis with the kernel, and is split along it like the kernel."""
     values = kernel_OI.values if isinstance(kernel_OI, Int8Weight) else kernel_OI
     sharding = getattr(values, "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -119,7 +119,7 @@ def placed_beside(
 
 
 def add_factors(params: Params, factors: dict[tuple[str, ...], tuple[Any, Any]]) -> Params:
-    """`params` with the factors of kernels, named by their paths, beside these kernels and in the dtype of the norms."""
+    """`params` with `factors`, given by the path of their kernel, beside the kernels and in the dtype of the norms."""
     added, dtype = _copied(params), get_weight(params, FINAL_NORM).dtype
     for name, module in _modules(added):
         if name.ours in factors:
@@ -142,12 +142,14 @@ def _adapted(params: Params) -> Iterator[tuple[WeightName, dict[str, Any]]]:
 
 
 def factors_in(params: Params) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """The adapters that `params` hold: by the path of the kernel, `(lora_a, lora_b)`."""
+    """The adapters that `params` hold: path of the kernel -> `(lora_a, lora_b)`."""
     return {name.ours: (m["lora_a"], m["lora_b"]) for name, m in _adapted(params)}
 
 
 def merge_lora(params: Params) -> Params:
-    """`params` with every adapter folded into its kernel: `kernel + lora_b @ lora_a`, computed in f32. Shares all the rest.
+    """`params` with every adapter folded into its kernel: `kernel + lora_b @ lora_a`, computed in f32.
+
+    All other leaves are shared.
 
     Raises:
         UserError: for int8 kernels, which would lose the adapters to rounding.

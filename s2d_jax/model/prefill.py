@@ -1,4 +1,4 @@
-"""A prompt of any length through a model of static width: chunk by chunk, behind its cache."""
+"""Runs a prompt of any length through a model of static width, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from s2d_jax.model.kv_cache import KVCache, read_window
 
-# From W tokens their states, and the cache with them written, its length unchanged.
+# Takes W tokens and a cache; gives the tokens' states, and the cache with the tokens written but its length unchanged.
 Forward = Callable[[Int[Array, "B W"], KVCache], tuple[Float[Array, "B W D"], KVCache]]
 
 
@@ -24,7 +24,7 @@ def run_chunks(
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Runs the model until the cache holds `end_B` positions of each row, `width` at a time.
 
-    A row that holds as many already stays where it is; what is written behind it is overwritten later.
+    A row that already holds as many keeps its length; what is written behind it is overwritten later.
 
     Args:
         forward: one pass over `width` positions.
@@ -52,7 +52,7 @@ def run_chunks(
 
 
 def reached(length_B: Int[Array, "B"], width: int, end_B: Int[Array, "B"]) -> Int[Array, "B"]:
-    """int32: positions that each row holds after a chunk of `width` behind `length_B`: `end_B` at most, never fewer."""
+    """int32: how many positions each row holds after a chunk of `width` behind `length_B`: up to `end_B`, never fewer."""
     return jnp.maximum(length_B, jnp.minimum(length_B + width, end_B))
 
 

@@ -1,4 +1,4 @@
-"""A model of some of another model's layers."""
+"""A model made of some layers of another model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def selected(
     """The model of some layers, in the order given, with the same embedding, final norm and head.
 
     Args:
-        config, params: of the model; what lies beside its layers is kept as it is.
+        config, params: the model's; everything beside its layers is kept as it is.
         layers: numbers from 0.
 
     Raises:

@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         }
 
     def no_states(self, batch: int) -> Float[Array, "{batch} D"]:
-        """Zeros in the compute dtype: where the state after some layer will stand."""
+        """Zeros in the compute dtype, a placeholder for states that are not computed yet."""
         return jnp.zeros((batch, self.config.embed_dim), self.dtype)
 
     def embed(self, tokens_BT: PerToken) -> Float[Array, "B T D"]:
@@ -120,8 +120,8 @@ class Transformer(nn.Module):
 
         Args:
             h_BTD: the state before layer `start`.
-            cache: of exactly these layers; its capacity C must hold `length_B + T`.
-            place: of these positions; None continues the text.
+            cache: holds exactly these layers; its capacity C must hold `length_B + T`.
+            place: where these positions stand; None continues the text.
 
         Returns:
             The state after layer `stop - 1`, and the cache with the window written but its length unchanged.
@@ -142,12 +142,12 @@ class Transformer(nn.Module):
     def logits(
         self, h: Float[Array, "*batch D"], exit_layer: int | None = None
     ) -> Float[Array, "*batch V"]:
-        """f32, of the vocabulary (of the U listed ids with a trimmed head): the final norm and a head.
+        """f32 logits over the vocabulary (over the U listed ids with a trimmed head), through the final norm and a head.
 
         Args:
             h: the state after layer `exit_layer`.
-            exit_layer: whose adapter comes before the norm, and whose own head replaces the shared one, where `parts` has
-                them; None, or any other exit, takes what all exits share.
+            exit_layer: if `parts` names this exit, its adapter comes before the norm and its own head replaces the shared one.
+                None, or an exit without parts, uses what all exits share.
         """
         if exit_layer in self.parts.adapters:
             h = self.exit_adapters[str(exit_layer)](h)
@@ -209,12 +209,12 @@ class Transformer(nn.Module):
             positions_BT=positions_BT,
             segment_ids_BT=segment_ids_BT,
         )
-        if self.is_initializing():  # the parts exist once they are used
+        if self.is_initializing():  # Linen creates only the parts that are used
             for exit in self.parts.exits:
                 self.logits(h_BTD, exit)
         return self.logits(h_BTD)
 
 
 def apply_model(model: Transformer, params: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-    """What `method` of the model returns with `params` (Linen's `apply`, without the variables that it may return beside)."""
+    """What `method` of the model returns with `params` (Linen's `apply`, without the variables that it may also return)."""
     return model.apply({"params": params}, *args, method=method, **kwargs)

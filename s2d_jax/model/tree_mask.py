@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Int
 def mask(
     ancestors_BTM: Bool[Array, "B T M"], start_B: Int[Array, "B"], capacity: int
 ) -> Bool[Array, "B T {capacity}"]:
-    """bool: what nodes may look at in a cache of S positions that has the tree's window of M from `start_B` on.
+    """bool: which of a cache's S positions each node may look at; the tree's M nodes stand from `start_B` on.
 
     Args:
-        ancestors_BTM: bool, who among the window's M nodes is an ancestor of each of T nodes, or the node itself.
+        ancestors_BTM: bool, which of the tree's M nodes are ancestors of each of T nodes, or the node itself.
         start_B: int32; everything before it is text that all nodes see.
         capacity: static.
     """

@@ -1,7 +1,7 @@
 """Conversations on disk: ShareGPT and `{"messages": [...]}` rows.
 
-They come as JSON, JSON lines, parquet, Arrow, or a directory that `save_to_disk` of Hugging Face `datasets` wrote, told apart
-by content, never by name.
+They come as JSON, JSON lines, parquet, Arrow, or a directory that `save_to_disk` of Hugging Face `datasets` wrote. The content
+tells which, never the name.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 of what a file or a saved dataset holds, wherever it stands; UserError if it cannot be read."""
+    """SHA-256 of what a file or a saved dataset holds, wherever it lies; UserError if it cannot be read."""
     path = Path(path)
     try:
         if not path.is_dir():
@@ -161,10 +161,10 @@ def _dataset_rows(found: Any, path: Path) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _damage(path: Path, where: str = "") -> Iterator[None]:
-    """Turns what pyarrow and datasets raise for a damaged table into one line."""
+    """Turns what pyarrow and datasets raise for a damaged table into a UserError of one line."""
     try:
         yield
-    # Neither says what it raises: pyarrow's errors are ValueErrors and OSErrors, those of datasets a family of their own.
+    # Neither documents what it raises: pyarrow's errors are ValueErrors and OSErrors, those of datasets a family of their own.
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
@@ -231,12 +231,12 @@ def _mark_unfinished(messages: list[Message], finished: Any, where: str) -> None
 def usable_turns(messages: list[Message]) -> tuple[list[Message], str]:
     """An optional system message, then user and assistant in turn, as a chat template takes them.
 
-    Assistant turns before the first question are left out (half of ShareGPT's exports start in mid-talk), and so is all from
-    the first empty turn on.
+    Assistant turns before the first question are left out (half of ShareGPT's exports start in mid-conversation), and so is
+    everything from the first empty turn on.
 
     Returns:
-        The turns, from which a last question without an answer is not removed, and "". Or nothing, and why: the name of a
-        count of `train.data.report.SourceReport`.
+        The turns and ""; a last question without an answer stays. If nothing is usable, no turns and the reason: the name of
+        a count of `train.data.report.SourceReport`.
     """
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]

@@ -1,4 +1,4 @@
-"""Text of a row while its tokens still come: whole characters only, and cut before a stop string."""
+"""The text of a row while its tokens arrive: whole characters only, and cut before a stop string."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from s2d_jax.text.tokenizer import Tokenizer
 class RowText:
     """Takes a row's new tokens in portions and gives out its text in portions.
 
-    The portions add up to the text of all tokens at once, exactly: what a later token could still change is held back, and so
-    is what could be the beginning of a stop string.
+    Together the portions are exactly the text of all tokens decoded at once. Text that a later token could still change is
+    held back, and so is the possible beginning of a stop string.
 
     Args:
         tokenizer: None gives no text.
-        stop: strings that end the row; the text ends before the first of them, the tokens with the one that completes it.
+        stop: strings that end the row; the text ends before the first of them, the tokens end with the one that completes it.
 
     Attributes:
         token_ids: kept so far.
@@ -49,7 +49,7 @@ class RowText:
         return new_text, self.token_ids[known:]
 
     def _text_of(self, count: int, ended: bool) -> str:
-        """The text of the first `count` tokens; if more may follow, what of it is certain, so that portions change nothing."""
+        """The text of the first `count` tokens; if more may follow, only the part that they cannot change."""
         assert self._tokenizer is not None
         ids = self.token_ids[:count]
         last = ended and count == len(self.token_ids)
@@ -83,12 +83,12 @@ class RowText:
 def text_pieces(
     tokenizer: Tokenizer | None, ids: Sequence[int], text: str, count: int, *, complete: bool
 ) -> list[str]:
-    """What each of the first `count` tokens brought of a row's text; all of them together are the text.
+    """The piece of a row's text that each of the first `count` tokens brought; all pieces together are the text.
 
     Args:
         tokenizer: None gives no text.
         ids: all tokens of the row.
-        text: of the row: what `RowText` gave out, cut before a stop string or not.
+        text: the row's text as `RowText` gave it out, cut before a stop string or not.
         count: pieces that are wanted.
         complete: nothing can follow the last token.
     """

@@ -27,7 +27,7 @@ _EXPECTED = "a text, a list of messages with role and content, token ids"
 
 
 def split_prompts(prompts: Prompts) -> list[OnePrompt]:
-    """The prompts one by one, in plain Python. What is one prompt becomes a list of one.
+    """The prompts one by one, in plain Python. A single prompt becomes a list of one.
 
     Raises:
         UserError: for anything else, and for no prompts at all.
@@ -63,7 +63,7 @@ def one_prompt(value: Any) -> OnePrompt | None:
 
 
 def is_ids(prompt: OnePrompt) -> TypeGuard[list[int]]:
-    """Whether a prompt of `split_prompts` is token ids; none at all are."""
+    """Whether a prompt of `split_prompts` is token ids; an empty list is."""
     return not isinstance(prompt, str) and not any(isinstance(entry, dict) for entry in prompt[:1])
 
 
@@ -79,7 +79,7 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def _entries(value: Any) -> list[Any] | None:
-    """What a sequence, or an array of integers, consists of; None for anything else."""
+    """The entries of a sequence, or of an array of integers; None for anything else."""
     if _is_array(value):
         return list(np.asarray(value)) if value.ndim in (1, 2) and _has_integers(value) else None
     is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
@@ -111,7 +111,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _refused(value: Any) -> UserError:
-    """What to say of a value that is no prompt, nor several."""
+    """The error for a value that is neither one prompt nor several."""
     remedy = f"give {_EXPECTED}, or a list of these"
     if isinstance(value, Mapping):
         remedy = "a conversation is a list of messages: [{'role': 'user', 'content': 'Why?'}]"

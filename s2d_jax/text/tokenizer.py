@@ -1,4 +1,4 @@
-"""Text to tokens and back, chat templates, and whether two models speak of the same tokens.
+"""Text to tokens and back, chat templates, and whether two models use the same tokens.
 
 The only place that touches Hugging Face tokenizers.
 """
@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Special tokens that end an answer in the supported families, beside the tokenizer's own EOS.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 
-# Names of entries that only fill a vocabulary up, as in `[PAD151665]` or `<|reserved_special_token_3|>`; in brackets, because
+# Names of entries that only pad a vocabulary, as in `[PAD151665]` or `<|reserved_special_token_3|>`; in brackets, because
 # `padding` and `extra` are also parts of words.
 _PADDING = re.compile(
     r"[<\[]\|?(pad|padding|unused|dummy|reserved|extra|placeholder)([_ -]?(special|token|id))*[_ -]?\d*\|?[>\]]",
@@ -163,8 +163,8 @@ class Tokenizer:
     def decode_settled(self, ids: Sequence[int]) -> str:
         """The beginning of the text of `ids` that no further token can change.
 
-        Held back are a last character of which bytes are missing, and bytes written as tokens of their own (`<0xE2>`): whether
-        they are characters is known at the end of their run only.
+        It leaves out a last character whose bytes are incomplete, and byte tokens (`<0xE2>`) at the end: only at the end of
+        their run is it known whether they form characters.
         """
         ids = list(ids)
         while ids and ids[-1] not in self._whole_ids:
@@ -173,7 +173,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _whole_ids(self) -> frozenset[int]:
-        """All but bytes, and but what leaves no text and so does not end a run of bytes either."""
+        """The ids that end a run of byte tokens: all but byte tokens themselves and special tokens, which leave no text."""
         special = {i for i, token in self._fast.added_tokens_decoder.items() if token.special}
         tokens = self.vocabulary().items()
         return frozenset(i for token, i in tokens if not _BYTE.fullmatch(token)) - special
@@ -181,7 +181,7 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as one string, in the words of the chat template.
+        """The conversation as one string, as the chat template writes it.
 
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": text}` in order.
@@ -213,7 +213,7 @@ class Tokenizer:
         return self._fast.get_vocab()
 
     def special_token_ids(self) -> tuple[int, ...]:
-        """Ascending ids of all tokens that text is not merged into: control tokens, tags, and those that end an answer."""
+        """Ascending ids of all tokens that plain text never becomes: control tokens, tags, and those that end an answer."""
         return tuple(sorted({*self._fast.added_tokens_decoder, *self.stop_token_ids}))
 
     def save(self, directory: str | Path) -> None:
@@ -230,7 +230,7 @@ class Tokenizer:
         try:
             self._fast.save_pretrained(str(directory), save_jinja_files=False)
         except Exception as error:
-            # The Rust library raises a bare Exception; the system's error is in its text only.
+            # The Rust library raises a bare Exception; the system's error number is only in its text.
             found = re.search(r"\(os error (\d+)\)", str(error))
             if isinstance(error, OSError) or found is None:
                 raise
@@ -248,13 +248,13 @@ class Tokenizer:
 
 
 def _reading() -> contextlib.AbstractContextManager[Activity]:
-    """Tells that a tokenizer is read; the first of a process takes longest, because it imports transformers."""
+    """Shows that a tokenizer is read; the first in a process takes longest, because it imports transformers."""
     key = "" if "transformers.tokenization_utils_base" in sys.modules else "tokenizer"
     return activity("reading the tokenizer", key=key)
 
 
 def _check_sentencepiece(directory: Path) -> None:
-    """Transformers takes a tokenizer.model that SentencePiece cannot read for tiktoken's, and then asks for tiktoken."""
+    """Raises UserError for an unreadable tokenizer.model; transformers would take it for tiktoken's, and ask for tiktoken."""
     file = directory / "tokenizer.model"
     if (directory / "tokenizer.json").exists() or not file.exists():
         return

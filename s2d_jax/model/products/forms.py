@@ -14,7 +14,7 @@ from s2d_jax.model.products.weight_formats import Int8Weight, Matrix, Weight
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 # The weight-first product of 5 to 7 rows costs more than that of 8, and that of 9 to 15 more than that of 16.
 _ROUND_ROWS_UP_TO = (8, 16)
-# Weights in a converted block: small enough for the shared cache, large enough that starting two kernels for it costs little.
+# Weights per converted block: small enough for the shared cache, large enough that starting two kernels for it costs little.
 _BLOCK = 1 << 20
 # int16 activations as two int8 digits of base 256: 127 * 256 is the largest number whose first digit fits.
 _LARGEST_DIGITS = 127 * 256
@@ -56,12 +56,12 @@ def blocked(x_AI: Float[Array, "A I"], w: Weight) -> Float[Array, "A O"]:
     values = w.values if isinstance(w, Int8Weight) else w
     channels, columns = values.shape
     x_AI = x_AI.astype(jnp.float32)
-    # At least two blocks: XLA unrolls a loop of one trip, and hoists its conversion whatever ties it.
+    # At least two blocks: XLA unrolls a loop of one trip, and hoists its conversion despite the barrier.
     rows = min(max(1, -(-channels // 2)), max(1, _BLOCK // columns))
 
     def one_block(i, out_OA):
-        # XLA's CPU backend turns round the slice and the conversion of a bf16 weight. Tied to the block, the conversion
-        # cannot leave the loop, and inside it the two become one kernel that converts the slice only.
+        # XLA's CPU backend would convert a whole bf16 weight before it slices it. Tied to the block's index, the conversion
+        # cannot leave the loop; there, slice and conversion become one kernel that converts the slice only.
         tied, start = jax.lax.optimization_barrier((values, i * rows))
         # Both slices are clamped alike at the end: the last block overlaps the one before.
         block_OI = jax.lax.dynamic_slice(tied, (start, 0), (rows, columns)).astype(jnp.float32)
@@ -91,7 +91,7 @@ def two_digits(x_AI: Float[Array, "A I"], w: Int8Weight) -> Float[Array, "A O"]:
     1 / 65024 of its row's largest.
     """
     digits, step_A1 = _two_digits(x_AI)
-    # Tied to the activations, nothing about the weights is loop-invariant that XLA could hoist.
+    # Tied to the activations, the weights are not loop-invariant, so XLA cannot hoist their conversion.
     values, digits = jax.lax.optimization_barrier((w.values, digits))
     sums_OA = jax.lax.optimization_barrier(_dot(values, digits, jnp.int32))
     first_AO, last_AO = jnp.split(sums_OA.T.astype(jnp.float32), 2)

@@ -15,9 +15,9 @@ from s2d_jax.model.products.weight_formats import Int8Weight, Weight
 
 # Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
 _FEW_ROWS = 32
-# From the next on, XLA's CPU library multiplies bf16 as it is. One row it widens, and hoists the f32 copy.
+# Above this many rows, XLA's CPU library multiplies bf16 as it is. For one row it makes an f32 copy, and hoists that.
 _FEW_BF16_ROWS = 4
-# Above this many, two int8 digits an activation are more arithmetic than converting the weights.
+# Above this many rows, two int8 digits per activation cost more arithmetic than converting the weights.
 _FEW_DIGIT_ROWS = 8
 
 Form = Callable[[Float[Array, "A I"], Any], Float[Array, "A O"]]
@@ -31,7 +31,7 @@ def linear(
     Args:
         x: f32 or bf16.
         w: an array, cast to the dtype of `x`, or an `Int8Weight`.
-        out_dtype: of the result; None is the dtype of `x`.
+        out_dtype: the dtype of the result; None is that of `x`.
 
     Returns:
         Sums that were accumulated in f32, or exactly.
@@ -66,7 +66,7 @@ def form_of(platform: str, weight_format: str, rows: int) -> Form:
     Args:
         platform: "cpu", "gpu", "tpu".
         weight_format: "f32", "bf16" or "int8".
-        rows: of the activations.
+        rows: how many rows the activations have.
     """
     if platform != "cpu":
         return scaled if weight_format == "int8" else plain

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from s2d_jax.model.products.forms import plain
 from s2d_jax.model.products.weight_formats import Matrix
 
-# XLA's CPU library multiplies bf16 twice as fast as f32, but no product that contracts the first axis of its first operand.
+# XLA's CPU library multiplies bf16 twice as fast as f32, but not if the product contracts the first axis of its first operand.
 _TRANSPOSED_ROWS = 16
 
 

@@ -15,7 +15,7 @@ from s2d_jax.errors import UserError
 WEIGHT_FORMATS = ("f32", "bf16", "int8")
 
 _LARGEST = 127
-# A row below this has a step whose inverse overflows.
+# Where the largest element of a row is below this, the inverse of the row's scale overflows.
 _NEGLIGIBLE = 2e-36
 # Rows are quantised in pieces of about this many elements, so that no second f32 copy of a large tensor exists.
 _PIECE = 1 << 22
@@ -41,7 +41,7 @@ class Int8Weight(flax.struct.PyTreeNode):
         return self.values.dtype
 
 
-# What a model is given may be NumPy arrays where nothing is jitted.
+# Outside of jit, a model may be given NumPy arrays.
 Matrix = Float[Array | np.ndarray, "O I"]
 Weight = Matrix | Int8Weight
 Indices = Int[Array | np.ndarray, "*batch"]
@@ -72,7 +72,7 @@ def quantise(w_OI: Matrix | jax.ShapeDtypeStruct) -> Int8Weight:
     numbers below 2e-36, which become zeros) has scale 1.
 
     Args:
-        w_OI: f32, f16 or bf16. A NumPy array is quantised on the host, piece by piece; a JAX array where it is,
+        w_OI: f32, f16 or bf16. A NumPy array is quantised on the host, piece by piece; a JAX array where it lies,
             and a `jax.ShapeDtypeStruct` gives structs. A sharding on a mesh is kept: the scale is split like the output axis.
     """
     if isinstance(w_OI, np.ndarray):
@@ -95,7 +95,7 @@ def quantise(w_OI: Matrix | jax.ShapeDtypeStruct) -> Int8Weight:
 
 
 def channel_sharding(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
-    """How one number for each output channel of a matrix that is split by `sharding` is split."""
+    """The sharding of one number per output channel, beside a matrix that is split by `sharding`."""
     spec = jax.sharding.PartitionSpec(*sharding.spec[:1])
     return jax.sharding.NamedSharding(sharding.mesh, spec)
 
