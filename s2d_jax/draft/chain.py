@@ -30,7 +30,7 @@ class ChainConfig:
 
     Attributes:
         width: G, the most tokens drafted in a round.
-        vocab_size: V, of the target; draft logits are cut or padded to it.
+        vocab_size: V, the target's; draft logits are cut or padded to it.
         greedy: every row has temperature 0.
         sampled: draw drafted tokens from q; else draft the mode, with a one-hot q.
         watched: a chain may end early by its confidences.

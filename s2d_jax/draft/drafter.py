@@ -38,11 +38,11 @@ class Proposal(flax.struct.PyTreeNode):
         )
 
 
-# States of the target by their names, valid at the positions that have been through it: all but the last token's.
-# After a call that returns they are garbage beyond, like the entries of a cache.
+# The target's states by name, valid at the positions that it has computed: all but the last token's.
+# Beyond these they are garbage, like the entries of a cache.
 TargetStates = dict[str, Float[Array, "B C D"]]
 
-# Counters of a drafter by their names: arrays, or NumPy arrays once the host has them.
+# A drafter's counters by name: arrays, or NumPy arrays once the host has them.
 Counters = dict[str, Int[Array | np.ndarray, "..."]]
 
 

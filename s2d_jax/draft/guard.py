@@ -3,7 +3,7 @@
 The unit is one round of plain decoding, which emits one token. A round that drafts costs `c` and emits `e` tokens, so it saves
 `e - c` (or loses, when negative); the costs are those that calibration measured. Each row has a *credit*:
 
-    credit = allowance                  at the start: 0.015 * min(max_new_tokens, 256), or one failed chain, or two failed trees
+    credit = allowance                  at the start: 0.015 * min(max_new_tokens, 256); at least a failed chain (or two trees)
            + 0.005 for every emitted token
            + what rounds that drafted have saved, losses included (the sum is capped at `allowance + CREDIT_CAP`)
 
@@ -12,21 +12,21 @@ catch up first): so the credit never falls below 0. Hence for N emitted tokens
 
     cost of decoding  <=  1.005 N + max(0.015 min(max_new_tokens, 256), F)
 
-where F is what the policy's longest chain costs when all of it is rejected. That is at most 1.02 N, **0.98 of plain decoding**
-whatever the draft is, for a request of 256 tokens, or one that emits all the at least F / 0.015 tokens that it asked for; a
-shorter one may lose one failed chain, F. (Without that much a good draft could not begin: docs/experiments.md. What
-speculation saved before may be lost again; the cap keeps that to a few rounds, so that a draft which turns bad in mid-text is
-left soon.) Only prefill is outside of this account.
+where F is what the policy's longest chain costs when all of it is rejected. For a request of 256 tokens, that is at most
+1.02 N, **0.98 of plain decoding**, whatever the draft is. The same holds for a request that asks for at least F / 0.015 tokens
+and emits them all; a shorter one may lose one failed chain, F. (Without that much a good draft could not begin:
+docs/experiments.md. What speculation saved before may be lost again; the cap keeps that to a few rounds, so that a draft which
+turns bad in mid-text is left soon.) Only prefill is outside of this account.
 
 A chain that pays may use half of the credit, so that a bad start shortens chains before it ends them: a failed long chain is
 followed by short ones, and a success by long ones. When not even one token is affordable, rounds are plain. A row that has
 been plain for `wait` rounds may use its whole credit for one token, to see whether drafting pays again. The wait doubles with
 each such probe that fails and starts anew with one that succeeds.
 
-With a tree a step is a level, a chain of n tokens is a tree of n levels, and verifying costs what all of its nodes cost,
-however many levels there are. A level that goes to a deeper exit takes earlier ones along, so every level of a round is charged
-as one at the deepest exit of that round. So there is little to shorten: half of the credit must cover nearly a whole tree, and
-F is two of them.
+With a tree, a step is a level and a chain of n tokens is a tree of n levels; verifying costs what all nodes of the tree cost,
+however many levels there are. A level that goes to a deeper exit takes the earlier levels along, so every level of a round is
+charged as one at the deepest exit of that round. Shortening a tree therefore saves little: half of the credit must cover nearly
+a whole tree, and F is the cost of two failed trees.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class GuardState(flax.struct.PyTreeNode):
 
     Attributes:
         credit_B: f32, in plain rounds.
-        plain_run_B: int32, plain rounds since the last one that drafted; as many positions has the draft not seen.
+        plain_run_B: int32, plain rounds since the last round that drafted; the draft has not seen as many positions.
         wait_B: int32, plain rounds before the next probe.
         plain_rounds_B: int32, all rounds that drafted nothing.
         tried_B: bool, whether this round ran the draft.
@@ -119,7 +119,7 @@ def affordable_length(guard: GuardState, drafting: DraftingArrays) -> Int[Array,
 
 
 def charge(guard: GuardState, drafting: DraftingArrays, steps_BE: Steps) -> GuardState:
-    """Enters what this round's drafting cost: `steps_BE` draft steps (int32) by exit. A row that drafts has caught up."""
+    """Charges this round's drafting: `steps_BE` (int32), the draft steps by exit. A row that drafts has caught up."""
     steps_B = jnp.sum(steps_BE.astype(jnp.float32) * drafting.step_cost_E[None, :], axis=1)
     behind_B = guard.plain_run_B.astype(jnp.float32) * drafting.catch_up_cost
     return guard.replace(tried_B=jnp.any(steps_BE > 0, axis=1), spent_B=steps_B + behind_B)
@@ -132,7 +132,7 @@ def settle(
     num_emitted_B: Int[Array, "B"],
     live_B: Bool[Array, "B"],
 ) -> GuardState:
-    """Enters the end of a round: what it emitted, and what verifying cost."""
+    """Settles a round at its end: adds what it emitted, and takes what verifying cost."""
     tried_B = guard.tried_B
     emitted_B = num_emitted_B.astype(jnp.float32)
     saved_B = emitted_B - drafting.verify_cost_Y[num_draft_B] - guard.spent_B

@@ -1,9 +1,9 @@
 """How many tokens a row drafts in a round. Everything that decides it is an array, so no setting compiles anything anew.
 
 Two things set the length. Between rounds, `next_length` moves a row's limit (Hugging Face's heuristic; a fixed length does not
-move). Within a round, `decide` may end the chain earlier. It sees the q *vector* of a step through its largest entry only, and
-before a token is drawn from it: whether this token is drawn at all, and whether it is the last one. A token that was drawn is
-always verified, so the target's distribution is kept whatever is decided here.
+move). Within a round, `decide` may end the chain earlier. It sees only the largest entry of a step's q *vector*, and it decides
+before a token is drawn from q: whether this token is drawn at all, and whether it is the last one. A drawn token is always
+verified, so the target's distribution is kept whatever is decided here.
 
 Expected gain. By renewal-reward, the lengths that maximise tokens per second are those that maximise, in each round,
 `E[tokens] - rate * E[cost]`, where `rate` is the number of tokens per unit of cost that the whole policy reaches (at least 1: a
@@ -13,8 +13,8 @@ and to cost one step s. Then n more tokens are worth
 
     h (a + a^2 + ... + a^n) - rate (n s + verify[i + n] - verify[i])
 
-and the chain goes on while this is positive for some n. Looking ahead over all n and not one token only matters where the cost
-of verifying rises in steps: the first token of a round pays for a wide pass that the next ones use for nothing.
+and the chain goes on while this is positive for some n. It helps to look ahead over all n, not just over one token, where the
+cost of verifying rises in steps: the first token of a round pays for a wide pass that the next ones use for free.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class DraftingArrays(flax.struct.PyTreeNode):
         min_confidence_B: f32; a token drafted with less is the last of its round. 0 never stops.
         gain_rate_B: f32, tokens per unit of cost that drafting on must bring; 0 never stops.
         allowance_B: f32, plain rounds that speculation may lose before the guard stops it; inf without a guard.
-        step_cost_E: f32, of a drafted token by the exit it leaves at, in plain rounds.
-        verify_cost_Y: f32 `[G + 1]`, of the rest of a round that drafted 0..G tokens.
-        catch_up_cost: f32 scalar, of a position that the draft has not seen.
+        step_cost_E: f32, cost of a drafted token by the exit it leaves at, in plain rounds.
+        verify_cost_Y: f32 `[G + 1]`, cost of the rest of a round that drafted 0..G tokens.
+        catch_up_cost: f32 scalar, cost of a position that the draft has not seen.
         acceptance_table: f32, for each exit the probability of acceptance at evenly spaced confidences.
-        next_acceptance: f32 scalar, that of a token not drafted yet.
+        next_acceptance: f32 scalar, probability of acceptance of a token not drafted yet.
     """
 
     first_B: jax.Array
@@ -76,7 +76,7 @@ class DraftingArrays(flax.struct.PyTreeNode):
 
         Args:
             config: the rule and its parameters.
-            allowances: of each row.
+            allowances: plain rounds that each row may lose.
             width: G.
             num_exits: exits in use; at least 1 (also without a draft, where nothing reads the costs).
         """
@@ -118,8 +118,8 @@ def next_length(
 def confidence(logits: Float[Array, "*batch U"]) -> Float[Array, "*batch"]:
     """f32: the largest softmax probability of raw logits, before temperature and filters.
 
-    Under a trimmed head the softmax is over the U listed tokens only, so one threshold means a little less certainty than it
-    does over all tokens. It depends on the vector q alone, so leaving by it keeps the target's distribution.
+    Under a trimmed head the softmax is over the U listed tokens only, so the same threshold means a little less certainty
+    than over all tokens. It depends on the vector q alone, so leaving by it keeps the target's distribution.
     """
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
 
@@ -139,7 +139,7 @@ def decide(
         i: int32, tokens drafted before this one.
         hope_B: f32, the probability that all of those are accepted; 1 at first.
         confidence_B: f32, of this step's q.
-        exit_B: int32, where it left.
+        exit_B: int32, index of the exit that this step left at.
         limit_B: int32, the most that the row may draft in this round.
 
     Returns:

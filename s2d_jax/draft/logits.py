@@ -38,7 +38,7 @@ def fit_draft_logits(
 
 
 def token_ids(index: Int[Array, "*batch"], request: Request) -> Int[Array, "*batch"]:
-    """The ids of entries of the draft's logits."""
+    """The token ids that entries of the draft's logits stand for."""
     return index if request.vocabulary_U is None else request.vocabulary_U[index]
 
 
@@ -48,7 +48,7 @@ def over_all_ids(
     vocab_size: int,
     unlisted: float = 0.0,
 ) -> Float[Array, "*batch {vocab_size}"]:
-    """f32, of all ids: `unlisted` at ids that are not listed; the same array if all are (`ids_U` None)."""
+    """f32 over all ids: `unlisted` at ids that are not listed; the array itself if all are listed (`ids_U` None)."""
     if ids_U is None:
         return values
     filled = jnp.full((*values.shape[:-1], vocab_size), unlisted, jnp.float32)

@@ -1,4 +1,4 @@
-"""What a drafter returns, and what it is asked with."""
+"""What one call of decoding asks for, row by row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Request(flax.struct.PyTreeNode):
     Attributes:
         sampling: temperature and filters.
         key_B: one random key per row.
-        max_length_B: int32, prompt plus new tokens at most.
+        max_length_B: int32, the most tokens of prompt and answer together.
         stop_ids_BZ: int32, token ids that end a row; -1 where there are fewer.
         exit_threshold_E: f32, one per exit in use.
-        max_rounds: int32 scalar, rounds after which the loop lets the host look.
+        max_rounds: int32 scalar, rounds after which the loop returns to the host.
         drafting: what decides how many tokens each row drafts.
         vocabulary_U: int32, ascending: the ids that a draft with a trimmed head is read over; None for all.
     """

@@ -1,11 +1,12 @@
 """A sorted draft in parts: a token leaves at the first exit that is confident enough; deeper layers catch up later, exactly.
 
 The layers between two exits are a *segment*. Segment s has its own cache, whose length says how many positions it has computed;
-deeper never exceeds shallower. The state that enters segment s > 0 is kept for every position in a buffer, so when a token
-needs segment s, the positions that left earlier are run through it first, in chunks. Prefill is the same with wide chunks.
+a deeper segment never holds more than a shallower one. The state that enters segment s > 0 is kept for every position in a
+buffer, so when a token needs segment s, the positions that left earlier are run through it first, in chunks. Prefill is the
+same with wide chunks.
 
-Behind the text the positions may be the *slots* of a tree instead: level by level, in the order in which the draft runs them.
-Then a position's place in the text and what it may look at are told by `Slots`; all else stays the same.
+The positions behind the text may be the *slots* of a tree: level by level, in the order in which the draft runs them. Then
+`Slots` says where a slot stands in the text and what it may look at; all else stays the same.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class Step(flax.struct.PyTreeNode):
     """The tokens of one step on their way through the exits.
 
     Attributes:
-        state: of the draft.
-        logits_BTU: f32, of the exit that each token left at.
+        state: the draft's state.
+        logits_BTU: f32, logits of the exit that each token left at.
         exit_BT: int32, index of that exit.
         undecided_BT: bool, tokens that have not left yet.
     """
@@ -98,8 +99,8 @@ class Segments:
     Attributes:
         model: the draft.
         exit_layers: ascending layer counts at which tokens may leave.
-        vocab_size: of the target; the draft's logits are cut or padded to it.
-        together: the tokens of a step leave as soon as one of them is confident; else each for itself.
+        vocab_size: the target's; the draft's logits are cut or padded to it.
+        together: all tokens of a step leave as soon as one of them is confident; if false, each leaves on its own.
     """
 
     model: Transformer
@@ -174,7 +175,7 @@ class Segments:
             end_B: int32; a row that has computed as many already keeps its length.
             width: static chunk width.
             slots: the tree behind the text; None if there is only text.
-            count: static; of how many positions the output is wanted.
+            count: static; how many positions' output is wanted.
 
         Returns:
             The state, and the output of segment `s` at the last `count` positions before `end_B`; zeros
@@ -229,7 +230,7 @@ class Segments:
             params, state, tokens_BC, slots: as for `catch_up`.
             end_B: int32.
             live_BT: bool, positions whose logits are wanted.
-            widths: static; positions that one pass takes in, of the first segment and of deeper ones.
+            widths: static; positions per pass, for the first segment and for deeper ones.
             request: thresholds and the listed tokens of a trimmed head.
         """
         (B, T), E = live_BT.shape, len(self.exit_layers)
@@ -287,12 +288,12 @@ class Segments:
     def keep_path(
         self, state: SortedState, length_B: Int[Array, "B"], slot_BY: Int[Array, "B Y"]
     ) -> SortedState:
-        """Of the tree behind the text keeps one path, as text.
+        """Keeps one path of the tree behind the text, as text.
 
         Args:
             length_B: int32, tokens of the text, the root included.
-            slot_BY: int32, the path's slots in ascending order, 0 for its first entry, the root, and counted from it; -1 beyond
-                its end.
+            slot_BY: int32, the path's slots in ascending order, counted from the root, which comes first and is 0; -1 beyond
+                the path's end.
         """
         root_B, index_BY = length_B - 1, jnp.maximum(slot_BY, 0)
         segments, entries = [], []
@@ -316,7 +317,7 @@ class Segments:
 
 
 class SegmentedDrafter:
-    """What drafters on `segments` have in common: the methods of `s2d_jax.draft.drafter.Drafter` that only pass on."""
+    """What drafters on `segments` have in common: the methods of `s2d_jax.draft.drafter.Drafter` that only pass calls on."""
 
     segments: Segments
 

@@ -208,8 +208,9 @@ def _preserved(keep: int | None) -> Any:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of each thread that an error passes, and leaves failed reads behind that asyncio complains of
-    wherever they are collected. What is raised in the end tells it in one line.
+    """False for what Orbax logs about an error, since the error that is raised says it in one line.
+
+    Orbax logs a traceback for each thread that the error passes through; asyncio reports failed reads when they are collected.
     """
     if record.levelno < logging.ERROR:
         return True
@@ -219,21 +220,21 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it was raised from."""
+    """An exception and those that it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _root(error: BaseException) -> BaseException:
-    """What an exception goes back to."""
+    """The first exception in the chain, which caused the others."""
     return list(_chain(error))[-1]
 
 
 def _os_error(error: BaseException) -> OSError | None:
     """The operating system's error behind an exception of Orbax's, if there is one.
 
-    TensorStore, which writes the arrays, tells it as a ValueError whose text has its number.
+    TensorStore, which writes the arrays, raises a ValueError whose text holds the error number.
     """
     for link in _chain(error):
         if isinstance(link, OSError):

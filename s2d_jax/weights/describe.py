@@ -15,7 +15,7 @@ _LONGEST_SOURCE = 44
 
 
 def short_source(source: str) -> str:
-    """Where a model came from; of a long path its end."""
+    """Where a model came from; a long path is cut to its end."""
     return source if len(source) <= _LONGEST_SOURCE else f"…{source[1 - _LONGEST_SOURCE :]}"
 
 

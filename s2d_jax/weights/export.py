@@ -32,8 +32,8 @@ from s2d_jax.weights.peft import save_peft
 from s2d_jax.weights.sorted_draft import Base, SortedDraft, base_fingerprint
 from s2d_jax.weights.stored import StoredModel, open_model
 
-# How Hugging Face's assisted generation drafts with these directories: the heuristic of the paper, which starts at 5
-# tokens, and no stopping below a confidence.
+# How Hugging Face's assisted generation drafts with these directories: by the paper's heuristic, which starts at 5 tokens,
+# and without stopping at a low confidence.
 _ASSISTED_GENERATION = {
     "num_assistant_tokens": 5,
     "num_assistant_tokens_schedule": "heuristic",
@@ -139,13 +139,13 @@ def export_parts(
     layers: Sequence[int] | None = None,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Writes what a draft has beside the model that its trunk is from, and the name of that model.
+    """Writes what a draft adds to the model that its trunk comes from, and the name of that model.
 
     `out_dir` holds `sorted_draft.json`, the tokenizer, `exit_parts.safetensors` if exits have heads or adapters of their own,
     and the low-rank adapters of the trunk, if it has some, as PEFT writes them. `load_draft` reads it together with the base.
 
     Args:
-        draft: f32, f16 or bf16 parameters; its trunk is the base's but for low-rank adapters beside it.
+        draft: f32, f16 or bf16 parameters; its trunk is that of the base, apart from low-rank adapters beside it.
         out_dir, provenance: as for `export_draft`.
         base: directory, hub id or `.gguf` file of the model that the draft was made from.
         layers: the layers of the base that the draft consists of; None is all.
@@ -196,7 +196,7 @@ def _save_parts(directory: Path, draft: Draft) -> None:
 def _fingerprint_of_trunk(
     draft: Draft, path: str, base: StoredModel, layers: Sequence[int] | None
 ) -> str:
-    """Of the base's chosen layers. Raises UserError if the draft does not consist of them."""
+    """The fingerprint of the base's chosen layers. Raises UserError if the draft does not consist of them."""
     config = base.config
     if layers is not None:
         check_layers(layers, config.num_layers)
@@ -220,7 +220,7 @@ def _fingerprint_of_trunk(
 
 
 def _destination(out_dir: str | Path) -> Path:
-    """Where an export goes. Raises UserError if that holds something else than an earlier export."""
+    """Where an export goes. Raises UserError if that holds anything but an earlier export."""
     # A link is followed, so that what it points to is replaced.
     out = Path(out_dir).expanduser().resolve()
     if out.exists() and not out.is_dir():

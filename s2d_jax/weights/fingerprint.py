@@ -22,10 +22,10 @@ _FIRST_FIELDS = (
 
 
 class Fingerprint:
-    """A hash of a model's shape and of a few weights of every tensor, which are added one after another.
+    """A hash of a model's shape and of a few weights of every tensor; tensors are added one after another.
 
-    Of the shape it takes the names and values of the fields that differ from their defaults, so that a field which the config
-    gets later changes no hash. Files of version 0.1 hold another form, which `matches` knows as well.
+    From the shape it takes the names and values of the fields that differ from their defaults, so a field that is added to the
+    config later changes no hash. Files of version 0.1 hold an older form, which `matches` accepts too.
     """
 
     def __init__(self, config: ModelConfig):
@@ -51,7 +51,7 @@ class Fingerprint:
         return self._digest.hexdigest()[:16]
 
     def matches(self, written: str) -> bool:
-        """Whether a file means this model by `written`, in the form of today or in that of version 0.1."""
+        """Whether `written`, a hash from a file, is of this model, in today's form or in that of version 0.1."""
         first = None if self._first is None else self._first.hexdigest()[:16]
         return written in (str(self), first)
 

@@ -1,4 +1,4 @@
-"""Weights in: a Hugging Face directory, a hub id, a GGUF file or an exported draft becomes a `Model`, one tensor at a time."""
+"""Loads a Hugging Face directory, a hub id, a GGUF file or an exported draft as a `Model`, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def load_draft(
             converted.
 
     Raises:
-        UserError: as `load_model`, and if an exit is deeper than the draft, its vocabulary is of another tokenizer, or its base
-            is missing or another model.
+        UserError: as `load_model`, and if an exit is deeper than the draft, its vocabulary was made for another tokenizer, or
+            its base is missing or is another model.
     """
     check_weight_format(weight_format)
     local, source = locate(path), str(path)
@@ -106,7 +106,7 @@ def _read_params(
     parts: ExitParts = NO_PARTS,
     told: Callable[[np.ndarray], None] = lambda array: None,
 ) -> Params:
-    """Converts and places one tensor after another, so that only one is held twice; `told` is told of each."""
+    """Converts and places one tensor after another, so that only one is held twice; `told` is called with each."""
     placement = None if mesh is None else params_sharding(config, logical_axes(config, parts), mesh)
     params: Params = {}
     dtype = compute_dtype(weight_format, platform_of(mesh))
@@ -121,7 +121,7 @@ def _read_params(
 def _loading(
     stored: StoredModel, source: str, weight_format: str, layers: Sequence[int] | None = None
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Tells how far loading is, in bytes of the files; what is yielded takes each tensor that was read."""
+    """Shows how far loading is, in bytes of the files. Yields a function that must be called with each tensor that was read."""
     weights = stored.num_weights(layers)
     bytes_per_weight = stored.source.num_bytes / stored.num_weights()
     kind = Path(source).suffix if source.endswith(".gguf") else "safetensors"

@@ -41,12 +41,12 @@ class Model:
 
     @property
     def dtype(self) -> Any:
-        """Of activations and caches: that of the norms and biases, whatever the format of the matrices."""
+        """The dtype of activations and caches: that of the norms and biases, whatever the format of the matrices."""
         return jax.dtypes.canonicalize_dtype(get_weight(self.params, FINAL_NORM).dtype)
 
     @functools.cached_property
     def device_params(self) -> Params:
-        """`params` for computing: NumPy arrays are put on the default device, once; anything else is as it is."""
+        """`params` for computing: NumPy arrays are put on the default device, once; anything else stays as it is."""
         if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(self.params)):
             return self.params
         return jax.tree.map(
@@ -70,8 +70,8 @@ class Model:
             `[T, V]` for one sequence, `[B, T, V]` for rows.
 
         Raises:
-            UserError: for what are no token ids, none, ids outside the vocabulary, more than the context holds, or rows of
-                different lengths.
+            UserError: for values that are not token ids, no ids, ids outside the vocabulary, more than the context holds, or
+                rows of different lengths.
         """
         return logits_of(self.transformer, self.device_params, token_ids)
 
@@ -86,8 +86,8 @@ class Model:
             texts: one text or the token ids of one, or a list of these.
 
         Raises:
-            UserError: for conversations and what is no text, text without a tokenizer, no tokens, ids outside the vocabulary,
-                or more tokens than the context holds.
+            UserError: for conversations and other values that are not texts, text without a tokenizer, no tokens, ids outside
+                the vocabulary, or more tokens than the context holds.
         """
         return scores_of(self.transformer, self.device_params, self.tokenizer, texts)
 
@@ -111,7 +111,7 @@ class Draft(Model):
 
     @property
     def drafting_transformer(self) -> Transformer:
-        """The same with what drafting reads: the parts of single exits, and heads over the listed tokens if there is a list."""
+        """`transformer` with what drafting reads: the parts of single exits, and heads over the listed tokens only, if any."""
         size = None if self.vocabulary is None else self.vocabulary.size
         return Transformer(self.config, self.dtype, size, self.draft_config.parts)
 

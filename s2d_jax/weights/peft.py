@@ -52,10 +52,10 @@ def save_peft(
 
     Args:
         directory: exists.
-        config: of the draft.
+        config: the draft's shape.
         params: with adapters, f32, f16 or bf16.
         lora: their rank and targets.
-        base: the model that PEFT shall load below them.
+        base: the model that PEFT will apply them to.
     """
     described = {
         **_PEFT_REQUIRED,
@@ -88,11 +88,11 @@ def load_peft(directory: str | Path, config: ModelConfig, params: Params) -> Par
 def read_peft(
     directory: Path, config: ModelConfig
 ) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """The LoRA that PEFT saved in `directory`: by the path of each kernel `lora_a`, and `lora_b` times PEFT's scale, in f32.
+    """The LoRA that PEFT saved in `directory`: path of a kernel -> (`lora_a`, `lora_b` times PEFT's scale), f32.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
-        config: of the model that it is for.
+        config: the shape of the model that it is for.
 
     Raises:
         UserError: for missing files, another kind of adapter, or tensors that the model has no place for.

@@ -61,7 +61,7 @@ def load_weight(
         array: f32, f16 or bf16; matrices are converted to the format, anything else to `dtype`.
         weight_format: "f32", "bf16" or "int8".
         dtype: the compute dtype.
-        sharding: of the tensor on a mesh; None puts it on the default device.
+        sharding: how the tensor lies on a mesh; None puts it on the default device.
     """
     weight = _converted(array, weight_format, dtype)
     if not isinstance(weight, Int8Weight):

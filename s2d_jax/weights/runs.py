@@ -48,7 +48,7 @@ def write_run(
     lora: LoraConfig | None = None,
     vocabulary: DraftVocabulary | None = None,
 ) -> None:
-    """Writes what a draft is beside its weights: shape, exits and their parts, adapters, list of tokens, tokenizer."""
+    """Writes what makes up a draft except its weights: shape, exits and their parts, adapters, list of tokens, tokenizer."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer.partial-", dir=run_dir) as partial:
         tokenizer.save(partial)

@@ -1,4 +1,4 @@
-"""What a model says of texts that are there: logits at every position, and how likely each token is."""
+"""How a model scores given texts: logits at every position, and how likely each token is."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class TextScore:
     """How likely a model finds a text.
 
     Attributes:
-        token_ids: of the whole text, a BOS that the tokenizer adds included.
-        log_probs: f32 `[T - 1]`, natural logarithms: of each token but the first, which nothing comes before.
+        token_ids: the whole text, with the BOS that the tokenizer adds, if any.
+        log_probs: f32 `[T - 1]`, natural logarithms, for each token but the first, since nothing comes before that one.
     """
 
     token_ids: list[int]
@@ -36,7 +36,7 @@ class TextScore:
 
     @property
     def total(self) -> float:
-        """The log-probability of the text behind its first token; 0 where there is none."""
+        """The log-probability of the text after its first token; 0 for a single token."""
         return float(self.log_probs.sum(dtype=np.float64))
 
     @property
@@ -50,7 +50,7 @@ class TextScore:
 
 
 def logits_of(model: Transformer, params: Any, token_ids: Prompts) -> Float[Array, "*B T V"]:
-    """f32 logits of one sequence `[T, V]` or of equally long rows `[B, T, V]`; what is raised is said by `Model.logits`."""
+    """f32 logits of one sequence `[T, V]` or of equally long rows `[B, T, V]`; raises as `Model.logits` says."""
     one = one_prompt(token_ids)
     found = split_prompts(token_ids) if one is None else [one]
     rows = [_checked(model, ids) for ids in found]
@@ -69,7 +69,7 @@ def logits_of(model: Transformer, params: Any, token_ids: Prompts) -> Float[Arra
 def scores_of(
     model: Transformer, params: Any, tokenizer: Tokenizer | None, texts: Prompts
 ) -> list[TextScore]:
-    """One score per text; what is raised is said by `Model.score`."""
+    """One score per text; raises as `Model.score` says."""
     return [_score(model, params, _ids(tokenizer, text)) for text in split_prompts(texts)]
 
 
@@ -88,7 +88,7 @@ def _ids(tokenizer: Tokenizer | None, text: OnePrompt) -> list[int]:
 
 
 def _checked(model: Transformer, ids: OnePrompt) -> list[int]:
-    """Raises UserError for what are no ids, or not ids of this model."""
+    """The ids as they are. Raises UserError unless they are token ids of this model."""
     if not is_ids(ids):
         raise UserError(
             f"{shown(ids)} is no list of token ids; encode it: model.tokenizer.encode(text)"

@@ -1,4 +1,4 @@
-"""`sorted_draft.json`: where a draft can be left, what its exits have of their own, its tokens, the model it lies on."""
+"""`sorted_draft.json`: a draft's exits and their parts, its draft vocabulary, and the base that its trunk comes from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Base:
     Attributes:
         path: a directory, hub id or `.gguf` file.
         layers: which of its layers the draft consists of; None is all.
-        fingerprint: of these layers, as they are stored (`base_fingerprint`).
+        fingerprint: hash of these layers as they are stored (`base_fingerprint`).
         lora: low-rank adapters on the trunk lie beside the draft, as PEFT writes them.
     """
 
@@ -35,7 +35,7 @@ class Base:
     lora: bool
 
     def checked_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers taken, of a base that has `num_layers`. Raises UserError for others."""
+        """The layers taken from a base of `num_layers` layers. Raises UserError for layers that it lacks."""
         layers = tuple(range(num_layers)) if self.layers is None else self.layers
         check_layers(layers, num_layers)
         return layers
@@ -65,7 +65,10 @@ class SortedDraft:
 
 
 def base_fingerprint(config: ModelConfig) -> Fingerprint:
-    """Of a base's chosen layers; takes in their tensors by our dotted names. What ends a sequence does not matter."""
+    """Starts the fingerprint of a base's chosen layers, to which their tensors are added under our dotted names.
+
+    The ids that begin and end a sequence do not count.
+    """
     return Fingerprint(dataclasses.replace(config, bos_token_id=None, eos_token_ids=()))
 
 
@@ -99,7 +102,7 @@ def read_sorted_draft(file: Path) -> SortedDraft:
 
 
 def parts_from_json(raw: Any, where: Path) -> ExitParts:
-    """The parts that `dataclasses.asdict` wrote, and JSON into the file `where`; None is none.
+    """The parts in the JSON value `raw`, which `dataclasses.asdict` made; `where` is its file. None means no parts.
 
     Raises:
         UserError: if `raw` is something else.

@@ -150,7 +150,7 @@ class StoredModel:
     """A model whose weights are still in files.
 
     Attributes:
-        config: its shape; what ends a sequence includes the tokenizer's stop tokens.
+        config: its shape; its end-of-sequence ids include the tokenizer's stop tokens.
         tokenizer: None where there is none.
         source: its tensors.
         name_of: what a tensor is called there.
@@ -162,7 +162,7 @@ class StoredModel:
     name_of: Callable[[WeightName], str]
 
     def tensors(self, layers: Sequence[int] | None = None) -> Iterator[tuple[WeightName, Any]]:
-        """Every tensor of the model, or of the model of some of its layers, by its name in that model: a NumPy array."""
+        """Every tensor, as a NumPy array, with its name; `layers` gives those of the model of these layers, with its names."""
         for name in self._names(layers):
             yield name, np.asarray(self.source.read(self.name_of(name)))
 

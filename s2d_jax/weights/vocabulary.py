@@ -129,7 +129,7 @@ def read_vocabulary(path: str | Path) -> DraftVocabulary:
 
 
 def _hash_of_tokens(ids_U: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Of the listed tokens only: padding at the end of a vocabulary has other names from file to file."""
+    """A hash of the listed tokens only: the names of padding at the end of a vocabulary differ from file to file."""
     token_of = {i: token for token, i in tokenizer.vocabulary().items()}
     text = "\0".join(token_of.get(int(i), "") for i in ids_U)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -153,7 +153,7 @@ def _from_ranges(text: str, size: int) -> np.ndarray:
         raise ValueError(f"ids {text[:30]!r} must look like 0-99,120,130-140")
     bounds = [part.partition("-") for part in text.split(",")]
     ranges = [range(int(first), int(last or first) + 1) for first, _, last in bounds]
-    # Before they are written out: one wrong digit could fill the memory.
+    # Checked before the ranges are expanded: one wrong digit could fill the memory.
     if (listed := sum(map(len, ranges))) != size:
         raise ValueError(f"{listed} ids for size {size}")
     return np.concatenate([np.arange(r.start, r.stop) for r in ranges])
@@ -176,7 +176,7 @@ def trimmed_params(
     for name, head_VD in heads.items():
         head_UD = take_rows(head_VD, ids_U)
         if mesh is not None:
-            # U need not divide by the mesh.
+            # U need not be divisible by the mesh.
             head_UD = jax.device_put(head_UD, replicated(mesh))
         trimmed[name] = {"kernel": head_UD}
     return whole | trimmed
