@@ -40,9 +40,9 @@ def accept_sampled(
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Speculative sampling (Leviathan et al. 2022, algorithm 1): what is emitted follows the target's distribution.
 
-    Token x is accepted with probability `min(1, p(x) / q(x))`. After a rejection the next token is drawn from
-    `norm(max(p - q, 0))`, after none the bonus token from p. A token that was not drawn has a one-hot q: it is accepted with
-    probability p(x), and the residual is p without x.
+    Token x is accepted with probability `min(1, p(x) / q(x))`. After a rejection the next token is drawn from the residual
+    `norm(max(p - q, 0))`; without one, the bonus token is drawn from p. A token that was not drawn has a one-hot q: it is
+    accepted with probability p(x), and the residual is p without x.
 
     Args:
         proposal: G drafted tokens per row, and the q of each.
@@ -77,7 +77,7 @@ def accept_sampled(
         else _row(draft_probs_BGV, at_B)
     )
     residual_BV = jnp.maximum(p_BV - q_BV, 0.0)
-    # p and q that differ by rounding only leave nothing: then p itself is right.
+    # If p and q differ only by rounding, the residual may be empty: then p itself is right.
     use_residual_B = rejected_B & (jnp.sum(residual_BV, axis=-1) > 0.0)
     next_probs_BV = jnp.where(use_residual_B[:, None], residual_BV, p_BV)
     return num_accepted_B, sample(next_probs_BV, next_key_B)

@@ -33,7 +33,7 @@ class Decoder:
     Attributes:
         target: the verifying model.
         drafter: how tokens are drafted.
-        verifier: how what it drafts is verified: chains or trees.
+        verifier: how drafts are verified: chains or trees.
     """
 
     target: Target
@@ -81,7 +81,7 @@ class Decoder:
         kept_B: Int[Array, "B"],
         width: int,
     ) -> DecodeState:
-        """The same as `prefill` for prompts whose first `kept_B` tokens the caches of `state` already hold.
+        """As `prefill`, for prompts whose first `kept_B` tokens are already in the caches of `state`.
 
         Args:
             params, request, tokens_BC, length_B: as for `prefill`; C is the capacity of the state.
@@ -97,7 +97,7 @@ class Decoder:
         return self._first_state(params, request, tokens_BC, length_B, last_BD, cache, draft_state)
 
     def _read_prompt(self, params, cache: KVCache, tokens_BC, length_B, width: int):
-        """The target's passes over what of the prompt `cache` does not hold: the last token's state `[B, D]`, and the cache."""
+        """Runs the target over the part of the prompt that `cache` lacks; the last token's state `[B, D]`, and the cache."""
 
         def forward(chunk_BW, cache):
             return self.target.forward(params["target"], chunk_BW, cache)
@@ -141,7 +141,7 @@ class Decoder:
         return sample(probabilities(logits_B1V, request.sampling)[:, 0], key_B)
 
     def run(self, params: Any, request: Request, state: DecodeState) -> DecodeState:
-        """Rounds until every row is done, `request.max_rounds` are over, or a row lacks room for one more: one loop."""
+        """Runs rounds, in one loop, until every row is done, `request.max_rounds` are over, or a row lacks room for another."""
 
         def goes_on(carry):
             state, rounds = carry
@@ -156,7 +156,7 @@ class Decoder:
         return jax.lax.while_loop(goes_on, round, (state, jnp.int32(0)))[0]
 
     def has_room(self, state: DecodeState) -> Bool[Array, ""]:
-        """Whether another round stays within the caches. Rows that are done are written behind as well."""
+        """Whether another round stays within the caches. Rows that are done are written to as well, so they count."""
         return jnp.all(state.length_B + self.margin <= state.tokens_BC.shape[1])
 
     def propose(self, params: Any, request: Request, state: DecodeState) -> tuple[Any, DecodeState]:
@@ -251,7 +251,7 @@ class Decoder:
 
 
 def _until_stop(emitted_BY, num_emitted_B, stop_ids_BZ):
-    """Cuts what is emitted after the first stop token; whether there was one."""
+    """How many tokens are emitted if the first stop token is the last one, and whether there was one."""
     index_Y = jnp.arange(emitted_BY.shape[1], dtype=jnp.int32)[None, :]
     stop_BY = is_stop(emitted_BY, stop_ids_BZ) & (index_Y < num_emitted_B[:, None])
     first_stop_B = jnp.argmax(stop_BY, axis=1).astype(jnp.int32)

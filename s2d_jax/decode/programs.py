@@ -41,7 +41,7 @@ class RoundPrograms(NamedTuple):
 
 
 _CACHE: dict[Any, Any] = {}
-# What somebody who waits is told; the field is the width or the capacity of the key.
+# The text that is shown while a program compiles; {} is the width or the capacity in its key.
 _WORDS = {
     "prefill": "compiling prefill for {} tokens",
     "run": "compiling the decoding loop",
@@ -77,7 +77,7 @@ def run_program(decoder: Decoder, inputs: tuple) -> tuple[Any, float]:
 def extend_program(decoder: Decoder, width: int, inputs: tuple) -> tuple[Any, float]:
     """`Decoder.extend` for `(params, request, state, tokens_BC, length_B, kept_B)`; the state is donated.
 
-    The loop that goes on from there is compiled too, so that nobody waits for it behind the first word of an answer.
+    The loop that goes on from there is compiled too, so that nobody waits for it after the first word of an answer.
     """
 
     def extend(params, request, state, tokens_BC, length_B, kept_B):

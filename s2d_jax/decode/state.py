@@ -1,4 +1,4 @@
-"""What a round carries to the next: `DecodeState`, and the target's verdict in between."""
+"""What one round hands to the next, `DecodeState`; and what it holds after the target's pass, `Verified`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class DecodeState(flax.struct.PyTreeNode):
     """What the loop carries; donated from call to call.
 
     Attributes:
-        tokens_BC: int32, prompt then emitted tokens; at and beyond `length_B` anything.
+        tokens_BC: int32, prompt then emitted tokens; garbage at and beyond `length_B`.
         origin_BC: int8, who chose each token: 0 for the prompt and the target, `i + 1` for exit i of the draft.
         length_B: int32, tokens of each row so far. The last one has not been through the target yet.
         target_cache: holds `length_B - 1` positions of each row.
-        draft_state: the drafter's own.
+        draft_state: the drafter's own state.
         done_B: bool, rows that have ended.
         draft_length_B: int32, tokens that each row may draft in its next round.
         rounds_B: int32, target passes of each row after prefill.
@@ -44,7 +44,7 @@ class DecodeState(flax.struct.PyTreeNode):
 
 
 class Verified(flax.struct.PyTreeNode):
-    """A round between the target's pass and its end."""
+    """A round after the target's pass, before acceptance."""
 
     proposal: Any
     logits_BTV: jax.Array

@@ -46,9 +46,9 @@ class Target:
         cache: KVCache,
         place: Place | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """The state after the last layer for T tokens behind the cache, and the cache with them written.
+        """The state after the last layer for T tokens that follow the cache, and the cache with them written.
 
-        `place` is that of `Transformer.run_blocks`: None for text.
+        `place` is as in `Transformer.run_blocks`: None for text.
         """
         h_BTD = apply_model(self.model, params, "embed", tokens_BT)
         states, keys, values = {}, [], []
@@ -73,5 +73,5 @@ class Target:
         return tuple(sorted({0, *inputs, self.model.config.num_layers}))
 
     def logits(self, params: Any, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """f32, after the final norm."""
+        """f32 logits of states, through the final norm and the head."""
         return apply_model(self.model, params, "logits", h)

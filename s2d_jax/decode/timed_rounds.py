@@ -20,8 +20,8 @@ def timed_rounds(
 ) -> tuple[DecodeState, dict[str, float], float]:
     """Up to `max_rounds` rounds, fewer when all rows are done or one lacks room.
 
-    The parts are waited for one by one, which one loop on the device does not do: `rest` (acceptance, rewinds, stop conditions)
-    also holds the time in which the host asks whether to go on.
+    The host waits for each part, unlike in one loop on the device. So `rest` (acceptance, rewinds, stop conditions) also holds
+    the time in which the host asks whether to go on.
 
     Returns:
         The state, wall seconds by `ROUND_PHASES` (they add up to the time spent here), and seconds spent compiling beforehand.

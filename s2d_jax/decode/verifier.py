@@ -1,4 +1,4 @@
-"""What a round with chains and one with trees do differently, as an object that the loop asks; and the one for chains."""
+"""What differs between a round with chains and one with trees, as an object that the loop asks; and the object for chains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
     Attributes:
         tokens_BT: int32; the first is the last emitted token.
-        place: of these tokens; None where they continue the text.
+        place: where these tokens stand; None where they continue the text.
     """
 
     tokens_BT: jax.Array
@@ -36,8 +36,8 @@ class Judged(NamedTuple):
     """What the target makes of a proposal.
 
     Attributes:
-        emitted_BY: int32 `[B, G + 1]`, the accepted tokens and the target's own; anything behind it.
-        origin_BY: int32, who chose each of these, as `DecodeState.origin_BC` says it.
+        emitted_BY: int32 `[B, G + 1]`, the accepted tokens and the target's own; garbage behind them.
+        origin_BY: int32, who chose each of these, as in `DecodeState.origin_BC`.
         num_accepted_B: int32.
         state: its caches hold the accepted tokens behind the text, in order.
     """
@@ -75,7 +75,7 @@ class Verifier(Protocol):
         ...
 
     def charged(self, steps_BE: Steps) -> Steps:
-        """int32: the draft's steps by exit that the guard charges a round with, from those that it made."""
+        """int32: the draft steps by exit that the guard charges, given the steps that the draft made."""
         ...
 
     def judge(self, request: Request, state: DecodeState, verified: Verified) -> Judged:
@@ -85,7 +85,7 @@ class Verifier(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ChainVerifier:
-    """Verifies chains: the last emitted token and the drafted ones are a text."""
+    """Verifies chains: the last emitted token and the drafted ones simply continue the text."""
 
     greedy: bool
     widths: tuple[int, ...]
@@ -132,5 +132,5 @@ def append_next(
 
 
 def origins(exit_BG: Int[Array, "B G"], num_accepted_B: Int[Array, "B"]) -> Int[Array, "B G+1"]:
-    """int32: of what `append_next` gives, who chose each token: the exit that drafted it, from 1, and 0 for the target."""
+    """int32: who chose each token of `append_next`: the exit that drafted it, from 1, or 0 for the target."""
     return append_next(exit_BG + 1, num_accepted_B, jnp.zeros_like(num_accepted_B))

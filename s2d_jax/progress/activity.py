@@ -1,4 +1,4 @@
-"""Activities: `with activity("compiling the decoding loop", expected=9.0):` tells whoever waits, if anybody can see it."""
+"""Activities: `with activity("compiling the decoding loop", expected=9.0):` shows what goes on, if anybody can see it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from s2d_jax.progress.state import Activity, Board, Display
 Mode = Literal["auto", "lines", "off"]
 MODE_VARIABLE = "S2D_PROGRESS"
 _MODES = ("auto", "lines", "off")
-# Shorter ones say nothing about longer ones: they are setting up and looking up.
+# Shorter durations are mostly set-up, so they say nothing about longer ones.
 _SHORTEST_REMEMBERED = 0.2
 
 
@@ -37,11 +37,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def show_progress(mode: Mode = "auto") -> None:
-    """Chooses how loading, compiling and prefill tell what they do. The environment variable S2D_PROGRESS overrides it.
+    """Chooses how loading, compiling and prefill show what they do. The environment variable S2D_PROGRESS overrides it.
 
     Args:
         mode: "auto" shows a bar in a terminal (stderr) and in a notebook, and nothing elsewhere; "lines" writes plain lines to
-            stderr, as a log wants them; "off" shows nothing.
+            stderr, for logs; "off" shows nothing.
 
     Raises:
         UserError: for another mode.
@@ -50,7 +50,7 @@ def show_progress(mode: Mode = "auto") -> None:
 
 
 def show_lines_without_terminal() -> None:
-    """What a command calls once, before it loads anything: a bar in a terminal, and lines in a log."""
+    """Shows a bar in a terminal and lines in a log; a command calls this once, before it loads anything."""
     show_progress("auto" if in_terminal() else "lines")
 
 
@@ -70,16 +70,16 @@ def activity(
     guess: float | None = None,
     quiet: float = 0.3,
 ) -> Iterator[Activity]:
-    """Tells what goes on inside the block, if it takes long enough to be waited for.
+    """Shows what goes on inside the block, if it takes long enough.
 
     Args:
         text: what it is, such as "compiling the decoding loop".
-        total: how much there is to do; `advance` of what is yielded counts it.
+        total: how much there is to do; the block calls `advance` of the yielded activity as it goes.
         unit: "B" shows bytes; otherwise amounts are not shown.
-        key: under which its seconds (with a total: its amounts per second) are remembered, and looked up; "" for neither.
+        key: its seconds (with a total: its amounts per second) are remembered and looked up under this key; "" for neither.
         expected: seconds that it should take; None takes what is remembered under `key`.
-        guess: seconds where nothing is known, for a first time.
-        quiet: seconds until it is shown in a terminal, if nobody knows whether it takes long.
+        guess: seconds to expect the first time, when nothing is remembered.
+        quiet: seconds until it is shown in a terminal, if it is not known to take long.
     """
     mode, display = _mode(), _display()
     seconds = guess if display is None else _expected(expected, key, total)
@@ -110,7 +110,7 @@ def activity(
 
 @contextlib.contextmanager
 def text_is_written() -> Iterator[None]:
-    """While text is written to the screen, a bar in the terminal would wipe its last line away; so there is none."""
+    """Shows no bar in a terminal while text is written there: the bar would wipe the text's last line away."""
     token = _beside_text.set(True)
     try:
         yield
@@ -150,7 +150,7 @@ def _display() -> Display | None:
 
 
 def _is_first_process() -> bool:
-    """Of several that compute together, as far as is known without starting JAX's backend."""
+    """Whether this is the first of several processes, as far as is known without starting JAX's backend."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return True

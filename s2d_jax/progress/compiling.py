@@ -1,4 +1,4 @@
-"""How long compiling takes: as long as the same program took before, else by the number of its arrays."""
+"""How long compiling takes: as long as the same program took before; else an estimate from the number of its arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from s2d_jax.progress import durations
 from s2d_jax.progress.activity import activity, is_shown
 
 _HIT = "/jax/compilation_cache/cache_hits"
-# Seconds for each array of a program's inputs where nothing was compiled on this machine yet: two cores of an AMD EPYC (2026).
+# Seconds per input array, where nothing was compiled on this machine yet; measured on two cores of an AMD EPYC (2026).
 # A layer has nine weights, and its part of the caches.
 _GUESSED_PER_ARRAY = {
     "prefill": 0.010,
@@ -30,12 +30,12 @@ _GUESSED_PER_ARRAY = {
 
 @contextlib.contextmanager
 def compiling(kind: str, text: str, inputs: Any) -> Iterator[None]:
-    """Tells that a program is compiled inside the block, and remembers how long it took.
+    """Shows that a program is compiled inside the block, and remembers how long it took.
 
     Args:
         kind: what the program does; programs of one kind take seconds in proportion to their arrays.
-        text: what is told.
-        inputs: its arguments.
+        text: what is shown.
+        inputs: the program's arguments.
     """
     leaves = jax.tree.leaves(inputs)
     prefix = f"compile/{jax.default_backend()}/{kind}"
@@ -47,7 +47,7 @@ def compiling(kind: str, text: str, inputs: Any) -> Iterator[None]:
     guess = len(leaves) * _GUESSED_PER_ARRAY[kind]
     with _cache_hits() as hits, activity(text, key=key, expected=seconds, guess=guess) as told:
         yield
-        if hits:  # that was no compiling; the next time it will be as quick
+        if hits:  # it was loaded, not compiled; the next time will be as quick
             told.key = f"{key}/kept"
 
 
@@ -63,7 +63,7 @@ def _expected(key: str, prefix: str, parts: int) -> float | None:
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """Yields a list that gets an entry for each program that is found in JAX's persistent cache meanwhile."""
+    """Yields a list that gets an entry for each program found in JAX's persistent cache inside the block."""
     found: list[str] = []
 
     def listen(event: str, **_: Any) -> None:

@@ -1,6 +1,6 @@
 """Where activities are shown: in a terminal, in a notebook, as lines of a log.
 
-rich is imported once there is something to show in a terminal.
+rich is imported only when there is something to show in a terminal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BAR_WIDTH = 20
 
 
 def in_terminal() -> bool:
-    """Whether stderr is a terminal whose lines can be written anew."""
+    """Whether stderr is a terminal whose lines can be overwritten."""
     stderr = sys.stderr
     dumb = os.environ.get("TERM", "") in ("dumb", "unknown")
     return stderr is not None and stderr.isatty() and not dumb
@@ -49,7 +49,7 @@ class Lines:
             elapsed, said = now - activity.started, self._said.get(activity.text)
             if not activity.long and elapsed < LONG:
                 continue
-            # What comes again and again, such as the prompts of batches, is not told every time.
+            # A repeated activity, such as reading the prompts of each batch, is not reported every time.
             if said is not None and now - said < SECONDS_BETWEEN_LINES:
                 continue
             again = said is not None and said >= activity.started
@@ -71,7 +71,7 @@ class Terminal:
     """A bar for each activity, below what the terminal shows, gone at the end.
 
     Args:
-        console: of rich; None makes one for stderr.
+        console: rich's; None makes one for stderr.
     """
 
     moves = True
@@ -104,7 +104,7 @@ class Terminal:
             self._console = Console(
                 stderr=True, force_jupyter=False, width=min(_WIDEST, console.width)
             )
-        # stdout and stderr stay what they are: they are not swapped in a thread beside the one that uses them.
+        # stdout and stderr are not redirected: another thread is using them.
         return Live(
             console=self._console,
             auto_refresh=False,
@@ -115,7 +115,7 @@ class Terminal:
 
 
 def due_now(going: Sequence[Activity], now: float) -> list[Activity]:
-    """Those that a terminal or a notebook shows."""
+    """The activities that a terminal or a notebook shows now."""
     return [each for each in going if now - each.started >= each.visible_after()]
 
 
@@ -127,7 +127,7 @@ def table_of(going: Sequence[Activity], now: float) -> Any:
 
     statuses = [activity.status(now) for activity in going]
     table = Table.grid(padding=(0, 1))
-    table.add_column()  # where there is little room, the text is cut: rich makes columns narrow whose text may wrap
+    table.add_column()  # in a narrow terminal the text is cut: rich narrows columns whose text may wrap
     table.add_column(width=_BAR_WIDTH, no_wrap=True)
     table.add_column(no_wrap=True)
     for activity, status in zip(going, statuses, strict=True):

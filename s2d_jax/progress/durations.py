@@ -1,6 +1,6 @@
 """How long things took on this machine: hints that are kept between processes, in one small file.
 
-Nothing depends on them but what is said about the time left. So a file that is damaged, or that cannot be written, is no error.
+Only the time left that is shown depends on them. So a file that is damaged, or that cannot be written, is no error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from s2d_jax.files import write_text
 
 CACHE_VARIABLE = "S2D_CACHE_DIR"
-# Each is a key of some 40 characters and a number, so the file stays below 20 kB.
+# Each entry is a key of about 40 characters and a number, so the file stays below 20 kB.
 MOST_REMEMBERED = 300
 
 
@@ -32,7 +32,7 @@ def known(key: str) -> float | None:
 
 
 def known_per_part(prefix: str) -> float | None:
-    """Seconds for each part of a thing, from things of the same kind: the median over keys `prefix/PARTS/NAME`."""
+    """Seconds per part, the median over the keys `prefix/PARTS/NAME`, which are of one kind."""
     found = []
     for key, seconds in _read().items():
         parts, *rest = key.removeprefix(f"{prefix}/").split("/")
@@ -42,7 +42,7 @@ def known_per_part(prefix: str) -> float | None:
 
 
 def remember(key: str, value: float) -> None:
-    """Keeps the mean of `value` and what was known before; the keys that were remembered longest ago give way."""
+    """Keeps the mean of `value` and what was known before; the oldest keys are dropped."""
     values = _read()
     before = values.pop(key, value)
     values[key] = float(f"{(before + value) / 2:.4g}")

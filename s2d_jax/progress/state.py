@@ -1,4 +1,4 @@
-"""Activities that go on now, and the thread that keeps their display moving."""
+"""The activities that go on now, and the thread that keeps their display up to date."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 _SECONDS_BETWEEN_TICKS = 0.1
-# What is expected to take so long is shown at once; what is known to take less than a second appears after one only.
+# An activity that should take this many seconds is shown at once; one known to take less than a second, only after a second.
 LONG = 2.0
 _BRIEF = 1.0
 
 
 @dataclasses.dataclass(eq=False)
 class Activity:
-    """Something that takes a while; `activity` says what the fields are.
+    """Something that takes a while; `activity` explains the other fields.
 
     Attributes:
         first_time: nothing is known of its duration on this machine, `expected` is a guess.
         beside_text: text is being written to the screen meanwhile.
-        started: when, by the clock of the board.
+        started: when it began, by the clock of the board.
         done: how much of `total` is done.
     """
 
@@ -38,12 +38,12 @@ class Activity:
     done: float = 0.0
 
     def advance(self, amount: float = 1.0) -> None:
-        """So much more of the total is done."""
+        """Adds `amount` to what is done."""
         self.done += amount
 
     @property
     def long(self) -> bool:
-        """Whether it is expected to be waited for."""
+        """Whether it is expected to take long."""
         return self.expected is not None and self.expected >= LONG
 
     def visible_after(self) -> float:
@@ -54,7 +54,7 @@ class Activity:
         return max(self.quiet, _BRIEF) if brief else self.quiet
 
     def share(self, now: float) -> float | None:
-        """How much of it is over, from 0 to 1; None if that cannot be told."""
+        """The share that is done, from 0 to 1; None if it is not known."""
         if self.total and self.done:
             return min(1.0, self.done / self.total)
         elapsed = now - self.started
@@ -63,7 +63,7 @@ class Activity:
         return None
 
     def left(self, now: float) -> float | None:
-        """Seconds until it ends: by what is done, once that says something, else by what is expected."""
+        """Seconds until it ends: from what is done, once enough is done; else from what is expected."""
         elapsed, share = now - self.started, self.share(now)
         if self.total and self.done and share and elapsed >= 1.0:
             return elapsed * (1 - share) / share
@@ -111,27 +111,27 @@ class Display(Protocol):
     """Where activities are shown.
 
     Attributes:
-        moves: whether it writes over the last lines of a screen, so that there can be only one.
+        moves: whether it overwrites the last lines of a screen, so that there can be only one.
     """
 
     moves: bool
 
     def tick(self, going: Sequence[Activity], now: float) -> None:
-        """Shows those of the activities that are due."""
+        """Shows the activities that are due."""
         ...
 
     def close(self) -> None:
-        """Leaves nothing behind."""
+        """Removes what is shown."""
         ...
 
 
 def _harmless() -> contextlib.AbstractContextManager[None]:
-    """What is told is no reason to fail: the terminal may be gone, or not know a character."""
+    """Ignores errors of the display: the terminal may be gone, or may not know a character."""
     return contextlib.suppress(OSError, ValueError)
 
 
 class Board:
-    """The activities that go on, one display for all of them, and a thread while there are any.
+    """The activities that go on, one display for all of them, and a thread as long as there are any.
 
     Args:
         clock: seconds, as `time.monotonic`.
@@ -142,7 +142,7 @@ class Board:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything, as the child of a fork must, which has no such thread."""
+        """Forgets everything; a forked process must call it, because it does not have the thread."""
         self._lock = threading.RLock()
         self._going: list[Activity] = []
         self._display: Display | None = None
@@ -151,12 +151,12 @@ class Board:
         self._ticker: threading.Thread | None = None
 
     def going_for(self, host: object) -> list[Activity]:
-        """What `host` is to show."""
+        """The activities that `host` must show."""
         display = self._display
         return list(self._going) if host is self._host and display and display.moves else []
 
     def begin(self, activity: Activity, display: Display) -> None:
-        """Shows it on `display`, or where those are shown that go on already."""
+        """Shows an activity: on the display of those that already go on, else on `display`."""
         with self._lock:
             self._going.append(activity)
             if self._display is None:
@@ -168,7 +168,7 @@ class Board:
             self.tick()
 
     def end(self, activity: Activity) -> None:
-        """Shows it no longer; after the last one display and thread are gone."""
+        """Stops showing an activity; after the last one, display and thread end."""
         with self._lock:
             if activity in self._going:
                 self._going.remove(activity)
@@ -183,7 +183,7 @@ class Board:
             ticker.join()
 
     def tick(self) -> None:
-        """Brings the display up to date; a bar that shows the activities itself does that."""
+        """Brings the display up to date, unless a host shows the activities itself (`give_way`)."""
         with self._lock:
             if self._display is None or (self._host is not None and self._display.moves):
                 return

@@ -45,8 +45,8 @@ def accept_target_only(
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Acceptance of children that are certain given the text: draws from the target, and follows the tree as far as it goes.
 
-    At each node a token is drawn from p. If a child has it, that child is accepted, else the token is emitted. This is the
-    rule that tries the children in turn, each with probability p(x) and a residual without it (q is one-hot); drawing once
+    At each node a token is drawn from p. If a child has this token, the child is accepted; else the token is emitted. This
+    equals trying the children in turn, each with probability p(x) and a residual without x (q is one-hot), but one draw
     decides about all of them.
 
     Args:
@@ -66,7 +66,7 @@ def accept_target_only(
 def _follow(tree: Tree, choose: Callable[[jax.Array], jax.Array]):
     """Goes down from the root to the child that has the chosen token, until there is none.
 
-    Only the logits on the path are looked at: over all nodes even an argmax costs more than a millisecond.
+    It reads only the logits on the path: over all nodes even an argmax costs more than a millisecond.
     """
 
     def down(carry):
@@ -88,10 +88,10 @@ class _Walk(flax.struct.PyTreeNode):
     """Every row on its way down its tree.
 
     Attributes:
-        node_B: int32, accepted so far.
-        tried_B: int32, the last child of it that was refused, or `node_B` itself.
-        target_probs_BV: f32, p at that node, without what was refused.
-        draft_probs_BV: f32, q at that node, without what was refused.
+        node_B: int32, the deepest node accepted so far.
+        tried_B: int32, its last child that was refused, or `node_B` itself.
+        target_probs_BV: f32, p at that node after the refusals.
+        draft_probs_BV: f32, q at that node after the refusals.
         done_B: bool.
     """
 
@@ -107,7 +107,7 @@ class _Walk(flax.struct.PyTreeNode):
         return self.tried_B == self.node_B
 
     def arrived(self, p_BV: Float[Array, "B V"], q_BV: Float[Array, "B V"]) -> _Walk:
-        """With these p and q in the rows whose node is new."""
+        """Takes these p and q in the rows whose node is new."""
         return self.replace(
             target_probs_BV=_where(self.is_new_B, p_BV, self.target_probs_BV),
             draft_probs_BV=_where(self.is_new_B, q_BV, self.draft_probs_BV),
@@ -125,8 +125,8 @@ def accept_without_replacement(
     """Acceptance of children that were drawn without replacement from q (recursive rejection sampling; Jeon et al. 2024).
 
     The children x of a node are tried in the order drawn, each accepted with probability `min(1, p(x) / q(x))`. After a refusal
-    p becomes `norm(max(p - q, 0))`, and q loses x and is normalised again: the distribution that the next child was drawn from.
-    When no child is left a token is drawn from what p has become.
+    p becomes `norm(max(p - q, 0))`, and q loses x and is normalised again, as it was when the next child was drawn. When no
+    child is left, a token is drawn from the p that remains.
 
     Args:
         tree: siblings have different tokens, in the order drawn.

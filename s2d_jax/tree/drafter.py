@@ -1,8 +1,8 @@
 """Drafting a tree, level by level, with a draft of any number of exits; one exit is a fixed exit, or a whole model.
 
 The nodes that a level expands lie behind the text in the draft's caches, one level after the other, in *slots*. A level goes
-through the exits as one step: what deeper segments have not seen of earlier levels is caught up first, whole levels at a time,
-which includes every ancestor of a node that goes deeper.
+through the exits as one step. A deeper segment first catches up on the earlier levels that it has not seen, whole levels at a
+time, so every ancestor of a node that goes deeper has been there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Growing(flax.struct.PyTreeNode):
 
     Attributes:
         tokens_BC: int32, the text and behind it the slots.
-        ancestors_BLL: bool, of the L slots.
+        ancestors_BLL: bool, as in `Slots`.
     """
 
     state: SortedState
@@ -203,7 +203,7 @@ class TreeDrafter(SegmentedDrafter):
     def keep_path(
         self, state: SortedState, length_B: Int[Array, "B"], slot_BY: Int[Array, "B Y"]
     ) -> SortedState:
-        """Of the tree behind `length_B` tokens keeps the path through these slots; see `Segments.keep_path`."""
+        """Keeps the path through these slots of the tree behind `length_B` tokens; see `Segments.keep_path`."""
         return self.segments.keep_path(state, length_B, slot_BY)
 
 

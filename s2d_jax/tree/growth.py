@@ -1,19 +1,18 @@
 """How a tree grows, level by level, from the draft's logits at the nodes that it expands. Arrays in, arrays out, no model.
 
-The children that a level brings forth are *candidates*; X counts all of a tree's. Of each level some candidates, the *beam*,
-are expanded on the next one. At the end M - 1 candidates become nodes of the tree.
+The children that a level produces are *candidates*; X counts all candidates of a tree. Some candidates of each level, the
+*beam*, are expanded on the next level. At the end M - 1 candidates become nodes of the tree.
 
 Deterministic children are the most probable tokens. A dynamic tree (EAGLE-2, Li et al. 2024) ranks candidates by their
 cumulative log-probability: the best `top_k` of a level are its beam, the best M - 1 of all are verified. A child never ranks
 above its parent, so what is verified is a tree.
 
-Children that are drawn (without replacement) must not be judged by what was drawn: dropping one for its own low probability
-would bias the output. So how many children each node gets is fixed before any is drawn, from the nodes' q vectors and from the
-probabilities of the nodes themselves, by ranking what the r-th most probable child would bring; and all that are drawn are
-verified.
+Children that are drawn (without replacement) must not be selected by what was drawn: dropping one for its own low probability
+would bias the output. So the number of children of each node is fixed before any is drawn, from the nodes' q vectors and the
+nodes' own probabilities: the r-th child ranks as the r-th most probable token would. All children that are drawn are verified.
 
-A static tree takes candidates by their ranks alone. Of drawn children it takes as many as it has paths, the first ones drawn:
-a later one was drawn from what the earlier ones left, so none may be passed over.
+A static tree takes candidates by their ranks alone. With drawn children, a node keeps as many as it has paths, the first ones
+drawn: a later one was drawn from what the earlier ones left, so none may be skipped.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from s2d_jax.tree.nodes import Tree
 
 
 class Children(flax.struct.PyTreeNode):
-    """What a level brings forth: J expanded nodes with k candidates each.
+    """What a level produces: J expanded nodes with k candidates each.
 
     Attributes:
         tokens_BJk: int32.
-        priority_BJk: f32, what candidates are ranked by; -inf for none.
+        priority_BJk: f32, by which candidates are ranked; -inf where there is none.
         score_BJk: f32, log of the probability of the path to the candidate.
         probs_BJU: f32, the q that children were drawn from; None if they are the most probable tokens.
     """
@@ -54,7 +53,7 @@ class Candidates(flax.struct.PyTreeNode):
 
     Attributes:
         tokens_BX, priority_BX, score_BX: as in `Children`.
-        parent_BX: int32, a candidate; -1 for the root.
+        parent_BX: int32, the candidate that is the parent; -1 for the root.
         slot_BX: int32, where the draft keeps a candidate that was expanded, from 1; else -1.
         exit_BX: int32, index of the exit that proposed it.
         beams_BYJ: int32, the beam of each level.
@@ -91,7 +90,7 @@ class Growth:
 
     @property
     def width(self) -> int:
-        """J, how many nodes of a level are expanded at most."""
+        """J, the most nodes of a level that are expanded."""
         if self.shape.paths:
             return max(len(beam) for beam in self._static_beams)
         if self.sampled:
@@ -131,7 +130,7 @@ class Growth:
 
     @property
     def _static_beams(self) -> list[list[tuple[int, ...]]]:
-        """Of each level the paths that have children."""
+        """For each level, the paths that have children."""
         inner = {path[:-1] for path in self.shape.paths}
         return [
             [path for path in self.shape.paths if len(path) == level and path in inner]
@@ -168,12 +167,12 @@ class Growth:
         key_B: Key[Array, "B"],
         request: Request,
     ) -> Children:
-        """The candidates that J nodes bring forth.
+        """The candidates that J nodes produce.
 
         Args:
-            logits_BJU: f32, of the draft at each node.
+            logits_BJU: f32, the draft's logits at each node.
             score_BJ: f32, log of the probability of the path to each node.
-            live_BJ: bool; other nodes have none.
+            live_BJ: bool; nodes that are not live have no children.
             key_B: one random key per row.
             request: how tokens are sampled, and which ids the draft's entries are.
         """
@@ -206,9 +205,9 @@ class Growth:
         """Enters the candidates of `level`, and selects its beam.
 
         Args:
-            found: of earlier levels.
+            found: the candidates of earlier levels.
             level: from 1.
-            children: of the nodes that were expanded.
+            children: the children of the nodes that were expanded.
             parent_BJ: int32, those nodes, the beam of the level before; -1 for the root.
             exit_BJ: int32, the exits that they left at.
         """
@@ -247,7 +246,7 @@ class Growth:
         return jnp.broadcast_to(jnp.asarray(beams_YJ)[level - 1], (B, self.width))
 
     def in_use(self, level: Int[Array, ""]) -> Bool[Array, "J"]:
-        """Which places of the beam of `level` a static tree fills; all of a dynamic one."""
+        """Which places of the beam of `level` are used: those that a static tree fills; all in a dynamic tree."""
         if not self.shape.paths:
             return jnp.ones(self.width, bool)
         filled_Y = jnp.asarray([len(beam) for beam in self._static_beams])

@@ -1,4 +1,4 @@
-"""A tree of drafted tokens per row: who descends from whom, where each node stands, and what it may look at.
+"""A tree of drafted tokens per row: which node descends from which, where each stands, and what it may look at.
 
 M nodes lie in one window behind the cache, the root (the last emitted token) first, parents before their children, siblings in
 the order in which they are tried. A node's place in the window is not its position in the text: siblings share a position.
@@ -40,7 +40,7 @@ def ancestors(parent_BM: Int[Array, "B M"], depth: int) -> Bool[Array, "B M M"]:
 
     Args:
         parent_BM: int32.
-        depth: static, of the deepest node.
+        depth: static, depth of the deepest node.
     """
     node_M = jnp.arange(parent_BM.shape[1], dtype=jnp.int32)
     at_BM = jnp.broadcast_to(node_M, parent_BM.shape)

@@ -1,4 +1,4 @@
-"""Verification of trees: the target's pass is over the tree, of which the accepted path stays in the caches."""
+"""Verification of trees: the target's pass covers the tree, and the accepted path stays in the caches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TreeVerifier:
 
     Attributes:
         greedy, widths: as for every `Verifier`; the last width is that of the whole tree.
-        drafter: of the trees; its caches keep the accepted path as the target's do.
+        drafter: drafts the trees; its caches keep the accepted path as the target's do.
     """
 
     greedy: bool
@@ -49,7 +49,7 @@ class TreeVerifier:
         return jnp.sum(proposal.tree.valid_BM, axis=1, dtype=jnp.int32) - 1
 
     def charged(self, steps_BE: Steps) -> Steps:
-        """Every level counts as one at the deepest exit of the round: a level that goes there takes earlier ones along."""
+        """Every level counts as one at the deepest exit of the round: a level that goes there takes earlier levels along."""
         E = steps_BE.shape[1]
         deepest_B = E - 1 - jnp.argmax(steps_BE[:, ::-1] > 0, axis=1)
         levels_B1 = jnp.sum(steps_BE, axis=1, keepdims=True)
@@ -78,7 +78,7 @@ class TreeVerifier:
         )
 
     def _keep_path(self, state: DecodeState, tree: trees.Tree, path_BY, num_accepted_B):
-        """Moves the accepted path together in both caches. Nothing moves in rounds that accept nothing."""
+        """Moves the accepted path right behind the text in both caches. Rounds that accept nothing move nothing."""
         root_B = state.length_B - 1
         depth_1Y = jnp.arange(path_BY.shape[1], dtype=jnp.int32)[None, :]
         slot_BY = _at(tree.slot_BM, path_BY)
