@@ -1,14 +1,13 @@
 """What calibration measures and compares: costs, a recorded trace, and the candidates that the replay judges with them.
 
 A *trace* holds, for every position of the target's own answers and every exit of the draft, the exit's confidence and the
-probability that the emitted token was an accepted draft, had this exit drafted here:
+probability that the emitted token would have been an accepted draft, if this exit had drafted here:
 
 - greedy, or a drafted mode: 1 if the exit's mode is the emitted token y, else 0;
 - sampled from q: `min(1, q(y) / p(y))`. A draft is accepted *and* is y with probability `min(p(y), q(y))`, and y is emitted
   with probability p(y). Its mean over y is `sum(min(p, q))`, the probability that a draft is accepted at all.
 
-For trees (`replay_tree`) it holds what their growth decides by: the exit's most probable tokens, and which of them the
-emitted one was.
+For trees (`replay_tree`) it holds what decides how they grow: the exit's most probable tokens, and which of them was emitted.
 
 No model, no device, no clock.
 """
@@ -53,7 +52,7 @@ class Prediction:
     """What replaying says about a candidate.
 
     Attributes:
-        candidate: which.
+        candidate: the candidate that was replayed.
         speedup: over plain decoding, prefill left out.
         mean_acceptance_length: tokens per target pass.
         mean_draft_length: drafted and verified tokens per round.
@@ -71,8 +70,8 @@ def relative_costs(
     """Costs in units of a plain round, with the acceptance tables that the trace gives.
 
     Args:
-        exits: in use.
-        widths: that a target pass may have, ascending from 1; a round takes the smallest that holds its chain.
+        exits: the exits in use.
+        widths: the widths that a target pass may have, ascending from 1; a round takes the smallest that holds its chain.
     """
     plain = costs.verify_seconds(1)
     verify = []
@@ -102,21 +101,21 @@ def _acceptance_table(trace: Trace, row: int) -> tuple[float, ...]:
 
 
 def _next_acceptance(trace: Trace, row: int) -> float:
-    """How probably a token is accepted when the one before it was."""
+    """The probability that a token is accepted if the one before it was."""
     pairs = [(a.accepted[row][:-1], a.accepted[row][1:]) for a in trace.answers]
     both = sum(float(first @ second) for first, second in pairs)
     return (both + 0.5) / (sum(float(first.sum()) for first, _ in pairs) + 1.0)
 
 
 def candidates(costs: Costs, trace: Trace, widths: Sequence[int]) -> list[Candidate]:
-    """All that is compared: plain decoding; every exit alone and thresholds over all exits, each with every length rule of
-    chains, and with trees.
+    """All that is compared: plain decoding; and every exit alone and thresholds over all exits, each with every length rule of
+    chains and with trees.
 
-    Chains with the same exits run the same compiled program: lengths, rules, thresholds and costs are arrays in it. Trees do if
-    they have the same shape as well.
+    Chains with the same exits run the same compiled program: lengths, rules, thresholds and costs are arrays in it. Trees do so
+    if they also have the same shape.
 
     Args:
-        widths: that a target pass may have, ascending from 1.
+        widths: the widths that a target pass may have, ascending from 1.
     """
     found = [Candidate("no speculation", "plain", None)]
     for exits, thresholds in _exit_choices(trace):
@@ -181,7 +180,7 @@ def _with_rules(costs, trace, exits, thresholds, widths, confidences) -> list[Ca
 
 
 def tree_shapes(exits: tuple[int, ...]) -> list[TreeShape]:
-    """Those that are compared; with several exits, both rules of leaving."""
+    """The shapes that are compared; with several exits, both rules of leaving."""
     return [
         TreeShape(depth, k, nodes, leaving=leaving)
         for depth, k, nodes in itertools.product(DEPTHS, TOP_KS, NODES)
@@ -191,7 +190,7 @@ def tree_shapes(exits: tuple[int, ...]) -> list[TreeShape]:
 
 
 def _with_trees(costs: Costs, trace: Trace, exits, thresholds) -> list[Candidate]:
-    """Every tree, on one choice of exits. Children are the most probable tokens, also where tokens are sampled."""
+    """Every tree, on one choice of exits. Children are the most probable tokens, even where tokens are sampled."""
     where, family = _named(exits, thresholds)
     known = trace.answers[0].log_probs.shape[2]
 
@@ -214,7 +213,7 @@ def _with_trees(costs: Costs, trace: Trace, exits, thresholds) -> list[Candidate
 
 
 def relative_tree_costs(costs: Costs, exits: tuple[int, ...], tree: TreeShape) -> RoundCosts:
-    """Costs in units of a plain round; only for `costs` with those of trees."""
+    """Costs in units of a plain round; `costs` must include those of trees."""
     assert costs.tree is not None
     plain, measured = costs.verify_seconds(1), costs.tree
     verify = measured.verify_seconds(tree.nodes) + (tree.depth + 1) * measured.visit
@@ -227,7 +226,7 @@ def relative_tree_costs(costs: Costs, exits: tuple[int, ...], tree: TreeShape) -
 
 
 def best_of_families(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
-    """The best speculative ones, one per family: neighbours in a grid of parameters say the same."""
+    """The best speculative candidates, one per family: neighbours in a grid of parameters differ little."""
     best: dict[str, Prediction] = {}
     for prediction in predictions:
         if prediction.candidate.config is not None:

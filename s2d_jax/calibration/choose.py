@@ -38,10 +38,10 @@ from s2d_jax.weights.model import Draft, Model
 WIDTHS = (1, 4, 8)
 REPEATS, WALKS = 9, 4
 CONFIRMED, TIMED, FEWEST_TIMED = 3, 4, 1
-# A winner must gain more than what timing alone may show.
+# A winner must gain more than the noise of timing.
 SMALLEST_GAIN = 1.01
 
-# `(name, length) -> step`, and `step(count)` as the phase goes on.
+# `(name, length) -> step`; `step(count)` is called as the phase goes on.
 OnPhase = Callable[[str, int], Callable[[int], None]]
 
 
@@ -51,8 +51,8 @@ class Effort:
 
     Attributes:
         temperatures: a policy is chosen for each.
-        new_tokens: of each recorded answer.
-        minutes: no more prompts are timed after so many; compiling and recording take what they take.
+        new_tokens: the most tokens of each recorded answer.
+        minutes: no more prompts are timed after this time; it does not limit compiling and recording.
         trees: compare trees of tokens too.
     """
 
@@ -67,7 +67,7 @@ class Choice(NamedTuple):
 
     Attributes:
         policy: the choice, with its evidence.
-        predictions: of all candidates, the best first.
+        predictions: for all candidates, the best first.
         confirmed: those that were timed.
     """
 
@@ -81,10 +81,10 @@ class Calibration:
 
     Args:
         target, draft: the models, as they will decode.
-        prompts: token ids of prompts like those that will be asked.
+        prompts: token ids of prompts like those of later use.
         effort: how much is measured.
-        on_phase: told the name and the length of each phase; what it returns is called with each step's length.
-        environment: noted in the evidence.
+        on_phase: called with the name and the length of each phase; what it returns is called with each step's length.
+        environment: recorded in the evidence.
         started: `time.perf_counter()` when the minutes began.
     """
 
@@ -125,7 +125,7 @@ class Calibration:
             yield Choice(policy, predictions, confirmed)
 
     def _phase(self, name: str, total: int):
-        """Tells of a phase, and notes how long it takes."""
+        """Announces a phase, and records how long it takes."""
         told, began = self.on_phase(name, total), time.perf_counter()
 
         def advance(count: int = 1) -> None:

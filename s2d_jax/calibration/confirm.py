@@ -21,9 +21,9 @@ class Confirmed:
     """A candidate that was timed, on a few of the recorded prompts.
 
     Attributes:
-        prediction: on all of them.
-        predicted_on_timed: the speedup that the replay of the timed ones gives.
-        decode_speedup, speedup: what was measured there, over plain decoding, prefill left out and included.
+        prediction: on all recorded prompts.
+        predicted_on_timed: the speedup that the replay gives on the timed prompts.
+        decode_speedup, speedup: measured on the timed prompts, over plain decoding, without and with prefill.
     """
 
     prediction: Prediction
@@ -33,15 +33,15 @@ class Confirmed:
 
     @property
     def estimate(self) -> float:
-        """The speedup to expect, with prefill: the trace says it for all prompts, the timing corrects what it cannot see.
+        """The speedup to expect, with prefill: the replay over all prompts, corrected by what only timing shows.
 
-        Few prompts are timed, and one may suit a candidate by chance; that is in their replay as well, and cancels.
+        The few timed prompts may suit a candidate by chance. The replay of the same prompts has the same bias, which cancels.
         """
         return self.speedup * self.prediction.speedup / self.predicted_on_timed
 
 
 def alike(trace: Trace, prompts: Sequence[list[int]]) -> list[int]:
-    """Numbers of the recorded prompts that the same programs serve: those of the most frequent length bucket."""
+    """Numbers of the recorded prompts in the most frequent length bucket, which use the same programs."""
     answered = [answer.prompt for answer in trace.answers]
     buckets = [bucket(len(prompts[number])) for number in answered]
     usual = statistics.mode(buckets)
@@ -60,8 +60,8 @@ def time_in_alternation(
     """Stats of each decoder on each prompt; the order rotates, so that none always follows another.
 
     Args:
-        fewest: prompts that are timed in any case.
-        until: of `time.perf_counter()`; no prompt is begun that would probably end later.
+        fewest: this many prompts are timed in any case.
+        until: a time of `time.perf_counter()`; no prompt is begun that would probably end later.
     """
     runs: list[list[GenerationStats]] = [[] for _ in decoders]
     began = time.perf_counter()

@@ -12,14 +12,14 @@ from s2d_jax.config.tree import TreeShape
 
 @dataclasses.dataclass(frozen=True)
 class TreeCosts:
-    """Seconds of the parts of a round with a tree, everything that a tree brings with it included.
+    """Seconds of the parts of a round with a tree, with all costs that a tree adds.
 
     Attributes:
-        verify: of what is not drafting, by the number of nodes.
-        visit: of each node that acceptance looks at, beyond what a greedy one takes.
-        level: of the draft at a level, leaving at each exit when all shallower ones are tried first: `[nodes][exit]` by the
-            nodes that it expands; 1 is the first level, which expands the root.
-        head: of reading the draft's logits at so many nodes.
+        verify: seconds of all but drafting, by the number of nodes.
+        visit: seconds of each node that acceptance visits, beyond those of greedy acceptance.
+        level: seconds of drafting a level: `[nodes][exit]`, by the nodes that it expands (1 is the first level, which expands
+            the root) and by the exit that it leaves at when all shallower ones are tried first.
+        head: seconds of reading the draft's logits, by the number of nodes.
     """
 
     verify: Mapping[int, float]
@@ -28,18 +28,18 @@ class TreeCosts:
     head: Mapping[int, float]
 
     def verify_seconds(self, nodes: int) -> float:
-        """Of a number of nodes that may lie between those measured."""
+        """Seconds for any number of nodes, also between those measured."""
         return _between(self.verify, nodes)
 
     def head_seconds(self, nodes: int) -> float:
         return _between(self.head, nodes)
 
     def segment_seconds(self, exits: tuple[int, ...], nodes: int) -> list[float]:
-        """Of one pass of the layers before each of these exits, from the exit before it, without reading logits."""
+        """Seconds of one pass from each exit, or the start, to the next exit, without reading logits."""
         measured = sorted(self.level[1])
         passes, before = [], 0.0
         for exit in exits:
-            # The root is measured on its own; the widths of other levels lie between those measured.
+            # The root is measured separately; other levels are interpolated between those measured.
             table = {n: row[exit] for n, row in self.level.items() if (n == 1) == (nodes == 1)}
             read = (measured.index(exit) + 1) * self.head_seconds(nodes)
             through = _between(table, nodes) - read
@@ -48,7 +48,7 @@ class TreeCosts:
         return passes
 
     def mean_level_seconds(self, exits: tuple[int, ...], tree: TreeShape) -> tuple[float, ...]:
-        """Of a level of a whole tree, by the exit that all of its levels leave at."""
+        """Mean seconds of a level of a whole tree, by the exit that all of its levels leave at."""
         found = []
         for count in range(1, len(exits) + 1):
             root, level = (
@@ -60,7 +60,7 @@ class TreeCosts:
 
 
 def _between(table: Mapping[int, float], at: int) -> float:
-    """Linear interpolation in a table; beyond its ends, their values."""
+    """Linear interpolation in a table; constant beyond its ends."""
     known = sorted(table)
     return float(np.interp(at, known, [table[n] for n in known]))
 
@@ -70,13 +70,13 @@ class Costs:
     """Seconds, at batch size 1, inside compiled loops.
 
     Attributes:
-        verify: of a round without a draft, by the width of its target pass; 1 is plain decoding.
-        head: of reading the draft's logits.
-        alone: of drafting a token at an exit that is the only one, by exit.
-        through: the same where all shallower exits are tried first, by exit.
-        catch_up: of a position that the draft has not seen, by exit, when many are taken in together.
+        verify: seconds of a round without a draft, by the width of its target pass; 1 is plain decoding.
+        head: seconds of reading the draft's logits.
+        alone: seconds of drafting a token at the only exit in use, by exit.
+        through: the same when all shallower exits are tried first, by exit.
+        catch_up: seconds per position that the draft has not seen, by exit, when many are taken in together.
         chunk: waiting positions that one pass of a deeper segment takes in.
-        tree: of rounds with a tree; None if those are not compared.
+        tree: costs of rounds with a tree; None if trees are not compared.
     """
 
     verify: Mapping[int, float]
@@ -88,10 +88,10 @@ class Costs:
     tree: TreeCosts | None = None
 
     def verify_seconds(self, width: int) -> float:
-        """Of a width that may lie between those measured."""
+        """Seconds for any width, also between those measured."""
         return _between(self.verify, width)
 
     def token_seconds(self, exits: tuple[int, ...]) -> tuple[float, ...]:
-        """Of drafting a token, by the exit it leaves at."""
+        """Seconds of drafting a token, by the exit it leaves at."""
         table = self.alone if len(exits) == 1 else self.through
         return tuple(table[exit] for exit in exits)

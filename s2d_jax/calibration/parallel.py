@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def in_parallel(jobs: Iterable[Callable[[], Result]], on_done: Callable[[], None]) -> list[Result]:
-    """The results in the order in which they come, as many jobs at a time as there are cores; told after each."""
+    """The results in the order in which jobs end; as many run at a time as there are cores. Calls `on_done` after each."""
     results = []
     with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):

@@ -49,10 +49,10 @@ def record_trace(
 
     Args:
         sequences: prompt and answer.
-        prompt_lengths: of each.
-        new_tokens: at most so many of each answer.
-        temperature: at which the answers were made; drafts are drawn at the same.
-        on_answer: told after each.
+        prompt_lengths: tokens of each prompt.
+        new_tokens: the most tokens of each answer that are recorded.
+        temperature: of the answers; drafts are drawn at the same temperature.
+        on_answer: called after each answer.
     """
     width = bucket(max(len(ids) for ids in sequences))
     score = jax.jit(
@@ -89,7 +89,7 @@ def record_trace(
 
 
 def _score(target, draft, exits, target_params, *rest):
-    """What `AnswerTrace` keeps of each exit, `[E, T, ...]`, of T tokens from position `first` on."""
+    """What `AnswerTrace` keeps for each exit, `[E, T, ...]`, for T tokens from position `first` on."""
     draft_params, ids_U, tokens_1C, first, count, temperature = rest
     C = tokens_1C.shape[1]
     at_T = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), C - 1)
@@ -124,7 +124,7 @@ def _score(target, draft, exits, target_params, *rest):
         draft_TV = all_logits(own_TU)
         draft_prob_T = prob_T(draft_TV)
         ratio_T = jnp.minimum(1.0, draft_prob_T / jnp.maximum(target_prob_T, 1e-30))
-        # Greedy: the draft's distribution is one-hot, and what was emitted is what the target takes.
+        # Greedy: the draft's distribution is one-hot, and the emitted token is the target's argmax.
         accepted_T = jnp.where(temperature == 0.0, draft_prob_T, ratio_T)
         recorded.append((confidence(own_TU), accepted_T, *_children(draft_TV, emitted_T)))
     return tuple(jnp.stack(column) for column in zip(*recorded, strict=True))

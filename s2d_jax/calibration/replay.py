@@ -1,8 +1,8 @@
-"""What each candidate would have made of a recorded trace. No model, no device, no clock.
+"""Predicts how each candidate would have decoded a recorded trace. No model, no device, no clock.
 
-Chains are replayed here, trees in `replay_tree`. Walking along an answer and throwing a coin per position replays a
-chain exactly, as far as it is accepted. Behind a rejected token the draft would have been elsewhere; there the confidences of
-the answer's own positions stand in.
+Chains are replayed here, trees in `replay_tree`. Walking along an answer and tossing a coin per position replays a
+chain exactly, as far as it is accepted. Behind a rejected token the draft would have continued from another text; there the
+confidences at the answer's own positions stand in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def predict(
 
     Args:
         repeats: walks along each answer; one is enough where acceptance is certain (greedy).
-        seed: of the coins, and of what stands in for what the trace does not know.
+        seed: for the coins, and for the positions that stand in for what the trace lacks.
     """
     rng = np.random.default_rng(seed)
     coins = [
@@ -84,7 +84,7 @@ class _Walker:
         self.missed = costs.catch_up[exits[0]]
         if self.rule == "expected_gain":
             assert config.costs is not None
-            # Without tables a confidence stands for itself, as in the loop.
+            # Without tables the confidence is the probability of acceptance, as in the loop.
             self.acceptance = config.costs.acceptance or ((0.0, 1.0),) * len(exits)
             self.limits = [gain_limits(config.costs, config.gain_rate, n) for n in range(G + 1)]
 
@@ -121,7 +121,7 @@ class _Walker:
         return seconds, rounds, drafted
 
     def _chain(self, confidence, at: int, most: int, computed: list[int]):
-        """The exits of the tokens drafted from position `at`, those of all draft steps, and their seconds; moves `computed`."""
+        """Exits of the tokens drafted from position `at`, exits of all draft steps, and seconds; moves `computed`."""
         chain: list[int] = []
         steps: list[int] = []
         seconds, hope = 0.0, 1.0
@@ -163,7 +163,8 @@ def gain_limits(
     """The expected-gain rule of `s2d_jax.draft.length` as limits on the product of acceptances, for at most G tokens.
 
     Returns:
-        By exit and by the tokens drafted before: the product from which a token is drawn, and above which another step follows.
+        By exit and by the tokens drafted before: the least product at which a token is drawn, and the product above which
+        another step follows.
     """
     a, verify = costs.next_acceptance, costs.verify
 

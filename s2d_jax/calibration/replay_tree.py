@@ -1,13 +1,13 @@
-"""What trees would have made of a recorded trace. No model, no device, no clock.
+"""Predicts how trees would have decoded a recorded trace. No model, no device, no clock.
 
-The target's own tokens lie on one path from the root, and how deep the grown tree holds that path is how many tokens are
-accepted. That is so for sampled answers as well: children are deterministic here, and the recorded token was drawn from p.
+The target's own tokens lie on one path from the root. As many tokens are accepted as the grown tree holds of that path. This is
+true for sampled answers too: children are deterministic here, and the recorded token was drawn from p.
 
-What the draft says along that path was recorded, at the positions that follow. What it says on other paths was not. There it is
-taken to say what it said at random positions of the trace (drawn once, with a fixed seed): **an assumption**, which matters as
-far as other paths compete with the target's for a place in the tree, and for the exits of levels.
+The draft's output along that path was recorded, at the positions that follow. Its output on other paths was not; the output at
+random positions of the trace (drawn once, with a fixed seed) stands in for it. This is **an assumption**. It matters as far as
+other paths compete with the target's for a place in the tree, and for the exits of levels.
 
-All positions grow their trees side by side, and a tree of many levels holds all smaller ones, so a search grows few.
+The trees of all positions grow side by side, and a tree of many levels holds all shallower ones, so a search grows few.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2d_jax.calibration.trace import Trace
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.tree import TreeShape
 
-# Levels that trees are grown to at least; a deeper shape grows its own.
+# Trees are grown to at least this many levels; a deeper shape grows its own.
 _DEPTH = 6
 _NEVER = np.iinfo(np.int32).max
 
@@ -33,9 +33,9 @@ class Grown:
     """Trees grown from each of T positions, ended after 1, 2, ... Y levels.
 
     Attributes:
-        exit_TY: int, index of the deepest exit at which nodes left that bring forth each level.
-        ahead_TYY: int, `[t, levels - 1, depth - 1]`: how many candidates of a tree of so many levels rank before the target's
-            own token at that depth; a token that the draft did not find has a rank beyond any tree.
+        exit_TY: int, for each level, index of the deepest exit at which its parent nodes left.
+        ahead_TYY: int, `[t, levels - 1, depth - 1]`: how many candidates of a tree of this many levels rank before the target's
+            own token at this depth. If the token is not a candidate, the number is larger than any tree.
     """
 
     exit_TY: np.ndarray
@@ -47,11 +47,11 @@ class Grown:
 
 
 class Forest:
-    """The trees of a trace, grown when they are asked for, and once.
+    """The trees of a trace; each is grown once, when it is first asked for.
 
     Args:
         trace: a recorded one.
-        seed: of what stands in for what was not recorded.
+        seed: for the random positions that stand in for what was not recorded.
     """
 
     def __init__(self, trace: Trace, seed: int):
@@ -84,7 +84,7 @@ class Forest:
         rng, each_T = np.random.default_rng(self._seed), np.arange(confidence_ET.shape[1])
         beam, levels, exits = _Beam.roots(len(each_T)), [], []
         for level in range(max(tree.depth, _DEPTH)):
-            # Behind an answer follows the next one; no round drafts that far.
+            # Behind an answer stands the next one; no round drafts that far.
             ahead_T = np.minimum(each_T + level, len(each_T) - 1)
             on_path_T, place_T = beam.own_T >= 0, np.maximum(beam.own_T, 0)
             at_TJ = rng.integers(len(each_T), size=beam.score_TJ.shape)
@@ -104,12 +104,12 @@ class Forest:
 
 @dataclasses.dataclass(frozen=True)
 class _Beam:
-    """The J nodes of one level that bring forth the next.
+    """The J nodes of one level that are expanded.
 
     Attributes:
-        score_TJ: log of the draft's probability of the path to each.
+        score_TJ: log of the draft's probability of the path to each node.
         live_TJ: bool, places that hold a node.
-        own_T: int, the place of the target's own token; -1 where it is not among them.
+        own_T: int, the place of the target's own token; -1 if it is not in the beam.
     """
 
     score_TJ: np.ndarray
@@ -122,7 +122,7 @@ class _Beam:
 
     @classmethod
     def best(cls, score_TX: np.ndarray, own_T: np.ndarray, count: int) -> _Beam:
-        """The best `count` candidates, the earlier ones where they tie, in their own order."""
+        """The best `count` candidates in their own order; earlier ones win ties."""
         chosen_TJ = np.argsort(-score_TX, axis=1, kind="stable")[:, :count]
         chosen_TJ = np.sort(chosen_TJ, axis=1)
         score_TJ = np.take_along_axis(score_TX, chosen_TJ, axis=1)

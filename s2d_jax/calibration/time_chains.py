@@ -22,7 +22,7 @@ from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.sampling import SamplingArrays, probabilities
 from s2d_jax.weights.model import Draft
 
-# Rounds per measurement, drafted tokens per round, and positions that a row is behind after plain rounds.
+# Rounds per measurement, drafted tokens per round, and positions that a row has missed after plain rounds.
 ROUNDS, TOKENS, RETURN = 4, 4, 32
 
 
@@ -35,7 +35,7 @@ def verify_program(target, width: int) -> Program:
 
 
 def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, Program]:
-    """Seconds of drafting a token, by the exit that is forced: `("step", exit, exits)`; and of a round that
+    """Measures seconds of drafting a token, by the exit that is forced: `("step", exit, exits)`; and of a round that
     first takes in what a row missed while it was plain: `("behind", exit, exits)`."""
     # With costs the drafter computes what the rules that may end a chain need, as it will under a policy.
     nothing = RoundCosts((0.0,) * len(exits), (1.0,) * (TOKENS + 1))
@@ -51,7 +51,7 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
         length_B = state.length_B
 
         def one(_, draft_state):
-            # One position waits, as after most rounds, or more.
+            # One position waits, as after most rounds, or `behind` more.
             draft_state = drafter.rewind(draft_state, length_B - 1 - behind)
             count_B = jnp.full_like(length_B, TOKENS)
             return drafter.propose(
@@ -68,7 +68,7 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
         return timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
 
     steps = ROUNDS * TOKENS
-    # 1 is never passed, -1 always.
+    # No confidence exceeds a threshold of 1; every confidence exceeds -1.
     forcing = [(1.0,) * index + (-1.0,) * (len(exits) - index) for index in range(len(exits))]
     found: dict[tuple, Program] = {}
     for exit, thresholds in zip(exits, forcing, strict=True):
@@ -105,7 +105,7 @@ def judge_program(vocab_size: int, width: int, temperature: float) -> Program:
 def program_builders(
     target, draft: Draft, widths: Sequence[int], temperatures: Sequence[float], *, trees: bool
 ) -> list[Callable[[], dict[tuple, Program]]]:
-    """What compiles the programs that `costs_of` needs, each by its name; independent of each other."""
+    """Independent functions that compile the programs that `costs_of` needs, by name."""
     exits = draft.draft_config.exit_layers
     builders: list[Callable[[], dict[tuple, Program]]] = []
 
@@ -133,7 +133,7 @@ def costs_of(
     *,
     trees: bool,
 ) -> Costs:
-    """Puts the medians together. A sampled round is a greedy one with another way of accepting and of choosing drafts."""
+    """Computes the costs from the medians. A sampled round is a greedy one that accepts and chooses drafts differently."""
     exits = draft.draft_config.exit_layers
 
     def judging(width):

@@ -18,9 +18,9 @@ from s2d_jax.tree.drafter import TreeProposal
 from s2d_jax.tree.nodes import Tree
 from s2d_jax.weights.model import Draft
 
-# What is measured; what lies between is interpolated.
+# The sizes that are measured; those between are interpolated.
 MEASURED_NODES, MEASURED_TOP_KS = (8, 16, 60), (2, 10)
-# Levels of the trees that are grown, and of those that are verified; rounds per measurement.
+# Levels of the trees that are grown; levels of those that are verified; rounds per measurement.
 GROWN, VERIFIED, ROUNDS = 3, 4, 2
 
 
@@ -49,7 +49,7 @@ def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
                 request,
                 {},
             )
-            # All of the tree is used, or it would not be computed.
+            # The sum uses all of the tree, so that XLA computes all of it.
             leaves = [jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(proposal.tree)]
             return draft_state, used + sum(leaves)
 
@@ -57,7 +57,7 @@ def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
 
     ready = filled(state.draft_state, length_B - 1)
     found: dict[tuple, Program] = {}
-    for index, exit in enumerate(exits):  # 1 is never passed, -1 always
+    for index, exit in enumerate(exits):  # no confidence exceeds 1, every one exceeds -1
         thresholds = (*(1.0 for _ in exits[:index]), *(-1.0 for _ in exits[index:]))
         asked = request.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
         for levels in (1, GROWN):
@@ -67,7 +67,7 @@ def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
 
 
 def verify_tree_program(target, draft: Draft, nodes: int) -> Program:
-    """Seconds of a round with a tree of `nodes`, growing it left out, when a path through all levels is accepted."""
+    """Seconds of a round with a tree of `nodes`, without growing it, when a path through all levels is accepted."""
     shape = TreeShape(VERIFIED, max(MEASURED_TOP_KS), nodes)
     decoder = SpeculativeDecoder(target, draft, DecodeConfig(tree=shape))
     count = max(1, ROUNDS * MEASURED_NODES[0] // nodes)
@@ -79,7 +79,7 @@ def verify_tree_program(target, draft: Draft, nodes: int) -> Program:
     def rounds(params, request, state, proposal):
         def one(_, state):
             verified, state = static.verify(params, request, state, proposal)
-            # The target agrees with all that was drafted.
+            # Makes the target agree with all that was drafted.
             logits_BMV = verified.logits_BTV.at[:, :, 0].set(1e9)
             return static.accept(request, state, verified.replace(logits_BTV=logits_BMV))
 
@@ -110,7 +110,7 @@ def _proposal(nodes: int, shape: TreeShape) -> TreeProposal:
 
 
 def tree_builders(target, draft: Draft) -> list[Callable[[], dict[tuple, Program]]]:
-    """What compiles the programs that `tree_costs_of` needs."""
+    """Functions that compile the programs that `tree_costs_of` needs."""
     builders: list[Callable[[], dict[tuple, Program]]] = []
 
     def add(build, *names):
@@ -125,12 +125,12 @@ def tree_builders(target, draft: Draft) -> list[Callable[[], dict[tuple, Program
 
 
 def tree_costs_of(seconds: dict, draft: Draft, drawing: float) -> TreeCosts:
-    """Puts the medians together.
+    """Computes the costs of trees from the medians.
 
     Args:
         seconds: medians, by the names of the programs.
-        draft: that they were measured with.
-        drawing: what a token costs more when it is drawn. Children are not.
+        draft: the draft that they were measured with.
+        drawing: the extra cost of a token that is drawn. Children are not drawn.
     """
     exits = draft.draft_config.exit_layers
 
@@ -149,7 +149,7 @@ def tree_costs_of(seconds: dict, draft: Draft, drawing: float) -> TreeCosts:
         for exit in exits
     }
     return TreeCosts(
-        # A tree of more nodes bounds what one of fewer costs, whatever a noisy moment measured.
+        # A tree never costs more than one with more nodes; noise may measure otherwise.
         verify={
             n: min(seconds["verify tree", m] for m in MEASURED_NODES if m >= n)
             for n in MEASURED_NODES

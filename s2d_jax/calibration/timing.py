@@ -19,14 +19,14 @@ from s2d_jax.weights.model import Draft
 
 # Positions of context that the caches hold; readings of the head per measurement.
 CONTEXT, READINGS = 128, 16
-# A program that has taken so many seconds altogether is not run again, once it has been run often enough.
+# A program that has taken PATIENCE seconds altogether is not run again, once it has had FEWEST_RUNS runs.
 PATIENCE, FEWEST_RUNS = 5.0, 5
 
 Program = Callable[[], float]
 
 
 def _empty_state(decoder, width: int, args: tuple) -> DecodeState:
-    """A state in mid-text whose caches hold zeros: what a round costs does not depend on what was written."""
+    """A state in mid-text whose caches hold zeros: the cost of a round does not depend on their content."""
     shapes = jax.eval_shape(lambda *args: decoder.prefill(*args, width), *args)
     state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     length_B = jnp.full_like(state.length_B, CONTEXT)
@@ -43,7 +43,7 @@ def prepared(decoder: SpeculativeDecoder, *, rounds: int):
     sampling = SamplingParams(max_new_tokens=rounds, ignore_eos=True)
     static, width, args = decoder.prepare([[1] * CONTEXT], [sampling])
     params, request, tokens_BC, length_B = args
-    # No token ends the row, whatever the zeros in the caches make of it.
+    # No token ends the row, whatever the model computes from caches of zeros.
     request = request.replace(stop_ids_BZ=jnp.full_like(request.stop_ids_BZ, -1))
     args = (params, request, tokens_BC, length_B)
     return static, args, _empty_state(static, width, args)
@@ -104,7 +104,7 @@ Item = TypeVar("Item")
 
 
 def rotated(items: Sequence[Item], by: int) -> tuple[Item, ...]:
-    """The items, `by` of them moved from the front to the back: so none always follows another."""
+    """The items with the first `by` moved to the end, so that none always follows another."""
     first = by % len(items)
     return (*items[first:], *items[:first])
 
@@ -112,7 +112,7 @@ def rotated(items: Sequence[Item], by: int) -> tuple[Item, ...]:
 def warm_run(
     decoder: SpeculativeDecoder, prompt: list[int], params: SamplingParams
 ) -> tuple[GenerationResult, float]:
-    """A run of compiled and warm programs, and the seconds that compiling them took.
+    """The result of a run of compiled, warm programs, and the seconds that compiling took.
 
     A run that had to compile is the warm-up, and is repeated.
     """

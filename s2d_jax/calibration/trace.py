@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-# The most children of a node that a trace can tell of.
+# The most children of a node that a trace records.
 CHILDREN = 10
 
 
@@ -17,10 +17,10 @@ class AnswerTrace:
 
     Attributes:
         prompt: number of the prompt that it answers.
-        confidence: f64 `[E, T]`, of each exit before each token.
+        confidence: f64 `[E, T]`, the confidence of each exit before each token.
         accepted: f64 `[E, T]`, the probability that the token was an accepted draft of this exit.
-        log_probs: f32 `[E, T, k]`, of each exit's k most probable tokens, before temperature and filters.
-        rank: int `[E, T]`, which of those k the token was; k if none.
+        log_probs: f32 `[E, T, k]`, log-probabilities of each exit's k most probable tokens, before temperature and filters.
+        rank: int `[E, T]`, which of those k tokens was emitted; k if none.
     """
 
     prompt: int
@@ -35,9 +35,9 @@ class Trace:
     """Recorded answers of one target at one temperature.
 
     Attributes:
-        exits: of the draft, one per row of each answer.
+        exits: the draft's exits, one per row of each answer's arrays.
         answers: what was recorded.
-        max_new_tokens: that each answer was allowed.
+        max_new_tokens: the limit of each answer.
     """
 
     exits: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Which sizes are compiled: few, so that compilations are few."""
+"""Which sizes are compiled: only a few, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _SMALLEST_BUCKET = 32
 
 
 def bucket(length: int) -> int:
-    """The smallest of 32, 48, 64, 96, 128, 192, ... that holds `length`: few shapes, so few compilations."""
+    """The smallest of 32, 48, 64, 96, 128, 192, ... that is at least `length`: few shapes, so few compilations."""
     size = _SMALLEST_BUCKET
     while size < length:
         if size * 3 // 2 >= length:

@@ -32,7 +32,7 @@ def build_decoder(
     greedy: bool,
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """What the compiled loop is made of.
+    """The static decoder: what the compiled loop is made of.
 
     Args:
         target, draft: the models; without a draft nothing is drafted.

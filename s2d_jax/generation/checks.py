@@ -1,4 +1,4 @@
-"""Whether a draft, a target and a `DecodeConfig` fit each other, told before anything is compiled."""
+"""Whether a draft, a target and a `DecodeConfig` fit each other, checked before anything is compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from s2d_jax.weights.vocabulary import DraftVocabulary
 
 
 def opened(name: str, model: Any, load: Callable[[str | Path], Model]) -> Model:
-    """The model, loaded if it is a path or a hub id; `name` says in messages what it is for.
+    """The model, loaded if it is a path or a hub id; messages use `name` to say what it is for.
 
     Raises:
         UserError: for anything else, and as `load`.
@@ -44,7 +44,7 @@ def num_known_tokens(draft: Model, vocab_size: int) -> int:
 def resolve_exits(
     draft: Model | None, config: DecodeConfig
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The exits in use and their thresholds; of a model that is no sorted draft, its last layer.
+    """The exits in use and their thresholds; a model that is no sorted draft has one exit, its last layer.
 
     Raises:
         UserError: for exits that the draft does not have, or thresholds that do not fit them.
@@ -72,7 +72,8 @@ def check_pair(target: Model, draft: Model, exits: tuple[int, ...], config: Deco
     """Refuses a draft that cannot serve this target as `config` asks.
 
     Raises:
-        UserError: for different vocabularies, costs that are not one per exit, or a tree of more children than tokens.
+        UserError: for different vocabularies, costs that are not one per exit, or a tree whose nodes have more children than
+            there are tokens.
     """
     _check_vocabularies(target, draft)
     _check_costs(exits, config)

@@ -18,14 +18,14 @@ from s2d_jax.weights.describe import short_source
 class Conversation:
     """Generations on the same caches, of target and draft; `SpeculativeDecoder.conversation()` makes one.
 
-    `generate` and `stream` take whole prompts, as those of `SpeculativeDecoder` do, and compute only what follows the longest
-    prefix of token ids that the caches hold of each row. `ask` and `ask_stream` keep the messages of one conversation.
+    `generate` and `stream` take whole prompts, as those of `SpeculativeDecoder` do. Of each row they compute only the tokens
+    after the longest prefix that the caches hold. `ask` and `ask_stream` keep the messages of one conversation.
 
     Args:
-        planner: of the target and the draft.
+        planner: plans calls for the target and the draft.
 
     Attributes:
-        messages: of `ask` and `ask_stream`: questions and answers so far. May be given a system message first.
+        messages: the questions and answers of `ask` and `ask_stream` so far. Put a system message here first if you want one.
     """
 
     def __init__(self, planner: Planner):
@@ -42,7 +42,7 @@ class Conversation:
         prompts: Prompts,
         sampling: Sampling = None,
     ) -> GenerationResult:
-        """As `SpeculativeDecoder.generate`; another number of prompts than before starts with empty caches."""
+        """As `SpeculativeDecoder.generate`; if the number of prompts differs from the last call's, the caches start empty."""
         plan = self._planner.plan(prompts, sampling)
         return Stream(self._session, plan, keep=True).finish()
 
@@ -53,7 +53,7 @@ class Conversation:
         *,
         rounds_per_look: int = 8,
     ) -> Stream:
-        """As `SpeculativeDecoder.stream`. A stream that is closed leaves what it has computed to the next call."""
+        """As `SpeculativeDecoder.stream`. What a closed stream has computed is kept for the next call."""
         plan = self._planner.plan(prompts, sampling)
         return Stream(self._session, plan, rounds_per_look=rounds_per_look, keep=True)
 
@@ -78,7 +78,7 @@ class Conversation:
         *,
         rounds_per_look: int = 8,
     ) -> Iterator[Delta]:
-        """`ask`, giving out `Delta`s as they come; question and answer are added at the end, also when closed early."""
+        """As `ask`, but yields `Delta`s as they come; question and answer are added at the end, even if closed early."""
         prompt = self._with(text)
         with self.stream(prompt, sampling, rounds_per_look=rounds_per_look) as stream:
             try:

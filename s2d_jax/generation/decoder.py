@@ -33,8 +33,9 @@ class SpeculativeDecoder:
         config: exits, draft length and the like.
 
     Raises:
-        UserError: for different tokenizers, exits that the draft does not have, a tree of more children than the draft has
-            tokens, `policy="auto"` without a draft, or what is no model; and as `load_model` and `load_draft`.
+        UserError: for different tokenizers, exits that the draft does not have, a tree whose nodes have more children
+            than the draft has tokens, `policy="auto"` without a draft, or a value that is no model; and as `load_model` and
+            `load_draft`.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class SpeculativeDecoder:
         return f"exits {', '.join(map(str, self.exits))}, up to {drafted} a round{guard}"
 
     def settled(self, temperature: float) -> SpeculativeDecoder:
-        """The decoder that really runs at a temperature: this one, or with `policy="auto"` the one that calibration chose.
+        """The decoder that runs at this temperature: this one, or with `policy="auto"` the one that calibration chose.
 
         Raises:
             UserError: if nothing was calibrated for it.
@@ -86,7 +87,7 @@ class SpeculativeDecoder:
 
     @property
     def verify_width(self) -> int:
-        """Positions that one target pass computes at most; give it to the `DecodeConfig` of a width-matched reference."""
+        """The most positions that one target pass computes; give it to the `DecodeConfig` of a width-matched reference."""
         return self._planner.verify_width
 
     def generate(
@@ -105,13 +106,12 @@ class SpeculativeDecoder:
                 of integers has a prompt in each row.
             sampling: one for each prompt; or one for all, and then row i uses `seed + i`. None is greedy.
             time_phases: wait between prefill and decoding, to time them apart.
-            time_rounds: time drafting, verification and the rest apart, by running them as programs of their own that are
-                waited for one by one. The phases add up to the total of this call, which is longer than with one loop on the
-                device.
+            time_rounds: time drafting, verification and the rest apart, by running each as its own program and waiting for it.
+                The phases add up to the total of this call, which is longer than with one loop on the device.
 
         Raises:
-            UserError: for no prompts, what is no prompt, an empty one, one that fills the target's context, ids outside the
-                vocabulary, stop strings without a tokenizer, or what is no `SamplingParams`.
+            UserError: for no prompts, a value that is no prompt, an empty prompt, one that fills the target's context, ids
+                outside the vocabulary, stop strings without a tokenizer, or a value that is no `SamplingParams`.
         """
         timing = Timing(prefill=time_phases, rounds=time_rounds)
         return Stream(Session(), self._planner.plan(prompts, sampling), timing=timing).finish()
@@ -123,21 +123,21 @@ class SpeculativeDecoder:
         *,
         rounds_per_look: int = 8,
     ) -> Stream:
-        """Generates as `generate` does, the same tokens, and gives them out as they come.
+        """Generates the same tokens as `generate`, and gives them out as they come.
 
         Args:
             prompts, sampling: as for `generate`.
-            rounds_per_look: the device runs so many rounds, at first fewer, before the host looks at what is new.
+            rounds_per_look: how many rounds the device runs, at first fewer, before the host looks at what is new.
 
         Returns:
-            An iterator over `Delta`s. At its end `result` is what `generate` returns; `finish()` goes there at once. Closing it
-            stops decoding and frees the caches.
+            An iterator over `Delta`s. At its end `result` is what `generate` returns; `finish()` runs to the end at once.
+            Closing it stops decoding and frees the caches.
         """
         plan = self._planner.plan(prompts, sampling)
         return Stream(Session(), plan, rounds_per_look=rounds_per_look)
 
     def conversation(self) -> Conversation:
-        """Generations whose caches serve each other: of a prompt, only what is new is computed."""
+        """Generations on the same caches: only the new part of each prompt is computed."""
         return Conversation(self._planner)
 
     def warmup(
@@ -146,13 +146,13 @@ class SpeculativeDecoder:
         batch_sizes: Sequence[int] = (1,),
         sampling: SamplingParams | None = None,
     ) -> float:
-        """Compiles ahead what `generate` and `stream` will need, and runs it for one round.
+        """Compiles what `generate` and `stream` will need, and runs it for one round.
 
         Args:
             buckets: prompt lengths; programs serve all lengths of the same bucket (32, 48, 64, 96, 128, 192, ...).
             batch_sizes: prompts per call.
-            sampling: `max_new_tokens` and whether the temperature is 0 decide what is compiled; the rest may change later. None
-                is greedy.
+            sampling: what is compiled depends on `max_new_tokens` and on whether the temperature is 0; the rest may change
+                later. None is greedy.
 
         Returns:
             Wall seconds spent. With a persistent compilation cache (`use_compile_cache`) a later process spends few.

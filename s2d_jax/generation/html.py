@@ -8,18 +8,18 @@ from typing import Protocol
 
 from s2d_jax.generation.stats import GenerationStats
 
-# What is shown at most; a page of a notebook should stay quick.
+# The most rows that are shown; a notebook's page should stay quick.
 MOST_ROWS = 16
 MOST_TOKENS = 1000
 
-# Background tints under dark text, which can be read on a dark page as on a light one.
+# Background tints under dark text, readable on a dark page and on a light one.
 _TINTS = ("#b9d7ff", "#bfe3b4", "#ffd9a8", "#e5c8f5", "#ffc4cf", "#bdeae6", "#fff1a6", "#dcd3c4")
 _TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;margin:0.4em 0 0.1em"
 _CAPTION = "font-size:85%;opacity:0.75"
 
 
 class ShownRow(Protocol):
-    """What is shown of a `GeneratedRow`."""
+    """The part of a `GeneratedRow` that is shown."""
 
     @property
     def token_ids(self) -> list[int]: ...
@@ -40,7 +40,7 @@ class ShownRow(Protocol):
 
 
 def html_of(rows: Sequence[ShownRow]) -> str:
-    """Of each row its text and a caption, and a legend of the exits; the target's own tokens are plain."""
+    """The text and a caption of each row, and a legend of the exits; the target's own tokens are not tinted."""
     exits = sorted({exit for row in rows for exit in row.stats.exit_histogram})
     style_of = {exit: _style(_TINTS[i % len(_TINTS)]) for i, exit in enumerate(exits)}
     parts = [_row(row, style_of) for row in rows[:MOST_ROWS]]

@@ -16,7 +16,7 @@ class Placement:
     """Replicates arrays over a mesh.
 
     Attributes:
-        mesh: that of the target's parameters; None leaves arrays where they are.
+        mesh: the mesh of the target's parameters; None leaves arrays where they are.
         abstract: the parameters are shapes only (ahead-of-time compilation), so arrays become shapes too.
     """
 

@@ -29,13 +29,13 @@ class Plan:
         request: per-row parameters, on the device.
         rows: the sampling parameters of each row.
         stop_ids: int32, token ids that end each row, as in the request, but on the host.
-        exits: of the draft, for the statistics.
+        exits: the draft's exits in use, for the statistics.
         prompts: token ids of each row.
         context: positions that the target can take.
-        prefill_chunk: positions that one pass over a prompt computes at most.
+        prefill_chunk: the most positions that one pass over a prompt computes.
         initial_room: new tokens that the caches have room for at first.
         placement: where the arrays of the call lie.
-        tokenizer: of the target; None gives no text.
+        tokenizer: the target's; None gives no text.
     """
 
     decoder: Decoder
@@ -53,30 +53,30 @@ class Plan:
 
     @property
     def margin(self) -> int:
-        """Rounded up so that a width-matched reference has caches of the same capacity."""
+        """The decoder's margin, rounded up so that a width-matched reference has caches of the same capacity."""
         return -(-self.decoder.margin // 64) * 64
 
     @property
     def final_capacity(self) -> int:
-        """Enough for every row at its limit."""
+        """The capacity that holds every row at its limit."""
         kept = [0] * len(self.prompts)
         return self._room_for(kept, self.width(kept), UNLIMITED)
 
     def width(self, kept: Sequence[int]) -> int:
-        """Positions of one pass over what is new in the prompts, of which the caches hold `kept` tokens."""
+        """Positions of one pass over the new part of the prompts; the caches hold the first `kept` tokens of each."""
         new = max(len(ids) - held for ids, held in zip(self.prompts, kept, strict=True))
         return chunk_width(new, self.prefill_chunk)
 
     def capacity(self, kept: Sequence[int], width: int) -> int:
-        """Room for the last chunk of the prompts to its end, and for the first new tokens."""
+        """Room for the whole last chunk of the prompts, and for the first new tokens."""
         return self._room_for(kept, width, self.initial_room)
 
     def _room_for(self, kept: Sequence[int], width: int, most_new: int) -> int:
         longest = max(len(ids) for ids in self.prompts)
         new = min(most_new, max(row.max_new_tokens for row in self.rows))
-        if any(kept):  # chunks end up to a width behind the prompt
+        if any(kept):  # the last chunk ends at most one width behind the prompt
             begin, reached = longest, longest + width
-        else:  # at a multiple of the width: where in its bucket a prompt lies changes nothing, so programs are found again
+        else:  # at a multiple of the width, so all prompts of a bucket use the same programs
             begin = reached = -(-longest // width) * width
         return bucket(max(reached, min(begin + new, self.context)) + self.margin)
 

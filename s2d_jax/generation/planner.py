@@ -33,11 +33,11 @@ class Planner:
     """Plans the calls of one target with one draft.
 
     Args:
-        target, draft, config: as for `SpeculativeDecoder`, which says what is raised.
+        target, draft, config: as for `SpeculativeDecoder`; raises the same.
 
     Attributes:
         exits: layers of the draft at which tokens may leave; () without a draft.
-        thresholds: of these exits.
+        thresholds: the thresholds of these exits.
         placement: where the arrays of a call lie.
     """
 
@@ -56,7 +56,7 @@ class Planner:
         }
 
     def settled(self, temperature: float) -> Planner:
-        """The planner that really plans at a temperature: this one, or with `policy="auto"` the one that calibration chose.
+        """The planner for this temperature: this one, or with `policy="auto"` the one that calibration chose.
 
         Raises:
             UserError: if nothing was calibrated for it.
@@ -65,7 +65,7 @@ class Planner:
             return self
         if temperature not in self._settled:
             draft, file = self.draft, self.config.policy_file
-            assert draft is not None  # or there were no policy
+            assert draft is not None  # a policy needs a draft
             config = load_policy(self.target, draft, temperature, file).config
             chosen = (None, DecodeConfig()) if config is None else (draft, config)
             self._settled[temperature] = Planner(self.target, *chosen)
@@ -73,7 +73,7 @@ class Planner:
 
     @property
     def verify_width(self) -> int:
-        """Positions that one target pass computes at most; give it to the `DecodeConfig` of a width-matched reference."""
+        """The most positions that one target pass computes; give it to the `DecodeConfig` of a width-matched reference."""
         if self.config.policy == "auto":
             return self.settled(0.0).verify_width
         if self.draft is not None:
@@ -173,5 +173,5 @@ class Planner:
 
 
 def _hottest(rows: Sequence[SamplingParams]) -> float:
-    """The temperature that decides for a batch: it is greedy only if all rows are."""
+    """The highest temperature of a batch, which decides for it: a batch is greedy only if all rows are."""
     return max((row.temperature for row in rows), default=0.0)

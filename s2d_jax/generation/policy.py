@@ -24,7 +24,7 @@ from s2d_jax.machine import cpu_name, usable_cores
 from s2d_jax.weights.fingerprint import Fingerprint
 from s2d_jax.weights.model import Model
 
-# Of DecodeConfig: what a policy does not decide.
+# The fields of DecodeConfig that a policy does not decide.
 _NOT_STORED = ("policy", "policy_file", "verify_width")
 
 
@@ -33,7 +33,7 @@ class PolicyKey:
     """What a policy was measured for.
 
     Attributes:
-        target, draft: fingerprints.
+        target, draft: fingerprints of the models.
         formats: dtypes of the weights, target/draft.
         device: its kind; for a CPU the model and the number of cores.
         temperature: 0 is greedy.
@@ -53,7 +53,7 @@ class PolicyKey:
         temperature: float,
         prints: tuple[Fingerprint, Fingerprint] | None = None,
     ) -> PolicyKey:
-        """The key of these models here and now; `prints` are their fingerprints, where they are known already."""
+        """The key of these models here and now; `prints` are their fingerprints, if already known."""
         of_target, of_draft = prints or (fingerprint(target), fingerprint(draft))
         formats = f"{weight_format(target)}/{weight_format(draft)}"
         return cls(str(of_target), str(of_draft), formats, device_kind(), float(temperature))
@@ -68,7 +68,7 @@ class Policy:
     """How to decode.
 
     Attributes:
-        key: what for.
+        key: what it was measured for.
         config: settings of the decoder; None: do not speculate.
         evidence: what the choice rests on: costs, trace, candidates predicted and measured, environment.
     """
@@ -145,7 +145,7 @@ def write_policies(file: Path, new: Sequence[Policy]) -> None:
 def find_policy(policies: Sequence[Policy], key: PolicyKey) -> Policy | None:
     """The policy of this target, draft, formats and device whose temperature is of the same class (0, or above) and nearest.
 
-    Of several it is the last, which was written last.
+    If there are several, it is the one that was written last.
     """
     fields = ("target", "draft", "formats", "device", "temperature_class")
     fitting = [
@@ -161,7 +161,7 @@ def load_policy(target: Model, draft: Model, temperature: float, file: str | Pat
     """The policy to decode with.
 
     Args:
-        target, draft, temperature: what for.
+        target, draft, temperature: what to decode with.
         file: where to look; None is the draft's own sorted_draft.json.
 
     Raises:
@@ -181,7 +181,7 @@ def load_policy(target: Model, draft: Model, temperature: float, file: str | Pat
 
 
 def _renamed(policy: Policy, prints: tuple[Fingerprint, Fingerprint], key: PolicyKey) -> Policy:
-    """The policy under the fingerprints of `key`, where it is of these models under an earlier form of them."""
+    """The policy with the fingerprints of `key`, if it is of these models but holds an earlier form of their fingerprints."""
     written = policy.key.target, policy.key.draft
     if not all(print.matches(name) for print, name in zip(prints, written, strict=True)):
         return policy

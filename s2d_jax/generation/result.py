@@ -25,10 +25,10 @@ class GeneratedRow:
         text: new text, special tokens left out; empty without a tokenizer.
         token_ids: new tokens, the stop token included.
         finish_reason: "stop": an end-of-sequence or stop token, or a stop string, ended the row; "length": `max_new_tokens` or
-            the context did; "abort": the stream was closed before.
-        stats: of this row. Its seconds are those of the whole call.
+            the end of the context did; "abort": the stream was closed before.
+        stats: the counts of this row. The seconds are those of the whole call.
         drafted_by: for each token the exit (its layer) that drafted it; None where the target chose it itself.
-        tokenizer: of the target, or None.
+        tokenizer: the target's, or None.
     """
 
     text: str
@@ -40,11 +40,11 @@ class GeneratedRow:
 
     @functools.cached_property
     def pieces(self) -> list[str]:
-        """The text that each token brought; together they are `text`. A character of several tokens comes with the last."""
+        """The text that each token brought; together they are `text`. A character of several tokens comes with the last one."""
         return self.first_pieces(len(self.token_ids))
 
     def first_pieces(self, count: int) -> list[str]:
-        """The first `count` of `pieces`, without the time that the others take."""
+        """The first `count` of `pieces`, without computing the others."""
         complete = self.finish_reason != "abort"
         return text_pieces(self.tokenizer, self.token_ids, self.text, count, complete=complete)
 
@@ -91,7 +91,7 @@ class GenerationResult:
 
     @property
     def finish_reasons(self) -> list[FinishReason]:
-        """Why each row ended; `GeneratedRow` has the words."""
+        """Why each row ended; see `GeneratedRow`."""
         return [row.finish_reason for row in self.rows]
 
     @property

@@ -1,4 +1,4 @@
-"""One batch on the device from call to call: its caches, what they hold, and the programs that move it on."""
+"""One batch on the device from call to call: its caches, what they hold, and the programs that advance it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.progress.activity import activity, is_shown
 from s2d_jax.progress.durations import known
 
-# Prompts of fewer tokens, and those that take fewer seconds, are read without a word.
+# Reading prompts is not shown if they have fewer tokens, or should take fewer seconds.
 _FEWEST_TOLD = 32
 _SHORTEST_TOLD = 1.0
 
@@ -35,7 +35,7 @@ class Look:
 
 
 class Session:
-    """The state of one batch. `begin` a call, then `advance` until all rows are done; the next call may `begin` on the caches.
+    """The state of one batch. `begin` a call, then `advance` until all rows are done; the next `begin` may reuse the caches.
 
     Attributes:
         seconds: wall seconds of the present call: `compile`, `total` (without compile), and phases when they are timed.
@@ -49,7 +49,7 @@ class Session:
         self.prefilled: list[int] = []
 
     def begin(self, plan: Plan, *, wait: bool = False) -> None:
-        """Runs what the caches do not hold of the prompts, and emits each row's first token; `wait` times it as `prefill`."""
+        """Runs the part of the prompts that the caches lack, and emits each row's first token; `wait` times it as `prefill`."""
         kept = self._kept(plan)
         self._plan, self.seconds = plan, {"compile": 0.0, "total": 0.0}
         phase = "prefill" if wait else None
@@ -77,10 +77,10 @@ class Session:
 
     @contextlib.contextmanager
     def _reading(self, params: Any) -> Iterator[bool]:
-        """Tells that prompts are read, if it takes about a second or more; then it is waited for, which is little beside it.
+        """Shows that prompts are read, if it should take about a second or more. Then the host waits for it to end.
 
         Yields:
-            Whether it is told. Otherwise the device goes on with the rounds, and nobody knows when it has read the prompts.
+            Whether it is shown. If not, the device goes on with the rounds, and the host does not know when reading ended.
         """
         tokens = len(self.prefilled) * max(self.prefilled)
         if tokens < _FEWEST_TOLD or not is_shown():
@@ -100,7 +100,7 @@ class Session:
         """Runs up to `rounds` rounds, fewer when all rows are done or the caches are full, and looks.
 
         Args:
-            rounds: at most so many.
+            rounds: the most rounds to run.
             phases: run the parts of each round as programs of their own, and time them as `draft`, `verify` and `rest`.
             wait: time the rounds as `decode`.
         """
@@ -123,7 +123,7 @@ class Session:
         return look
 
     def look(self) -> Look:
-        """What the host can know now; waits for the device."""
+        """What the host can see now; waits for the device."""
         assert self._state is not None, "begin first"
         counters = self._plan.decoder.drafter.stats(self._state.draft_state)
         self._look = Look(*jax.device_get((_without_caches(self._state), counters)))
@@ -147,7 +147,7 @@ class Session:
         return self._state.tokens_BC.shape[1]
 
     def _taken(self) -> DecodeState:
-        """The state for a program that it is donated to: if that fails, there are no caches left."""
+        """The state, to be donated to a program: if the program fails, there are no caches left."""
         state, self._state = self._state, None
         assert state is not None, "begin first"
         return state
@@ -178,7 +178,7 @@ class Session:
         return kept
 
     def _make_room(self, phase: str | None) -> None:
-        """Before a round would leave the caches: twice the capacity, but not more than the call can need."""
+        """Doubles the capacity before a round would exceed it, but not beyond what the call can need."""
         if self._look is None:  # just begun, with room
             return
         longest, plan = int(self._look.state.length_B.max()), self._plan

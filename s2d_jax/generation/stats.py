@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class GenerationStats:
-    """Counts of one row, or summed over rows; prefill (its target pass and the token that it emits) is left out of the rates.
+    """Counts of one row, or summed over rows. Rates leave out prefill: its target pass and the token that it emits.
 
     Attributes:
         prompt_tokens: tokens of the prompt.
         emitted_tokens: new tokens, prefill's included.
         target_forwards: target passes after prefill.
-        plain_rounds: those of them for which a draft was there, but drafted nothing.
+        plain_rounds: target passes for which there was a draft, but it drafted nothing.
         draft_forwards: runs of each of the draft's segments for the whole batch, `{exit layer: runs}`.
         drafted_tokens: tokens proposed.
         accepted_tokens: tokens proposed, accepted and emitted (also those that a stop string then cut off).
@@ -24,7 +24,7 @@ class GenerationStats:
         exit_histogram: drafted tokens by the layer they left at.
         seconds: wall time of the call by phase: `compile`, `total` (without compile), and when asked for `prefill` and
             `decode`, or `prefill`, `draft`, `verify` and `rest`; these add up to `total`.
-        rows: how many rows these are the counts of.
+        rows: how many rows are counted.
         prefilled_tokens: tokens of the prompt that were computed; the others were in the caches already.
         overshoot_tokens: tokens that were decoded behind a stop string and dropped; not among the emitted ones.
     """
@@ -94,7 +94,7 @@ class GenerationStats:
 
 
 def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
-    """Adds rows of one call, whose draft runs and seconds are shared; or calls, whose runs and seconds add up.
+    """Adds up rows of one call, which share draft runs and seconds; or several calls, whose runs and seconds add up.
 
     Rows of one call carry the same `draft_forwards` and `seconds` objects, which are then counted once.
     """

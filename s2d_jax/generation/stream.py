@@ -1,4 +1,4 @@
-"""One call from its prompts to its result: a generation that can be watched while it runs."""
+"""One call from its prompts to its result: a generation whose tokens can be read while it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from s2d_jax.generation.stats import GenerationStats, sum_stats
 from s2d_jax.progress.activity import text_is_written
 from s2d_jax.text.detokenizer import RowText
 
-# Between these many rounds the host looks for stop strings.
+# The host looks for stop strings after this many rounds.
 _ROUNDS_BETWEEN_LOOKS = 8
 
 
@@ -27,7 +27,7 @@ class Delta:
 
     Attributes:
         row: its number.
-        text: new text, of whole characters; may be empty while tokens have come.
+        text: new text, of whole characters; may be empty although there are new tokens.
         token_ids: new tokens.
         done: the row has ended.
     """
@@ -55,9 +55,9 @@ class Stream(Iterator[Delta]):
     """The tokens of a running generation. Iterate over it; `close` it, or leave its `with` block, to stop decoding.
 
     Args:
-        session: where it runs; what its caches hold of the prompts is not computed again.
+        session: where it runs; tokens of the prompts that its caches hold are not computed again.
         plan: what is asked for.
-        rounds_per_look: rounds between two looks, at first fewer; None looks at the end only, or for stop strings.
+        rounds_per_look: rounds between two looks, at first fewer; None looks only at the end, and for stop strings.
         timing: what is timed.
         keep: leave the caches in the session at the end.
 
@@ -147,7 +147,7 @@ class Stream(Iterator[Delta]):
             self._end()
 
     def _read(self, look: Look) -> list[Delta]:
-        """What is new since the last look. Rows that a stop string ended are told to the device."""
+        """What is new since the last look. The device is told which rows a stop string ended."""
         self._look, deltas = look, []
         for row, text in enumerate(self._texts):
             length, ended = int(look.state.length_B[row]), bool(look.state.done_B[row])
@@ -220,7 +220,7 @@ class Stream(Iterator[Delta]):
 
 
 def _growing_rounds(most: int) -> Iterator[int]:
-    """1, 2, 4, ... up to `most`, which stays: the first words come soon, later the host asks less often."""
+    """1, 2, 4, ..., `most`, `most`, ...: the first words come soon, later the host looks less often."""
     rounds = 1
     while True:
         yield min(rounds, most)
