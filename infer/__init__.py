@@ -1,1 +1,1 @@
-"""Command lines over s2d_jax: generate, bench, export."""
+"""Commands that use s2d_jax: generate, bench, calibrate, trim, export, demo_model."""

@@ -27,11 +27,11 @@ class Args:
     out: Annotated[Path, flag("DIR")]
     """Where the export appears, once it is complete."""
     step: Annotated[int | Literal["best"] | None, flag("{INT,best}", "the newest")] = None
-    """Which checkpoint; best is that of the highest acceptance on held-out rows."""
+    """Which checkpoint; best has the highest mean acceptance length on held-out rows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights written."""
+    """Dtype of the exported weights."""
     adapters_only: Switch = False
-    """Write only own heads, residual adapters and LoRA (as PEFT does); the trunk stays where training found it."""
+    """Write only the exits' own heads, residual adapters and LoRA (as PEFT does); the trunk stays in its own files."""
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ class MeasuringOptions:
     """What is measured, and how often."""
 
     max_questions: Annotated[int | None, flag("INT", "all")] = None
-    """Only the first so many."""
+    """Only the first this many questions."""
     categories: Annotated[str | None, flag("A,B", "all")] = None
     """Only these categories."""
     repeats: int = 1
@@ -37,7 +37,7 @@ class MeasuringOptions:
     skip_identity_check: Switch = False
     """Do not compare greedy tokens with the width-matched reference."""
     phase_questions: Annotated[int, flag(unset="0, none")] = 0
-    """Split the time of a round (draft, verify, rest) on this many of the first questions."""
+    """On the first this many questions, split the time of a round into draft, verify and rest."""
     profile: Annotated[Path | None, flag("DIR", "no trace")] = None
     """Write a trace of a warm generation of each method here, for TensorBoard or Perfetto."""
     kernels: Switch = False
@@ -62,8 +62,8 @@ class Args:
     """Prompts file, or Spec-Bench's (question_id, category, turns)."""
     methods: str = "ar,s2d"
     """Some of ar, draft, sd@K (exit K of the draft), s2d, auto. The baseline, ar, is always measured.
-    :G behind a method drafts G tokens a round, as in s2d:2,s2d:5.
-    +tree behind one drafts a tree, +tree:N a tree of N nodes, as in s2d+tree:16."""
+    :G after a method drafts G tokens a round, as in s2d:2,s2d:5.
+    +tree after a method drafts a tree, +tree:N a tree of N nodes, as in s2d+tree:16."""
     out: Annotated[Path, flag("DIR")] = Path("runs/bench")
     """Directory of report.json, report.md, samples.jsonl and plots."""
     measuring: tyro.conf.OmitArgPrefixes[MeasuringOptions] = MeasuringOptions()

@@ -57,7 +57,7 @@ def bench(args: Args) -> None:
         target = load_target(path, args.loading.target_format)
         dtype = target.dtype.name
         methods = build_methods(names, target, draft, independent, args.drafting)
-        for method in methods:  # a policy that is missing is known before anything is measured
+        for method in methods:  # reports a missing policy before anything is measured
             method.decoder.settled(args.sampling.temperature)
         own = _measure(args, target, methods, questions)
         shares = {

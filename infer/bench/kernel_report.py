@@ -113,7 +113,7 @@ _PICKED: Style = {"color": "black", "marker": "*", "markersize": 10, "linestyle"
 
 
 def _apart(counts: list[int]) -> list[int]:
-    """Those whose labels do not touch each other on a log axis, the largest first."""
+    """The counts whose labels do not touch each other on a log axis, the largest first."""
     kept = counts[-1:]
     for count in counts[-2::-1]:
         if 1.3 * count <= kept[-1]:

@@ -33,7 +33,7 @@ from s2d_jax.weights.load import read_description
 
 ROWS = (1, 2, 4, 8, 16, 32)
 _REPEATS, _TRIPS = 3, 2
-# Of the weights in int8, the smallest format: several times a usual last-level cache.
+# The weights' bytes in int8, the smallest format: several times a usual last-level cache.
 _SMALLEST_BYTES = 96 << 20
 _DEFAULT_DIMS = (
     1536,
@@ -52,7 +52,7 @@ class TimedForm:
 
 
 def _tied(form: Form) -> Form:
-    """The form with its weight tied to the activations, so that nothing of it is loop-invariant."""
+    """The form with its weight tied to the activations, so that XLA can hoist nothing out of the loop."""
 
     def tied(x_AI, w):
         return form(*jax.lax.optimization_barrier((x_AI, w)))
@@ -83,11 +83,11 @@ FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A few layers' worth of products, one behind the other.
+    """The products of a few layers, one after another.
 
     Attributes:
         dims: embedding, attention heads together, hidden units.
-        num_layers: how many times `embed -> heads -> embed -> hidden -> embed` is gone through.
+        num_layers: how many times the products `embed -> heads -> embed -> hidden -> embed` are run.
     """
 
     dims: tuple[int, int, int]
@@ -102,7 +102,7 @@ class Chain:
 
 
 def chain_of(config: ModelConfig | None) -> Chain:
-    """As few layers of a model as are well beyond the last-level cache in int8."""
+    """The fewest layers of a model whose int8 weights are far larger than the last-level cache."""
     dims = _DEFAULT_DIMS
     if config is not None:
         dims = (config.embed_dim, config.num_heads * config.head_dim, config.ffw_dim)
@@ -112,7 +112,7 @@ def chain_of(config: ModelConfig | None) -> Chain:
 
 
 def make_weights(chain: Chain, weight_format: str) -> list[Any]:
-    """Random weights of norm-preserving size, every tensor its own."""
+    """Random weights that keep the norm of activations; no two tensors share memory."""
     rng, weights = np.random.default_rng(0), []
     for out, columns in chain.shapes:
         w = rng.standard_normal((out, columns), np.float32) / np.float32(columns**0.5)
@@ -147,9 +147,9 @@ def time_forms(
 
     Args:
         chain: the products.
-        rows: of the activations.
-        repeats: runs of each; the median counts.
-        tick: told the name of what is done, once per program for compiling and once per run.
+        rows: numbers of rows of the activations.
+        repeats: runs of each form; the median counts.
+        tick: called with the name of the work, once per compiled program and once per run.
 
     Returns:
         One row per form and number of rows: `format, form, rows, milliseconds` (of one trip through the chain), `gb_per_s`
@@ -193,7 +193,7 @@ def time_forms(
 
 
 def read_bandwidth(num_bytes: int = 1 << 29) -> float:
-    """GB/s at which memory can be read: the best median of row sums by XLA and, on a CPU, of NumPy in threads."""
+    """GB/s at which memory can be read: the better median of row sums by XLA and, on a CPU, by NumPy in threads."""
     rows, columns = 1024, num_bytes // 4096
     array = np.ones((rows, columns), np.float32)
     on_device, sums = jnp.asarray(array), jax.jit(lambda a: a.sum(axis=1))
@@ -252,7 +252,7 @@ def bench_kernels(target: str | None, out: Path) -> None:
         "target": target,
         "chain": {"dims": chain.dims, "num_layers": chain.num_layers},
         "repeats": _REPEATS,
-        # Measured before and after; on a shared machine the better one is what it can do.
+        # Measured before and after; on a shared machine the better value is closer to the machine's own speed.
         "machine": {name: max(before[name], after[name]) for name in before},
         "rows": rows,
     }

@@ -1,4 +1,4 @@
-"""Runs every method on every prompt, in alternation, and keeps what each run did."""
+"""Runs every method on every prompt, in alternation, and records each run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Sample:
 
     Attributes:
         method: its name.
-        question_id, category: of the question.
+        question_id, category: the question's.
         stats: summed over the turns.
         answers: text per turn.
-        compile_seconds: spent on programs that this run was the first to need; not in `stats`.
+        compile_seconds: seconds of compiling programs that this run was the first to need; not in `stats`.
         identical: whether all tokens equal the width-matched greedy reference's; None if not asked.
         turns_left_out: later turns that no longer fit into the target's context.
     """
@@ -55,7 +55,7 @@ class Sample:
 class Reference:
     """Greedy tokens of plain decoding whose target pass is as wide as the checked method's.
 
-    Products of another width differ in their last bits, which turns near ties of the argmax.
+    Products of another width differ in their last bits, which can change the argmax at near ties.
     """
 
     def __init__(self, target: Model):
@@ -98,7 +98,7 @@ def measure(
         repeats: runs of each method on each question.
         raw: leave the chat template out.
         check_identity: compare with the width-matched reference; only meaningful when greedy.
-        on_sample: told after each run.
+        on_sample: called after each run.
 
     Raises:
         UserError: for a first turn that is too long, before anything is measured.

@@ -55,7 +55,7 @@ def build_methods(
     """Decoders of one target for all names; they share its weights and the draft's.
 
     Raises:
-        UserError: if a method needs a draft or an exit that there is not.
+        UserError: if a method needs a draft or an exit that does not exist.
     """
     return [_build(name, target, draft, independent, options) for name in names]
 
@@ -63,7 +63,7 @@ def build_methods(
 def check_trees(names: tuple[str, ...], options: DraftingOptions) -> None:
     """Raises UserError for an impossible tree, for tree flags without a tree method, and for costs beside a tree method."""
     if options.tree:
-        raise UserError("--tree is said of single methods here, as in --methods s2d,s2d+tree")
+        raise UserError("--tree is set by method here; add +tree, as in --methods s2d,s2d+tree")
     drafting = [_of_method(name, options) for name in names]
     for one in drafting:
         one.config()
@@ -72,7 +72,7 @@ def check_trees(names: tuple[str, ...], options: DraftingOptions) -> None:
     trees = [name for name, one in zip(names, drafting, strict=True) if one.tree]
     if trees and (given := options.cost_flags()):
         raise UserError(
-            f"{given[0]} is said of chains; leave out {trees[0]}, or it (infer.calibrate measures what trees cost, for auto)"
+            f"{given[0]} is for chains; leave it out, or {trees[0]} (infer.calibrate measures what trees cost, for auto)"
         )
 
 

@@ -36,7 +36,7 @@ def write_plots(directory: Path, rows: list[Row], exits: Sequence[int] = ()) -> 
     """Writes speedup.png, exits.png and acceptance.png; pictures without data are left out.
 
     Args:
-        exits: the draft's, ascending, so that a colour means the same as in the pictures of its training.
+        exits: the draft's, ascending, so that colours are the same as in the pictures of its training.
     """
     save_figure(speedup_figure(rows), directory / "speedup.png")
     if any(row["exit_histogram"] for row in rows):
@@ -86,14 +86,14 @@ def speedup_figure(rows: list[Row]) -> Figure:
 
 
 def _fill(number: int) -> Style:
-    """The look of the bars of target `number`; beyond the last colour, they come again with stripes."""
+    """The look of the bars of target `number`; after the last colour, colours repeat with stripes."""
     again, colour = divmod(number, len(COLOURS))
     stripes = {"hatch": "//" * again or None, "edgecolor": "white", "linewidth": 0}
     return {"facecolor": COLOURS[colour], **stripes}
 
 
 def exits_figure(rows: list[Row], exits: Sequence[int] = ()) -> Figure:
-    """A bar per method and target, cut where drafted tokens left; a panel per target."""
+    """A bar per method, divided by the exits that drafted tokens left at; a panel per target."""
     rows = [row for row in rows if row["exit_histogram"]]
     others = {layer for row in rows for layer in row["exit_histogram"]} - set(exits)
     styles = exit_styles([*exits, *sorted(others)])
@@ -172,7 +172,7 @@ def _by_target(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _names(rows: list[Row]) -> dict[str, str]:
-    """Short names of the targets; paths where two would have the same."""
+    """Short names of the targets; paths where two short names are equal."""
     short = {target: short_name(target) for target in targets_of(rows)}
     names = list(short.values())
     return {target: name if names.count(name) == 1 else target for target, name in short.items()}

@@ -31,10 +31,10 @@ def make_rows(
 
     Args:
         target: its path.
-        temperature: of all samples.
+        temperature: the temperature of all samples.
         methods: in the order of the rows; speedups are over the baseline's samples.
-        samples: of all methods.
-        shares_by_method: of a round's time by phase; empty when that was not measured.
+        samples: the samples of all methods.
+        shares_by_method: shares of a round's time by phase; empty if not measured.
     """
     by_method = {m.name: [s for s in samples if s.method == m.name] for m in methods}
     baseline = by_method[BASELINE]
@@ -94,7 +94,7 @@ def _mean_speed(samples: Sequence[Sample]) -> float:
 
 
 def _decode_speedup(samples: Sequence[Sample], baseline: Sequence[Sample]) -> float | None:
-    """None when prefill's token was the only one of every answer."""
+    """None when every answer had only the token that prefill emits."""
     speeds = [statistics.fmean(s.decode_tokens_per_second for s in x) for x in (samples, baseline)]
     return speeds[0] / speeds[1] if speeds[1] else None
 

@@ -26,7 +26,7 @@ class EffortOptions:
     new_tokens: int = 48
     """Tokens of each answer."""
     minutes: float = 9.5
-    """No more prompts are timed after so many minutes per target; compiling and recording take what they take."""
+    """No more prompts are timed after this many minutes per target; it does not limit compiling and recording."""
     trees: Switch = True
     """Compare trees of tokens too."""
     raw: Switch = False
@@ -50,7 +50,7 @@ class Args:
     questions: Annotated[Path, flag("FILE", "demo prompts that come with s2d-jax")] = (
         DEFAULT_QUESTIONS
     )
-    """Prompts like those that will be asked."""
+    """Prompts like those of later use."""
     temperature: tyro.conf.UseAppendAction[tuple[float, ...]] = ()
     """Temperatures to calibrate for. Without this flag: 0 and 1."""
     out: Annotated[Path | None, flag("FILE", "the draft's sorted_draft.json")] = None

@@ -1,4 +1,4 @@
-"""Targets calibrated one after the other, and their policies written down."""
+"""Calibrates targets one after the other, and writes their policies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def calibrate(args: Args) -> None:
     assert draft is not None  # there is a path
     _check_trees(args, draft)
     file = policy_file_of(draft, args.out)
-    read_policies(file)  # a damaged file is known before anything is measured
+    read_policies(file)  # reports a damaged file before anything is measured
     temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
     for path in args.target:
         started = time.perf_counter()

@@ -51,7 +51,7 @@ def generate(args: Args) -> None:
     for path in args.target:
         target = load_target(path, args.loading.target_format)
         decoder = SpeculativeDecoder(target, draft, config)
-        if args.looking.explain:  # what cannot be shown is known before anything is answered
+        if args.looking.explain:  # reports what cannot be shown before anything is answered
             drafting_trees(decoder, args.sampling.temperature)
         start = time.perf_counter()
         if args.answering.stream:

@@ -41,10 +41,10 @@ class AnsweringOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LookingOptions:
-    """Looking inside."""
+    """A look inside."""
 
     explain: Annotated[int, flag(unset="0, nothing")] = 0
-    """Show what so many rounds after the first prompt drafted, with probabilities and exits, and what was accepted.
+    """Show what the first this many rounds drafted for the first prompt, with probabilities and exits, and what was accepted.
     For --tree, or greedy chains of fixed length."""
     explain_out: Annotated[Path, flag("DIR")] = Path("runs/explain")
     """Where --explain puts text, JSON and pictures, one directory per target."""
@@ -68,7 +68,7 @@ class Args:
     """A prompt; several are answered together in a batch."""
     prompts: Annotated[Path | None, flag("FILE", "those of --prompt")] = None
     """JSONL with prompt, turns or messages per row, or .txt with a prompt per line.
-    With --as-conversations also what else training reads: ShareGPT, saved datasets, parquet."""
+    With --as-conversations, also the other formats that training reads: ShareGPT, saved datasets, parquet."""
     out: Annotated[Path | None, flag("FILE", "the screen")] = None
     """Write the answers here as JSONL, which train.main reads."""
     answering: tyro.conf.OmitArgPrefixes[AnsweringOptions] = AnsweringOptions()

@@ -28,7 +28,7 @@ class PromptBatch:
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[PromptBatch]:
-    """Sorts prompts by length and cuts them into batches of one size, so that it compiles once."""
+    """Sorts prompts by length and cuts them into batches of one size, so that one program serves all."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups = [tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     full = batch_size if len(groups) > 1 else len(order)
@@ -49,7 +49,7 @@ def answer_all(
         prompts: token ids.
         sampling: one per prompt.
         batch_size: rows per call.
-        on_batch: told after each batch how many prompts it held, and its stats.
+        on_batch: called after each batch with the number of its prompts and its stats.
 
     Raises:
         UserError: for a prompt that cannot be answered, before any is.

@@ -33,10 +33,10 @@ def explain(
 ) -> None:
     """Decodes the first `count` rounds after `prompt`, prints their trees, and writes them to `directory`.
 
-    There trees.txt has what is printed, trees.json the same for programs, and round_1.png and so on the pictures.
+    There, trees.txt holds what is printed, trees.json the same for programs, and round_1.png and so on the pictures.
 
     Raises:
-        UserError: for a decoder that drafts nothing, or chains whose tokens cannot be told beforehand.
+        UserError: for a decoder that drafts nothing, or for chains that are not greedy or not of fixed length.
     """
     rounds = read_rounds(decoder, prompt, params, count)
     for round in rounds:
@@ -53,9 +53,9 @@ def explain(
 def read_rounds(
     decoder: SpeculativeDecoder, prompt: list[int], params: SamplingParams, count: int
 ) -> list[Round]:
-    """The first `count` rounds after `prompt`, fewer where the answer ends; they are those of `generate`, one by one."""
+    """The first `count` rounds after `prompt`, fewer if the answer ends; they are the rounds of `generate`, run one by one."""
     decoder = drafting_trees(decoder, params.temperature)
-    # Room for all of the answer: nothing grows the caches here.
+    # Room for the whole answer, because nothing grows the caches here.
     config = dataclasses.replace(decoder.config, initial_room=params.max_new_tokens)
     decoder = SpeculativeDecoder(decoder.target, decoder.draft, config)
     static, width, args = decoder.prepare([prompt], [params])
@@ -87,7 +87,7 @@ def drafting_trees(decoder: SpeculativeDecoder, temperature: float) -> Speculati
     if config.tree is not None:
         return decoder
     if temperature > 0 or config.draft_length_rule != "fixed" or config.guard:
-        remedy = "add --tree, or leave out what drafts otherwise"
+        remedy = "add --tree, or use temperature 0, the fixed rule and no guard"
         if asked.policy is not None:
             remedy = "the policy has other chains here, so leave out --policy auto"
         raise UserError(f"--explain shows trees, and greedy chains of a fixed length; {remedy}")
@@ -127,7 +127,7 @@ def _round(number: int, decoder: SpeculativeDecoder, tree: Tree, emitted: list[i
 def _accepted(tree: Tree, emitted: list[int]) -> list[int]:
     """The path from the root on whose tokens begin `emitted`.
 
-    It is the accepted one: the target's own token is never that of a child it had the choice of, as that would be accepted.
+    It is the accepted path: if the target's own token were that of a child of the last node, the child would be accepted.
     """
     path = [0]
     for token_id in emitted:

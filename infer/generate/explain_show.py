@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from infer.generate.rounds import Node, Round
 
 TICK, ARROW = "✓", "→"
-# Longer tokens are cut: a line has to hold them beside the branches.
+# Longer tokens are cut, so that they fit on a line beside the branches.
 _LONGEST = 24
 _LONGEST_DRAWN, _FONT_POINTS, _EDGE_INCHES = 16, 7, 0.5
 _ROOT: Style = {"color": "black", "marker": "o"}
@@ -29,7 +29,7 @@ _OWN: Style = {"color": MARKED, "marker": "*"}
 
 
 def quoted(text: str, longest: int = _LONGEST, spelled: Callable[[str], str] = repr) -> str:
-    """The token in quotes, so that spaces and line ends are seen.
+    """The token in quotes, so that spaces and line ends are visible.
 
     Args:
         longest: columns of the screen between the quotes; escapes count as they are spelled, wide characters twice.
@@ -88,7 +88,7 @@ def round_figure(round: Round, exits: Sequence[int]) -> Figure:
     A column is as wide as its longest text, so that no text reaches the next column; lines begin behind the text.
 
     Args:
-        exits: the draft's, so that a colour means the same in each picture.
+        exits: the draft's, so that colours are the same in every picture.
     """
     nodes, height_of = round.nodes, _heights(round)
     own = len(nodes)
@@ -131,7 +131,7 @@ def _columns(depths: list[int], texts: list[str]) -> tuple[list[float], float]:
 
 
 def _text_inches(text: str) -> float:
-    """How far a text reaches behind its point. Fonts for wide characters are as wide as two narrow ones, or less."""
+    """How far a text reaches to the right of its point. A wide character is at most as wide as two narrow ones."""
     return 0.15 + cell_len(text) * 0.61 * _FONT_POINTS / 72
 
 

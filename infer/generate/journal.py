@@ -1,7 +1,7 @@
-"""A file that long work is written to as it goes, so that a killed process loses one batch at most.
+"""A file that long work is written to as it goes, so that a killed process loses at most one batch.
 
-The first line holds the settings of the work, each further line the answers of one batch. Lines are only appended, each is on
-the disk before the next batch begins, and half a line at the end, left by a kill, is dropped.
+The first line holds the settings of the work, each further line the answers of one batch. Lines are only appended, and each is
+on the disk before the next batch begins. Half a line at the end, left by a killed process, is dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Journal:
     """Opens `path` for one process, reads what an earlier one left, and appends. Use as a context manager.
 
     Args:
-        path: of the file; made if it is not there.
+        path: the file; created if it does not exist.
         settings: everything that decides the answers, as JSON values.
 
     Attributes:
@@ -51,7 +51,7 @@ class Journal:
         self._append(batch)
 
     def remove(self) -> None:
-        """The work is done and kept elsewhere."""
+        """Removes the file, once the work is done and kept elsewhere."""
         self.path.unlink()
 
     def _lock(self) -> None:

@@ -1,8 +1,8 @@
-"""Conversations whose answers the target gives anew: `python -m infer.generate --as-conversations`, for training drafts.
+"""Replaces the answers of conversations by the target's own, to train drafts: `python -m infer.generate --as-conversations`.
 
 Each assistant turn is replaced by the target's own, and later turns see the new answers. Batches are planned from all prompts
-of a turn, whether they are answered already or not, and a batch is journaled whole; so a run that was killed computes in the
-end exactly what an uninterrupted one does.
+of a turn, answered or not, and the journal holds whole batches. So a run that was killed and goes on computes exactly what an
+uninterrupted run does.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from s2d_jax.weights.model import Model
 if TYPE_CHECKING:
     from infer.generate.args import Args
 
-# Weights of at most so many values, such as norms, tell one training of a model from another.
+# Weights of at most this many values, such as norms, tell differently trained models apart.
 _TELLTALE = 2**16
 
 
 def regenerate(args: Args) -> None:
-    """Answers all conversations of `args.prompts`; `args.out` appears whole at the end, and until then its journal grows."""
+    """Answers all conversations of `args.prompts`; `args.out` appears whole at the end, until then its journal grows."""
     _check(args)
     assert args.prompts is not None
     assert args.out is not None
@@ -81,7 +81,7 @@ def regenerate(args: Args) -> None:
 
 
 def journal_of(out: Path) -> Path:
-    """Where the answers are kept until all are there."""
+    """Where the answers are kept until all are done."""
     return out.with_name(f"{out.name}.journal")
 
 
@@ -111,7 +111,7 @@ _REFUSED, _FULL = "refused by the chat template", "the target's context is full"
 
 
 def _settings(args: Args, target: Model, draft: Model | None) -> dict[str, Any]:
-    """Everything that decides an answer; the size of batches too, since products of other shapes round differently."""
+    """Everything that decides an answer; also the batch size, since products of other shapes round differently."""
     assert args.prompts is not None
     return {
         "prompts": content_hash(args.prompts),
@@ -140,7 +140,7 @@ def _weights_hash(model: Model) -> str:
 def _answer(
     args: Args, decoder: SpeculativeDecoder, talks: Sequence[Talk], journal: Journal
 ) -> None:
-    """Fills the answers of all talks: every first turn, then every second turn, and so on; the journal's first."""
+    """Fills the answers of all talks: every first turn, then every second turn, and so on. The journal's answers come first."""
     known = iter(journal.batches)
     with counting_bar(TextColumn("{task.fields[speed]}"), *eta()) as bar:
         task = bar.add_task("answering", total=sum(len(t.question.turns) for t in talks), speed="")
@@ -171,7 +171,7 @@ def _turns_left(talk: Talk) -> int:
 def _prompts(
     decoder: SpeculativeDecoder, talks: Sequence[Talk]
 ) -> tuple[list[int], list[list[int]]]:
-    """Which talks wait for an answer, and their prompts; those that cannot go on are ended."""
+    """Which talks wait for an answer, and their prompts; talks that cannot go on are ended."""
     tokenizer, context = tokenizer_of(decoder.target), decoder.target.config.max_context
     active, prompts = [], []
     for number, talk in enumerate(talks):
@@ -199,7 +199,7 @@ def _new_entry(
     batch: PromptBatch,
     prompts: Sequence[list[int]],
 ) -> dict[str, Any]:
-    """The journal's entry of a batch: its answers by the target."""
+    """The journal's entry of a batch, with the target's answers."""
     # Each turn of each talk has a seed of its own, whatever the batch.
     sampling = [args.sampling.params(turn * len(talks) + member) for member in members]
     rows = [prompts[i] for i in batch.indices]

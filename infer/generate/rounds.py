@@ -1,4 +1,4 @@
-"""Rounds as `--explain` tells them."""
+"""Rounds as `--explain` shows them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class Node:
     """A drafted token.
 
     Attributes:
-        parent: a smaller index into the nodes of its round; the root is its own.
+        parent: index of the parent among the nodes of its round, smaller than the node's own; the root is its own parent.
         depth: 0 for the root, the last token of the text so far.
-        token_id, text: of the token.
-        probability: that the draft gave it after its parent; None for the root.
+        token_id, text: the token's.
+        probability: the draft's probability of it after its parent; None for the root.
         exit: the draft's layer that proposed it; None for the root.
-        accepted: it is part of what the round emitted; True for the root.
+        accepted: whether the round emitted it; True for the root.
     """
 
     parent: int
@@ -34,7 +34,7 @@ class Round:
     Attributes:
         number: from 1.
         nodes: the root first, parents before children, siblings in the order in which they were tried.
-        own_token_id, own_text: what the target itself emitted after the accepted nodes; None where the answer ended before.
+        own_token_id, own_text: what the target itself emitted after the accepted nodes; None if the answer ended before.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Round:
         return max(i for i, node in enumerate(self.nodes) if node.accepted)
 
     def children(self, parent: int) -> list[int]:
-        """Nodes right below `parent`, in the order in which they were tried."""
+        """The children of `parent`, in the order in which they were tried."""
         return [i for i, node in enumerate(self.nodes) if i > 0 and node.parent == parent]
 
     @property

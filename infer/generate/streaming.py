@@ -1,4 +1,4 @@
-"""Answers on the screen while they are made."""
+"""Shows answers on the screen while they are generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations whose answers are generated anew."""
+"""Conversations whose answers are replaced by the target's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Talk:
 
     Attributes:
         question: its user turns, and a system message as history.
-        answers: so far, as the journal holds them.
+        answers: the answers so far, as the journal holds them.
         ended: "" while it goes on, else why it ends before its last turn.
     """
 
@@ -67,7 +67,7 @@ def read_talks(path: Path) -> tuple[list[Talk], collections.Counter[str]]:
 
 
 _REASONS = {
-    "no_answer": "no user's turn",  # of answers there need be none here
+    "no_answer": "no user's turn",  # here, conversations need no answers
     "roles_do_not_alternate": "roles do not alternate",
     "empty_turn": "the first turn is empty",
 }

@@ -1,1 +1,1 @@
-"""`python -m infer.trim`: a shorter vocabulary for a draft's head."""
+"""`python -m infer.trim`: lists fewer tokens for a draft's head."""

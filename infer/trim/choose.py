@@ -16,12 +16,12 @@ def choose_tokens(
 ) -> np.ndarray:
     """The `size` tokens worth drafting: those in `keep`, the most frequent in answers, then in other text, then the lowest ids.
 
-    Ties go to what comes later in this order. The filler is the lowest unused ids because tokenizers number their tokens in the
-    order they were merged in, that is by their frequency in the text that the tokenizer was trained on.
+    Each criterion breaks the ties of those before it. The list is filled with the lowest unused ids, because tokenizers number
+    tokens in the order of merges, that is by their frequency in the tokenizer's training text.
 
     Args:
         counts_V: how often each token was written in answers.
-        text_counts_V: how often it occurs in other text.
+        text_counts_V: how often each token occurs in other text.
         keep: ids that are always in the list; special and stop tokens.
         size: U.
 
@@ -41,7 +41,7 @@ def choose_tokens(
 
 
 def _ranked(counts_V, text_counts_V, keep: Sequence[int], size: int) -> np.ndarray:
-    """All ids, the first to be chosen first."""
+    """All ids, in the order in which they are chosen."""
     vocab_size, kept = len(counts_V), len(set(keep))
     if size > vocab_size:
         raise UserError(
@@ -59,13 +59,13 @@ def _ranked(counts_V, text_counts_V, keep: Sequence[int], size: int) -> np.ndarr
 def coverage(
     counts_FV: np.ndarray, text_counts_V: np.ndarray, keep: Sequence[int], sizes: Sequence[int]
 ) -> dict[int, float]:
-    """The share of written tokens that lists of each size hold, judged on answers that they were not made from.
+    """For each list size, the share of written tokens that the list holds, measured on answers that it was not made from.
 
     Each fold's tokens are looked up in the list that the other folds give.
 
     Args:
         counts_FV: how often each token was written in each fold; at least two folds.
-        text_counts_V: how often it occurs in other text, which is not judged.
+        text_counts_V: how often each token occurs in other text, on which nothing is measured.
         keep: as for `choose_tokens`.
         sizes: list sizes.
     """

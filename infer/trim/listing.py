@@ -1,4 +1,4 @@
-"""The list of tokens that a draft's head is read over, from answers of its targets."""
+"""Makes the list of tokens that a draft's head is read over, from answers of its targets."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _count(answers: Sequence[Written], tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def _count_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """int64 `[V]`. A tokenizer may know tokens that the model has no rows for; they are left out."""
+    """int64 `[V]`: how often each token occurs. Tokens that the model has no rows for are left out."""
     return np.bincount(tokenizer.encode(text), minlength=vocab_size)[:vocab_size]
 
 

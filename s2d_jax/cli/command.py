@@ -1,4 +1,4 @@
-"""How every command begins and ends: flags in, one line for a user's mistake, the devices in use."""
+"""How every command begins and ends: it parses flags, names the devices in use, and reports a user's mistake on one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Args = TypeVar("Args")
 
 
 def run_command_line(args_type: type[Args], run: Callable[[Args], None]) -> None:
-    """Parses `sys.argv` into `args_type` and runs; a user's mistake exits 2 with one line."""
+    """Parses `sys.argv` into `args_type` and runs; after a user's mistake, prints one line and exits with status 2."""
     if status := status_of(lambda: run(parse(args_type))):
         sys.exit(status)
 
@@ -43,7 +43,7 @@ def told(error: BaseException, interrupted: str) -> tuple[int, str]:
 
     Args:
         error: what ended the command.
-        interrupted: what is true after Ctrl-C.
+        interrupted: what the line says after Ctrl-C.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130, f"interrupted; {interrupted}"
@@ -52,7 +52,7 @@ def told(error: BaseException, interrupted: str) -> tuple[int, str]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError if no file could be written at `path`: better before hours of work than after them."""
+    """Raises UserError if no file can be written at `path`, so that it is known before hours of work."""
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise UserError(f"{path} cannot be written: {existing} is a file; choose another --out")
@@ -64,7 +64,7 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Around the imports of what computes: they take a second or two, so flags are read before."""
+    """Wraps the imports of JAX and what uses it. They take a second or two, so flags are read before."""
     with activity("starting", key="starting", guess=2.0, quiet=0.0):
         yield
 

@@ -34,7 +34,7 @@ def environment(dtype: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of s2d-jax and of what it computes with."""
+    """The versions of s2d-jax and of the packages that it computes with."""
     return {
         "s2d_jax": __version__,
         "jax": jax.__version__,

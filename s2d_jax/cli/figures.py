@@ -1,4 +1,4 @@
-"""Figures as files, and what all of them share: colours of exits and lines, legends that cover nothing, names that fit."""
+"""Figures as files, and what they share: colours of exits and lines, legends that cover no data, names that fit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from s2d_jax.files import written_whole
 
 Style = dict[str, Any]  # what `plot` and `Line2D` take
-# Told apart by the colour-blind, and neighbours also in grey: Paul Tol's high-contrast set, then others.
+# The colour-blind can tell them apart, and neighbours differ in grey too: Paul Tol's high-contrast set, then others.
 COLOURS = ("#004488", "#ddaa33", "#bb5566", "#66ccee", "#117733", "#999999")
-# For references beside the data: the baseline, the target's own token.
+# For what is compared with: the baseline, the target's own token.
 MARKED = "#d55e00"
-# Not the star, which marks what is beside the exits: S2D, the target's own token.
+# Without the star, which marks what is not an exit: S2D, the target's own token.
 _MARKERS = "os^DvPX<>phd"
 _DASHES = ("-", "--", ":", "-.")
-_LINE_INCHES, _LETTER_INCHES = 0.17, 0.066  # of a legend's text
+_LINE_INCHES, _LETTER_INCHES = 0.17, 0.066  # sizes of a legend's text
 # Some of these are on most machines with a desktop; the first two come with matplotlib.
 _FONTS = (
     *("DejaVu Sans Mono", "DejaVu Sans", "Noto Sans Mono CJK SC", "Noto Sans CJK SC"),
@@ -41,7 +41,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
     FigureCanvasAgg(figure)
     with written_whole(path) as partial, warnings.catch_warnings():
-        # Labels may hold any character, fonts do not; a box is drawn instead.
+        # Labels may hold any character, but fonts do not have all; a box is drawn instead.
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from font", category=UserWarning
         )
@@ -52,7 +52,7 @@ def exit_styles(exits: Iterable[int]) -> dict[int, Style]:
     """Colour and marker of each exit, the same in every figure about these exits: dark is shallow, light is deep.
 
     Args:
-        exits: all of the draft's, ascending, also those that the figure has nothing of.
+        exits: all exits of the draft, ascending, also those that are not in the figure.
     """
     layers = list(dict.fromkeys(exits))
     shades = matplotlib.colormaps["viridis"]
@@ -64,7 +64,7 @@ def exit_styles(exits: Iterable[int]) -> dict[int, Style]:
 
 
 def line_styles(names: Iterable[str]) -> dict[str, Style]:
-    """Colour, marker and dashes of each line; 12 lines differ in each pair of these."""
+    """Colour, marker and dashes of each line; of 12 lines, no two share two of these."""
     return {
         name: {
             "color": COLOURS[i % len(COLOURS)],
@@ -76,7 +76,7 @@ def line_styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
-    """A legend below the axes, for which the figure gets higher."""
+    """A legend below the axes; the figure grows in height for it."""
     labels = [
         wrapped(handle.get_label(), figure.get_figwidth() / _LETTER_INCHES - 8)
         for handle in handles
@@ -94,7 +94,7 @@ def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def wrapped(name: Any, width: float) -> str:
-    """The name in lines of `width` characters; long words such as those of model names are broken at hyphens, or anywhere."""
+    """The name in lines of `width` characters; long words, as in model names, are broken at hyphens, or else anywhere."""
     return textwrap.fill(str(name), max(int(width), 8))
 
 
@@ -117,7 +117,7 @@ def log_ticks(axis: Axis) -> None:
 
 
 def fonts() -> list[str]:
-    """A monospaced font, and what this machine has for characters that it lacks."""
+    """A monospaced font, and this machine's fonts for the characters that it lacks."""
     installed = {font.name for font in fontManager.ttflist}
     return [name for name in _FONTS if name in installed]
 

@@ -11,8 +11,8 @@ def flag(takes: str | None = None, unset: str | None = None) -> Any:
     """Annotates a flag: `draft: Annotated[str | None, flag("DIR", "plain decoding")] = None`.
 
     Args:
-        takes: what stands behind the flag, such as FILE or DIR; None leaves the name of the type.
-        unset: what happens without the flag, in place of the default's value.
+        takes: what the help shows as the flag's value, such as FILE or DIR; None shows the name of the type.
+        unset: what the help shows as the default, in place of its value.
     """
     hint = None if unset is None else f"(default: {unset})"
     return tyro.conf.arg(metavar=takes, help_behavior_hint=hint)

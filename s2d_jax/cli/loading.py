@@ -24,7 +24,7 @@ def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: s
     """The draft of `--draft`, its head read over the list of `--draft-vocabulary`.
 
     Args:
-        path: of the draft; None gives None.
+        path: where the draft is; None gives None.
         vocabulary: a file that `infer.trim` wrote, or `full` for all tokens; None keeps the draft's own list.
         weight_format: of the draft's weights.
 

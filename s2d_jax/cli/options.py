@@ -16,7 +16,7 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError
 
-# Flags of trees, and flags of chains. A method `+tree` of infer.bench ignores the latter.
+# Flags of trees, and flags of chains. A `+tree` method of infer.bench ignores the flags of chains.
 _OF_TREES = ("tree_depth", "tree_top_k", "tree_nodes", "tree_leaving", "tree_paths")
 _COSTS = ("draft_step_costs", "verify_costs", "guard", "narrow_widths")
 _OF_CHAINS = (
@@ -56,14 +56,14 @@ class ChainOptions:
     exits: Annotated[str | None, flag("6,9,12", "all")] = None
     """The draft's exits to use; one exit is the fixed-exit policy."""
     exit_thresholds: Annotated[str | None, flag(".5,.5,0", "those of the draft")] = None
-    """Confidence above which a token leaves, one per exit, the last 0."""
+    """Confidence above which a token leaves, one per exit; the last is 0."""
     num_draft_tokens: int = 5
     """Tokens drafted per round (at the start, with the heuristic rule)."""
     draft_sampling: Literal["sample", "argmax"] = "sample"
     """At temperatures above 0: draft a sample of the exit's distribution, or its mode.
     A tree draws children without replacement, or takes the most probable ones."""
     policy: Annotated[Literal["auto"] | None, flag("auto", "as the other flags say")] = None
-    """auto: as infer.calibrate found for this target, device and temperature."""
+    """auto: draft as infer.calibrate found best for this target, device and temperature."""
     policy_file: Annotated[str | None, flag("FILE", "the draft's sorted_draft.json")] = None
     """Where infer.calibrate --out wrote the policy."""
 
@@ -75,19 +75,19 @@ class LengthOptions:
     draft_length_rule: Literal["fixed", "heuristic", "confidence", "expected_gain"] = "fixed"
     """heuristic: +2 after a round that accepted everything, else -1.
     confidence: a token of low confidence is the last of its round.
-    expected_gain: on while another token pays (needs costs)."""
+    expected_gain: draft on while another token pays (needs costs)."""
     max_draft_tokens: Annotated[
         int | None, flag("INT", "10 for the heuristic, else --num-draft-tokens")
     ] = None
-    """The most that a round may draft."""
+    """The most tokens that a round may draft."""
     min_confidence: float = 0.4
-    """Where the confidence rule stops."""
+    """Confidence below which the confidence rule stops."""
     gain_rate: float = 1.0
-    """Tokens that a plain round's time must bring, for expected_gain; 1 is plain decoding's rate."""
+    """For expected_gain: tokens per plain round's time that drafting on must bring; 1 is plain decoding's rate."""
     draft_step_costs: Annotated[str | None, flag(".2,.3,.4", "unknown")] = None
     """Cost of drafting a token, per exit in use, in plain rounds."""
     verify_costs: Annotated[str | None, flag("1,1.1,1.3", "unknown")] = None
-    """Cost of a round beside drafting, after 0, 1, 2, ... drafted tokens."""
+    """Cost of the rest of a round, after 0, 1, 2, ... drafted tokens."""
     guard: Switch = False
     """Fall back to plain rounds where drafting does not pay (needs costs)."""
     narrow_widths: Annotated[
@@ -101,20 +101,20 @@ class TreeOptions:
     """Trees of drafted tokens instead of chains: several tokens to choose from at every depth, verified in one pass."""
 
     tree: Switch = False
-    """Draft a tree in each round. infer.bench: +tree behind a method."""
+    """Draft a tree in each round. For infer.bench, add +tree to a method instead."""
     tree_depth: int = 4
-    """Levels of the tree below the last emitted token: as many as --num-draft-tokens of a chain to compare."""
+    """Levels of the tree below the last emitted token; compare with a chain of as many --num-draft-tokens."""
     tree_top_k: int = 10
-    """Tokens tried after a node, and nodes of a level that are drafted after."""
+    """Children of a node, and nodes of a level that get children."""
     tree_nodes: int = 60
-    """Positions that the target verifies, the last emitted token included: the most probable of the tree.
-    Drawn children are counted before they are drawn: 41 of 60 at depth 4, top-k 10."""
+    """The most probable nodes, which the target verifies; the last emitted token counts as one.
+    When children are drawn, fewer are verified: 41 of 60 at depth 4, top-k 10."""
     tree_leaving: Literal["level", "node"] = "level"
     """With several exits. level: all nodes of a level leave as soon as one of them is confident.
-    node: each for itself."""
+    node: each node leaves on its own."""
     tree_paths: Annotated[str | None, flag("FILE", "trees follow the draft's confidence")] = None
-    """The same tree in every round, which sets depth, top-k and nodes: a JSON list of paths of ranks.
-    In [[0], [1], [0, 0]], [1] is the second most probable token, [0, 0] the most probable one after the most probable."""
+    """A JSON list of paths of ranks: the same tree in every round. It sets depth, top-k and nodes.
+    In [[0], [1], [0, 0]], [1] is the second most probable token, [0, 0] the most probable one after [0]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class DraftingOptions(TreeOptions, LengthOptions, ChainOptions):
         return TreeShape.static(read_paths(self.tree_paths), self.tree_leaving)
 
     def with_tree(self, nodes: int | None = None) -> DraftingOptions:
-        """The same with a tree, of so many nodes if given, and without what is said of chains.
+        """The same options with a tree, of `nodes` nodes if given, and without the flags of chains.
 
         Raises:
             UserError: for a number of nodes beside --tree-paths.
@@ -152,7 +152,7 @@ class DraftingOptions(TreeOptions, LengthOptions, ChainOptions):
         return [_flag(name) for name in self._changed(_OF_TREES)]
 
     def cost_flags(self) -> list[str]:
-        """The flags that tell what the rounds of one way of drafting cost, and were given."""
+        """The flags that were given and depend on measured costs, which differ between chains and trees."""
         return [_flag(name) for name in self._changed(_COSTS)]
 
     def _changed(self, names: tuple[str, ...]) -> list[str]:
@@ -182,13 +182,13 @@ class LoadingOptions:
     """How models are read and kept."""
 
     target_format: Literal["f32", "bf16", "int8"] = "f32"
-    """Of the target's weights; int8 takes a quarter of the memory of f32, and changes the target a little."""
+    """Format of the target's weights; int8 takes a quarter of the memory of f32, and changes the target a little."""
     draft_format: Literal["f32", "bf16", "int8"] = "f32"
-    """Of the draft's weights; the output stays the target's whatever it is."""
+    """Format of the draft's weights; it does not change the output, which stays the target's."""
     draft_vocabulary: Annotated[
         str | None, flag("FILE", "the list in the draft's sorted_draft.json, if any")
     ] = None
-    """List of tokens that any draft's head is read over, from infer.trim; full: all tokens."""
+    """List of tokens that the draft's head is read over, from infer.trim; full: all tokens."""
     compile_cache: Annotated[Path | None, flag("DIR", "$JAX_COMPILATION_CACHE_DIR, if set")] = None
     """Keep compiled programs here, so that the next start is quick."""
 

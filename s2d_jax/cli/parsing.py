@@ -46,9 +46,9 @@ def parse(
 
     Args:
         flags: the dataclass.
-        arguments: the words; None takes those that the process was given.
+        arguments: the words; None takes those of the process.
         default: an instance whose values take the place of the class's defaults.
-        module: the command's module, to name it where it was not started as a command.
+        module: the command's module, which names the command if it was not started as one.
 
     Raises:
         UserError: for anything wrong on the command line.
@@ -80,7 +80,7 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 def _optional(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Shows `int | None` as INT, not as {None}|INT; None may still be given, as it undoes what a file says."""
+    """Shows `int | None` as INT, not as {None}|INT; None may still be given, to undo what a file says."""
     kinds = typing.get_args(info.type)
     if info.type_origin not in (types.UnionType, typing.Union) or type(None) not in kinds:
         return None
@@ -121,7 +121,7 @@ def other_command(module: str) -> str:
 
 
 def _print_version() -> typing.NoReturn:
-    # Names the devices, so JAX begins.
+    # Imports JAX, to name the devices.
     from s2d_jax.cli.environment import versions
     from s2d_jax.machine import device_notice
 
@@ -131,7 +131,7 @@ def _print_version() -> typing.NoReturn:
 
 
 def _wrapped(docstring: str) -> str:
-    """A docstring for `--help`, where tyro wraps everything else. It joins lines that begin with a letter."""
+    """A docstring wrapped for `--help`, since tyro does not wrap it. It joins lines that begin with a letter."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
     width = min(_COLUMNS, shutil.get_terminal_size((_COLUMNS, 24)).columns)
     return "\n\n".join(
@@ -141,7 +141,7 @@ def _wrapped(docstring: str) -> str:
 
 @contextlib.contextmanager
 def _at_most_columns() -> Iterator[None]:
-    """Tyro fills the terminal, whose width it asks of COLUMNS first."""
+    """Limits the width of help: tyro fills the terminal, and takes its width from COLUMNS if that is set."""
     before = os.environ.get("COLUMNS")
     width = shutil.get_terminal_size((_COLUMNS, 24)).columns
     os.environ["COLUMNS"] = str(min(_COLUMNS, width))
@@ -197,5 +197,5 @@ def one_line(box: str) -> str:
     suggestions = [line.split()[0].rstrip(",") for line in lines if re.match(r"--\w", line)]
     if "Perhaps you meant" in plain and suggestions:
         message += f"; did you mean {suggestions[0]}?"
-    # tyro names the section before an error of ours, which names it already.
+    # tyro puts the section before our error, which names it already.
     return re.sub(r"^Error parsing ([\w.]+: )?", "", message)

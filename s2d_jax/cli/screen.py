@@ -31,7 +31,7 @@ def screen(*, stderr: bool = False) -> Console:
 
 
 class SharedProgress(Progress):
-    """Bars with the library's activities below them: a screen has one place for what moves."""
+    """Bars with the library's activities below them, since only one live display fits on a screen."""
 
     _ends = False
 
@@ -53,13 +53,13 @@ class SharedProgress(Progress):
 
 
 class CountingBar(SharedProgress):
-    """A progress bar on stderr; where that is no terminal, a line now and then."""
+    """A progress bar on stderr; without a terminal, a line now and then."""
 
     _last_line = 0.0
 
     def add_task(self, description: str, *args: Any, **fields: Any) -> TaskID:
         task_id = super().add_task(description, *args, **fields)
-        # Where activities are told as lines, this is one, which may be quiet for long until something of it is done.
+        # Where activities are shown as lines, this is one line; it may take long until the next.
         if not self.console.is_terminal and is_shown():
             total = self.tasks[-1].total
             of = "" if total is None else f" 0 of {total:.0f}"

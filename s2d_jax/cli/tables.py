@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-# What rich draws beside a column's text: a space on each side and a line.
+# Columns that rich draws beside a cell's text: a space on each side and a line.
 _BESIDE = 3
 
 
@@ -40,7 +40,7 @@ def print_table(
 
 
 def _widths(headings: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Widths of the columns: what the cells want, less where that is too much, but no less than the headings."""
+    """Widths of the columns: as wide as their cells; narrower where room is short, but never than the headings."""
     least = [cell_len(heading) for heading in headings]
     widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
     while sum(widths) + _BESIDE * len(widths) > room and widths != least:

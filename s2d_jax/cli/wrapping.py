@@ -1,4 +1,4 @@
-"""Answers on the screen, wrapped at words, also while they come."""
+"""Answers on the screen, wrapped at words, even while they arrive."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class WrappedText:
             elif self._column + width <= self._width:
                 self._file.write(piece)
                 self._column += width
-            elif piece.isspace():  # at the end of a line, where nobody misses it
+            elif piece.isspace():  # dropped at the end of a line
                 self._file.write("\n")
                 self._column = 0
             else:

@@ -59,7 +59,7 @@ def test_command_lines_are_read(monkeypatch, name):
         ({"method": "foo"}, "method 'foo:2' is unknown"),
         ({"nodes": "1"}, "--nodes 1 is no tree; give 2 or more"),
         ({"repeats": 0}, "repeats=0 must be at least 1"),
-        ({"drafting": DraftingOptions(tree=True)}, "--tree is said of single methods here"),
+        ({"drafting": DraftingOptions(tree=True)}, "--tree is set by method here"),
     ],
     ids=str,
 )

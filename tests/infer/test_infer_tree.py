@@ -59,7 +59,7 @@ def test_a_tree_is_a_suffix_of_what_drafts():
 
 def test_methods_have_the_tree_that_their_name_says(models):
     target, draft = load_model(models.large), load_draft(models.draft)
-    # What is said of chains is left out of trees: the heuristic, and ten tokens.
+    # Trees ignore the flags of chains: the heuristic, and twelve tokens.
     options = DraftingOptions(
         draft_length_rule="heuristic", max_draft_tokens=12, tree_depth=3, tree_top_k=6
     )
@@ -91,11 +91,13 @@ def test_flags_become_a_shape(tmp_path):
         DraftingOptions(tree=True, tree_paths=paths, tree_nodes=9).config()
     with pytest.raises(UserError, match="--num-draft-tokens counts a chain's tokens; a tree has"):
         DraftingOptions(tree=True, num_draft_tokens=2).config()
-    with pytest.raises(UserError, match=r"--tree is said of single methods here, as in --methods"):
+    with pytest.raises(
+        UserError, match=r"--tree is set by method here; add \+tree, as in --methods"
+    ):
         check_trees(("s2d",), DraftingOptions(tree=True))
     costs = {"draft_step_costs": ".1", "verify_costs": "1,1.1,1.2,1.3,1.4,1.5"}
     with pytest.raises(
-        UserError, match=r"--draft-step-costs is said of chains; leave out s2d\+tree"
+        UserError, match=r"--draft-step-costs is for chains; leave it out, or s2d\+tree"
     ):
         check_trees(("s2d", "s2d+tree"), DraftingOptions(guard=True, **costs))
     with pytest.raises(UserError, match="--tree-paths says which nodes a tree has; leave out :9"):
@@ -124,7 +126,7 @@ def test_files_that_hold_no_paths(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--tree",), "--tree is said of single methods here, as in --methods s2d,s2d+tree"),
+        (("--tree",), "--tree is set by method here; add +tree, as in --methods s2d,s2d+tree"),
         (("--tree-nodes", 9), "--tree-nodes shapes trees; add a method with one"),
         (("--methods", "s2d+tree:3"), "nodes=3 of a tree must be 5"),
         (("--methods", "s2d+tree:0"), "nodes=0 of a tree must be 5"),
@@ -157,7 +159,10 @@ def test_mistakes_of_bench_get_one_line(
             ("--draft", "{draft}", "--explain", 2, "--draft-length-rule", "heuristic"),
             "--explain shows trees, and greedy chains of a fixed length; add --tree",
         ),
-        (("--draft", "{draft}", "--explain", 2, "--temperature", 1), "add --tree, or leave out"),
+        (
+            ("--draft", "{draft}", "--explain", 2, "--temperature", 1),
+            "add --tree, or use temperature 0",
+        ),
     ],
 )
 def test_mistakes_of_generate_get_one_line(models, monkeypatch, capsys, flags, message):
