@@ -13,14 +13,14 @@ from train.config.sections import Config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(FlagsWithConfig):
-    """Train a sorted draft. Every field of the configuration is a flag, and goes before the file.
+    """Train a sorted draft. Every field of the configuration is a flag, and overrides the file.
 
     Most used beside --config: --model.path, --data.paths, --train.run-dir, --train.resume.
     """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a training; returns the exit status, 2 for a mistake of the user's. `train.run.command` has the others."""
+    """Runs a training; returns the exit status, 2 for a mistake of the user's. `train.run.command` lists the others."""
     found = []
     if status := status_of(lambda: found.extend(_begin(arguments))):
         return status

@@ -1,4 +1,4 @@
-"""Medusa-1 (Cai et al. 2024, arXiv 2401.10774): heads on a frozen target. SoFT's memory is compared with theirs.
+"""Medusa-1 (Cai et al. 2024, arXiv 2401.10774): heads on a frozen target, whose memory is compared with SoFT's.
 
 A sorted draft is trained without its target; Medusa's heads read the target's last state, so every step runs the whole
 target. Head k of Y predicts the token k + 1 steps ahead (section 2.1.1):
@@ -49,8 +49,8 @@ class MedusaConfig:
     Attributes:
         num_heads: Y; the paper finds that five suffice.
         decay: head k's loss weighs `decay ** k`.
-        target_dtype: of the frozen weights.
-        compute_dtype: of activations and products; the heads' master weights, losses and moments are f32.
+        target_dtype: dtype of the frozen weights.
+        compute_dtype: dtype of activations and products; the heads' master weights, losses and moments are f32.
         batch_size: packed rows per step, over all devices.
         accumulate: each step is computed in this many equal parts.
         loss_chunk: positions per row whose logits are held at once, for one head at a time.
@@ -92,7 +92,7 @@ class MedusaState(flax.struct.PyTreeNode):
 
     Attributes:
         heads: f32, `residual` `[Y, D, D]` and `lm_head` `[Y, V, D]`.
-        opt_state: the optimizer's moments of them.
+        opt_state: the optimizer's moments of the heads.
     """
 
     heads: Params
@@ -112,9 +112,9 @@ class HeadSums(flax.struct.PyTreeNode):
 
 
 def head_targets(batch: Batch, num_heads: int) -> tuple[jax.Array, jax.Array]:
-    """What each head is to predict at each position, and where that counts.
+    """What each head must predict at each position, and where that counts.
 
-    Head k at position t is to say token t + k + 1. It counts where that token is an assistant's and of the document of t.
+    Head k at position t predicts token t + k + 1. It counts if that token is an assistant's and in the document of t.
 
     Args:
         batch: whose targets and weights are those of the next token.
@@ -155,16 +155,16 @@ def medusa_gradient(
 ) -> tuple[HeadSums, Params]:
     """Sums of every head, and the gradient of `sum_k scale_k loss_k` by the heads' parameters.
 
-    The heads come one after the other, each `chunk` positions of a row at a time, and the gradient is taken with the loss: so
-    the logits of one chunk of one head are all that exists of `[Y, B, T, V]`.
+    The heads are computed one after the other, each over `chunk` positions of a row at a time, and the gradient is taken with
+    the loss. So of `[Y, B, T, V]` logits, only those of one chunk of one head exist at a time.
 
     Args:
         heads: stacked on the first axis.
         hidden_BTD: the frozen target's states after its final norm.
-        targets_YBT, weights_YBT: of `head_targets`.
+        targets_YBT, weights_YBT: from `head_targets`.
         scale_Y: f32, weight of each head's summed loss.
         chunk: positions per row whose logits are held at once.
-        mesh: over which the heads are split, if they are.
+        mesh: the mesh that the heads are split over; None if they are not.
     """
 
     def chunk_loss(head, scale, h_BWD, targets_BW, weights_BW):
@@ -201,8 +201,8 @@ def medusa_gradient(
 def _placed(head: Params, mesh: Mesh | None, rules: dict[str, Any]) -> Params:
     """One head's arrays, split by `rules`.
 
-    Left to itself, the partitioner of XLA (jaxlib 0.10.2) gives wrong gradients of `residual` on a mesh of three axes. Weights
-    that are gathered over fsdp before they are used leave it no choice, and are gathered once for all chunks.
+    Without this, XLA's partitioner (jaxlib 0.10.2) computes wrong gradients of `residual` on a mesh of three axes. So weights
+    are gathered over fsdp before they are used, once for all chunks.
     """
     if mesh is None:
         return head
@@ -226,7 +226,7 @@ class MedusaTrainer:
     """The compiled step of one run.
 
     Attributes:
-        config: of the heads.
+        config: how the heads are trained.
         model_config: the target's shape.
         mesh: with axes data, fsdp, tensor; rows are split over the first two.
 
@@ -285,7 +285,7 @@ class MedusaTrainer:
         return jax.eval_shape(self._start, jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def place_trunk(self, params: Params) -> Params:
-        """The weights of the target that a step reads, in their own dtype, on the mesh: all but a head that is not tied."""
+        """The weights of the target that a step reads, in `target_dtype`, on the mesh: all but a head that is not tied."""
         dtype = jnp.dtype(self.config.target_dtype)
 
         def cast(trunk):
@@ -294,14 +294,14 @@ class MedusaTrainer:
         return jax.jit(cast, out_shardings=self.trunk_sharding)(self._trunk(params))
 
     def init_state(self, params: Params) -> MedusaState:
-        """Heads that predict what the target of these `params` does, and an optimizer that has seen nothing."""
+        """Heads that predict what the target with these `params` predicts, and a new optimizer."""
         start = jax.jit(self._start, out_shardings=self.state_sharding)
         return start(self._own_head(params))
 
     def compile_step(self, state: MedusaState, trunk: Params, batch: Batch):
         """`(state, trunk, batch, progress) -> (state, metrics)`, compiled; the state is donated, the trunk only read.
 
-        `metrics` holds f32: `loss`, `loss_Y`, `accuracy_Y`, `grad_norm`, `learning_rate`, and `tokens` (padding apart).
+        `metrics` holds f32: `loss`, `loss_Y`, `accuracy_Y`, `grad_norm`, `learning_rate`, and `tokens` (without padding).
         """
         sharding, whole = self.state_sharding, replicated(self.mesh)
         step = jax.jit(
@@ -314,7 +314,7 @@ class MedusaTrainer:
             return step.lower(state, trunk, batch, np.float32(0)).compile()
 
     def _trunk(self, tree: Any) -> Any:
-        """What is read of a tree of the target's parameters, or of their shardings."""
+        """The part of a tree of the target's parameters, or of their shardings, that a step reads."""
         return {name: value for name, value in tree.items() if name != "lm_head"}
 
     def _own_head(self, params: Params) -> Any:
@@ -332,7 +332,7 @@ class MedusaTrainer:
         return MedusaState(heads, make_optimizer(self.config.optim).init(heads))
 
     def _hidden(self, trunk: Params, batch: Batch) -> jax.Array:
-        """The target's states `[B, T, D]` after its final norm. No gradient is ever asked of them."""
+        """The target's states `[B, T, D]` after its final norm. No gradient flows into them."""
         model = Transformer(self.model_config, dtype=jnp.dtype(self.config.compute_dtype))
         (hidden_BTD,) = apply_model(
             model,

@@ -1,4 +1,4 @@
-"""Configurations from strict YAML that holds differences only, with overrides from the command line."""
+"""Configurations from strict YAML that holds only differences from the defaults, with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class FlagsWithConfig:
     """The flags of a command that reads a configuration: its own, `--config`, and every field of the configuration."""
 
     config: Annotated[Path, flag("FILE")]
-    """YAML with what differs from the defaults; configs/NAME.yaml of s2d-jax are known everywhere."""
+    """YAML with what differs from the defaults. configs/NAME.yaml, which come with s2d-jax, are found from any directory."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -119,8 +119,8 @@ def parse_command_line(flags: type[Flags], arguments: Sequence[str] | None, modu
 
     Args:
         flags: the command's own, with those of the configuration.
-        arguments: the words; None takes those that the process was given.
-        module: the command's.
+        arguments: the words; None takes those of the process.
+        module: the command's module.
 
     Raises:
         UserError: for anything wrong in the file or on the command line.

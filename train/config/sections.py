@@ -13,7 +13,7 @@ from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.errors import require
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
-# Of `train`: what is 1 or more.
+# Fields of `train` that must be 1 or more.
 _COUNTS = (
     "batch_size", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
@@ -26,13 +26,13 @@ class ModelSection:
     path: Annotated[str, flag("MODEL")]
     """Hugging Face directory or hub id, or a .gguf file."""
     num_layers: Annotated[int | None, flag("INT", "all")] = None
-    """The draft is the first this many layers of the model."""
+    """The draft is this many of the model's first layers."""
     layers: Annotated[tuple[int, ...], flag("INT ...", "those of --model.num-layers")] = ()
-    """Or these layers of it, counted from 0, such as 0 2 4 ... 22."""
+    """Or these layers of the model, counted from 0, such as 0 2 4 ... 22."""
     lora_rank: int = 0
-    """Low-rank adapters of this rank on every matrix of the layers; 0 has none."""
+    """Rank of low-rank adapters on every matrix of the layers; 0 adds none."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Activations and products; master weights, loss and optimizer stay f32."""
+    """Dtype of activations and products; master weights, loss and optimizer stay f32."""
     remat: Switch = True
     """Recompute each layer in the backward pass: less memory, a third more work."""
 
@@ -54,7 +54,7 @@ class ModelSection:
 
     @property
     def depth(self) -> int | None:
-        """Layers of the draft, as far as the configuration alone tells."""
+        """Layers of the draft, if the configuration alone tells."""
         return len(self.layers) or self.num_layers
 
 
@@ -67,15 +67,15 @@ class DraftSection:
     exit_weights: Annotated[tuple[float, ...], flag("FLOAT ...", "equal")] = ()
     """Weight of each exit's loss, one per exit."""
     exit_thresholds: Annotated[tuple[float, ...], flag("FLOAT ...", "0.5 ... 0.5 0")] = ()
-    """Confidence thresholds stored with the draft, one per exit, the last 0."""
+    """Confidence thresholds stored with the draft, one per exit; the last is 0."""
     exit_heads: Annotated[tuple[int, ...], flag("INT ...", "none")] = ()
     """Exits that get a head of their own, which starts as a copy of the shared one."""
     exit_adapters: Annotated[tuple[int, ...], flag("INT ...", "none")] = ()
     """Exits that get a residual low-rank adapter before the shared norm."""
     adapter_rank: int = 256
-    """Width of those adapters."""
+    """Rank of those adapters."""
     vocabulary: Annotated[str | None, flag("FILE", "all tokens")] = None
-    """List of tokens from infer.trim: the heads are read, and trained, over these only."""
+    """List of tokens from infer.trim: the heads are read and trained over these only."""
 
     def __post_init__(self):
         self.draft_config()
@@ -97,12 +97,12 @@ class DraftSection:
 
     @property
     def parts(self) -> ExitParts:
-        """What exits have of their own."""
+        """The parts that belong to single exits."""
         rank = self.adapter_rank if self.exit_adapters else 0
         return ExitParts(self.exit_heads, self.exit_adapters, rank)
 
     def draft_config(self) -> DraftConfig:
-        """The exits, thresholds and exits' own parts in the form that is stored with the draft."""
+        """The exits, their thresholds and their parts, as stored with the draft."""
         return DraftConfig(self.exit_layers, self.exit_thresholds, self.parts)
 
 
@@ -111,17 +111,17 @@ class ObjectiveSection:
     """What every exit learns: the next token, a teacher's distribution, or a mix of both."""
 
     ce_weight: float = 1.0
-    """Of the cross-entropy to the next token."""
+    """Weight of the cross-entropy to the next token."""
     distill_weight: float = 0.0
-    """Of the divergence from the teachers."""
+    """Weight of the divergence from the teachers."""
     divergence: Literal["forward_kl", "reverse_kl", "tvd"] = "forward_kl"
-    """Between a teacher's distribution and an exit's."""
+    """Divergence between a teacher's distribution and an exit's."""
     teachers: Annotated[tuple[str, ...], flag("MODEL ...", "none")] = ()
-    """Targets of the same vocabulary, as model directories, hub ids or .gguf; the mean over them is taken."""
+    """Targets of the same vocabulary, as model directories, hub ids or .gguf files; their divergences are averaged."""
     teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the teachers' weights and products."""
+    """Dtype of the teachers' weights and products."""
     teacher_top_k: int = 0
-    """Store this many of each teacher's probabilities per token before training; 0 runs the teachers in every step."""
+    """Store each teacher's this many largest probabilities per token before training; 0 runs the teachers in every step."""
 
     def __post_init__(self):
         for name in ("ce_weight", "distill_weight", "teacher_top_k"):
@@ -162,13 +162,13 @@ class DataSection:
     """Conversations, and how they become rows."""
 
     paths: Annotated[tuple[str, ...], flag("FILE ...")]
-    """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or a directory of save_to_disk, told apart by content."""
+    """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or what save_to_disk wrote; the content tells which."""
     weights: Annotated[tuple[float, ...], flag("FLOAT ...", "once")] = ()
-    """How often each row of each source is seen per epoch: 2.5 is twice, and half of them once more."""
+    """How often the rows of each source are seen per epoch: 2.5 is all rows twice, and half of them once more."""
     cache_dir: Annotated[str | None, flag("DIR", "$S2D_DATA_CACHE, else ~/.cache/s2d-jax/data")] = (
         None
     )
-    """Packed rows are kept here for later runs."""
+    """Where packed rows are kept for later runs."""
     max_length: int = 2048
     """Tokens per packed row; longer conversations are truncated and counted."""
     held_out_fraction: float = 0.01
@@ -229,7 +229,7 @@ class OptimSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSection:
-    """How long, how large the steps, and what is written when. The defaults are the paper's."""
+    """How long to train, how large the steps are, and what is written when. The defaults are the paper's."""
 
     run_dir: Annotated[str, flag("DIR")] = "runs/soft"
     """Receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
@@ -238,13 +238,13 @@ class TrainSection:
     batch_size: int = 128
     """Packed rows per step, over all devices."""
     accumulate: int = 1
-    """Each step is computed in this many equal parts: less memory, the same gradient."""
+    """Compute each step in this many equal parts: less memory, the same gradient."""
     epochs: float = 3.0
     """Passes over the rows; max_steps overrides it."""
     max_steps: Annotated[int | None, flag("INT", "as --train.epochs says")] = None
     """Stop after this many steps."""
     max_minutes: Annotated[float | None, flag("FLOAT", "no limit")] = None
-    """Stop after this many minutes (compilation apart); the schedule then follows whichever is further, steps or time."""
+    """Stop after this many minutes, compilation not counted; the schedule then follows steps or time, whichever is further."""
     learn: Annotated[
         tuple[Part, ...],
         flag("{trunk,lora,exit_heads,exit_adapters} ...", "the small parts if any, else all"),
@@ -253,7 +253,7 @@ class TrainSection:
     loss_chunk: int = 256
     """Positions per row whose logits are held at once."""
     seed: int = 0
-    """Orders the rows and chooses those held out."""
+    """Decides the order of the rows, and which are held out."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 200
@@ -324,7 +324,7 @@ class Config:
         return self.train.learn or self._small_parts() or ("trunk",)
 
     def check_exits(self, num_layers: int) -> None:
-        """Raises UserError unless the deepest exit is the draft's last layer: deeper layers would never learn anything."""
+        """Raises UserError unless the deepest exit is the draft's last layer: layers beyond it would never learn anything."""
         self.draft.draft_config().check_depth(num_layers)
         deepest = self.draft.exit_layers[-1]
         require(

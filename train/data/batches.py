@@ -32,10 +32,10 @@ def split_rows(num_rows: int, fraction: float, seed: int) -> tuple[np.ndarray, n
 def weighted_rows(
     indices: np.ndarray, sources: np.ndarray, weights: Sequence[float], seed: int
 ) -> np.ndarray:
-    """The rows of an epoch: those of a source of weight 2.25 twice each, and a quarter of them, drawn by `seed`, once more.
+    """The rows of an epoch: of a source of weight 2.25 each row twice, and a quarter of the rows, drawn by `seed`, once more.
 
     Args:
-        indices: rows to train on; those held out are drawn before, so that no copy of one is trained on.
+        indices: rows to train on. Held-out rows are removed before, so that no copy of one is trained on.
         sources: the source of every row, also of those that are not in `indices`.
         weights: one per source.
         seed: draws the share.
@@ -56,7 +56,7 @@ def weighted_rows(
 
 
 def rows_of_step(step: int, indices: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
-    """The `batch_size` rows of a step: epochs are permutations by (seed, epoch), their incomplete last batch is left out."""
+    """The `batch_size` rows of a step: epochs are permutations by (seed, epoch), without their incomplete last batch."""
     steps_per_epoch = len(indices) // batch_size
     epoch, position = divmod(step, steps_per_epoch)
     order = np.random.default_rng((seed, 2, epoch)).permutation(len(indices))
@@ -66,7 +66,7 @@ def rows_of_step(step: int, indices: np.ndarray, batch_size: int, seed: int) -> 
 def make_batch(rows: datasets.Dataset, indices: np.ndarray, sharding: NamedSharding) -> Batch:
     """The rows `indices` on the mesh; each process reads only the rows of its own devices.
 
-    An index of -1 is a row that counts nothing (to fill up an evaluation's last batch).
+    An index of -1 is a row of weight 0, which fills up an evaluation's last batch.
     """
     length = len(rows[0]["tokens"])
     cache: dict[bytes, dict[str, np.ndarray]] = {}
@@ -109,10 +109,10 @@ def _arrays(rows: datasets.Dataset, indices: np.ndarray) -> dict[str, np.ndarray
 def batches_of(
     indices: np.ndarray, size: int, make: Callable[[np.ndarray], Batch]
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """The rows `indices` in batches of `size`, the last filled up with rows that count nothing.
+    """The rows `indices` in batches of `size`, the last filled up with rows of weight 0.
 
     Yields:
-        For each row of the batch its place among `indices` (-1 where it fills up), and the batch.
+        For each row of the batch its place among `indices` (-1 if it only fills up the batch), and the batch.
     """
     for start in range(0, len(indices), size):
         chosen = indices[start : start + size]

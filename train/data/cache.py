@@ -1,7 +1,7 @@
 """Packed rows kept under a hash of everything that they depend on, so that a second run reads them instead of making them.
 
 An entry appears by one rename, after all of it is on the disk; processes that make the same entry at once do not disturb each
-other. What a read finds damaged is removed and made again.
+other. An entry that is found damaged is removed and made again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ CACHE_VARIABLE = "S2D_DATA_CACHE"
 ROWS = "rows"
 _ENTRY, _HASHES = "entry.json", "hashes.json"
 _LEFTOVER_SECONDS = 24 * 3600.0
-# Rows that version 0.1 made are those of today: these are hashes of the files that made them there. Whoever changes which rows
-# come out adds a word here, so that rows kept earlier are not taken for the new ones; tests/train/test_data_cache.py notices.
+# Part of every key. Today's rows equal those of version 0.1, so these are the hashes of the files that made the rows there. If
+# you change which rows come out, add a word here, so that rows kept earlier are not reused; tests/train/test_data_cache.py
+# fails until you do.
 _HOW_ROWS_ARE_MADE = [
     "c561a8b109819921e6a4ed543639e8b8d4aa1a74528741f02a22c95b9001ebb3",
     "e70c0435453e90040b8210cc5499d86f86d1ddb12917224d90fcb448255001d4",
@@ -50,7 +51,7 @@ def cache_directory(config: DataSection) -> Path:
 def cache_key(config: DataSection, tokenizer: Tokenizer) -> str:
     """SHA-256 of the sources' contents, the tokenizer with its template, the length of rows, and how they are made.
 
-    Names of files, weights and the seed are no part of it: rows do not depend on them.
+    Names of files, weights and the seed are not part of it: rows do not depend on them.
 
     Raises:
         UserError: for a source that cannot be read.
@@ -71,7 +72,7 @@ def _file_hash(path: Path) -> str:
 
 
 class DamagedRows(Exception):
-    """Saved rows are not what was saved."""
+    """Rows on disk differ from those that were saved."""
 
 
 def write_dataset(rows: datasets.Dataset, directory: Path) -> None:
@@ -85,7 +86,7 @@ def write_dataset(rows: datasets.Dataset, directory: Path) -> None:
 
 
 def read_dataset(directory: Path) -> datasets.Dataset:
-    """What `write_dataset` saved. Raises DamagedRows if it is not whole, FileNotFoundError if it is not there at all."""
+    """What `write_dataset` saved. Raises DamagedRows if it is damaged, FileNotFoundError if it does not exist."""
     if not directory.is_dir():
         raise FileNotFoundError(directory)
     try:
@@ -105,7 +106,7 @@ class RowsCache:
         self.directory = directory
 
     def find(self, key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None:
-        """The rows and facts of an entry that is whole, or None; one that is not is removed."""
+        """The rows and facts of an entry, or None; a damaged entry is removed."""
         entry = self.directory / key
         if not entry.is_dir():
             return None
@@ -117,7 +118,7 @@ class RowsCache:
             return None
 
     def keep(self, key: str, rows: datasets.Dataset, facts: dict[str, Any]) -> None:
-        """Adds an entry, unless another process was faster. Raises OSError if the disk refuses; nothing is left then."""
+        """Adds an entry, unless another process was faster. If the disk refuses, raises OSError and leaves nothing."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.directory))
@@ -135,7 +136,7 @@ class RowsCache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
-        """What killed processes left; a process that still writes is not that old."""
+        """Removes what killed processes left: files older than any that are still being written."""
         for path in self.directory.glob(".partial-*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:

@@ -1,10 +1,10 @@
-"""From a conversation to the token sequences that training sees, and which of their tokens the assistant writes.
+"""From a conversation to the token sequences to train on, and which of their tokens the assistant writes.
 
-The rule is that of decoding: behind the prompt that the chat template makes of the turns before an answer come the answer and
-its end-of-turn token, and these enter the loss. Most templates only append, so that all answers of a conversation stand in one
-sequence. Some write earlier turns in another way once the conversation goes on: thoughts are dropped (Qwen3, DeepSeek-R1), or
-the system message moves to the last question (Mistral). There, a sequence of its own is made for each answer that the later
-ones do not contain as it was when it was the last.
+The rule is that of decoding. The chat template makes a prompt of the turns before an answer; behind it stand the answer and its
+end-of-turn token, and these two enter the loss. Most templates only append, so all answers of a conversation fit into one
+sequence. Some templates rewrite earlier turns once the conversation goes on: they drop thoughts (Qwen3, DeepSeek-R1), or move
+the system message to the last question (Mistral). Then an answer gets a sequence of its own, unless a later sequence contains
+it, and the prompt before it, unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PROBE = "probe7c1e5"
 
 
 def training_turns(messages: list[Message]) -> tuple[list[Message], str]:
-    """The part of a conversation to train on, up to its last answer; or nothing, and why, as `usable_turns`."""
+    """The part of a conversation to train on, up to its last answer; or no turns and the reason, as in `usable_turns`."""
     kept = list(messages)
     while kept and kept[-1]["role"] != "assistant":
         kept.pop()
@@ -42,10 +42,10 @@ class _Answer:
 
     Attributes:
         text: prompt, answer, and what the template writes behind it.
-        start: where the answer begins, behind the prompt.
+        start: where the answer begins, right after the prompt.
         content_end: where its content ends.
-        end: where its end-of-turn token ends; without one in the template, its content.
-        cut_off: the answer was cut off at `content_end`: no model ended the turn there.
+        end: where its end-of-turn token ends; `content_end` if the template has no such token.
+        cut_off: the answer was cut off at `content_end`, so no end of turn is learned there.
     """
 
     text: str
@@ -56,7 +56,7 @@ class _Answer:
 
     @property
     def needed(self) -> str:
-        """What another text must begin with to serve this answer as well."""
+        """What another text must begin with to contain this answer unchanged."""
         return self.text[: self.content_end if self.cut_off else self.end]
 
 
@@ -67,7 +67,7 @@ def documents_of(
 
     Args:
         messages: as `training_turns` returns them.
-        tokenizer: of the model.
+        tokenizer: the model's.
 
     Raises:
         UserError: if the template refuses the conversation.
@@ -87,7 +87,7 @@ def documents_of(
 
 
 def _answer(history: list[Message], content: str, tokenizer: Tokenizer, cut_off: bool) -> _Answer:
-    """The text of `history` and an answer: the template's own where it holds the answer behind the prompt, else composed."""
+    """The text of `history` and an answer: the template's own text if the answer follows the prompt there, else composed."""
     prompt = tokenizer.render_chat(history, add_generation_prompt=True)
     text = _rendered(history, content, tokenizer)
     probe = _rendered(history, _PROBE, tokenizer)
@@ -103,10 +103,10 @@ def _answer(history: list[Message], content: str, tokenizer: Tokenizer, cut_off:
     if text.startswith(prompt) and _squashed(written).endswith(_squashed(body)):
         start = len(prompt)
     elif written.endswith(body) and prompt.startswith(written[: -len(body)].rstrip()):
-        # The prompt goes on with an opening, such as that of a thought, which this answer does not have.
+        # The prompt ends with an opening, such as that of a thought, which this answer does not have.
         start = len(written[: -len(body)].rstrip())
     else:
-        # Thoughts are dropped, or earlier turns are others once there is an answer: write it as the model would.
+        # The template drops thoughts, or rewrites earlier turns once there is an answer: write the answer as the model would.
         opened, start = _behind_prompt(prompt, before, content)
         content_end = len(opened)
         text = opened + closing
@@ -135,14 +135,14 @@ def _behind_prompt(prompt: str, before: str, content: str) -> tuple[str, int]:
     """Prompt and content in one text, and where the answer begins; `before` is what the template writes before answers."""
     opening = prompt[_shared_length(prompt, before) :]
     if opening.strip() and content.lstrip().startswith(opening.strip()):
-        # The data repeats the opening that the prompt ends with.
+        # The answer repeats the opening that the prompt ends with.
         content = content.lstrip()[len(opening.strip()) :].lstrip("\n")
     lead = before[len(before.rstrip()) :] if prompt == prompt.rstrip() else ""
     return prompt + lead + content, len(prompt)
 
 
 def _end_of_turn(closing: str, tokenizer: Tokenizer) -> int:
-    """How many characters of what follows an answer's content the model writes: up to the first token that stops it."""
+    """How many characters of `closing`, which follows an answer's content, the model writes: up to its first stop token."""
     ids, ends = tokenizer.encode_with_ends(closing)
     stops = set(tokenizer.stop_token_ids)
     return next((end for token, end in zip(ids, ends, strict=True) if token in stops), 0)
@@ -153,8 +153,8 @@ def _masked(
 ) -> tuple[list[int], list[bool]]:
     """Ids of `text`, and which of them belong to `answers`.
 
-    An answer ends with the first token that stops decoding; without one in the template, where the template's text of that
-    answer ends; and one that was cut off with its content.
+    An answer ends with the first token that stops decoding. If the template has none, it ends with the template's text of the
+    answer. An answer that was cut off ends with its content.
     """
     ids, ends = tokenizer.encode_with_ends(text)
     stops, mask = set(tokenizer.stop_token_ids), [False] * len(ids)

@@ -1,4 +1,4 @@
-"""What became of the conversations: how many of each source were left out, and why."""
+"""What happened to the conversations: how many of each source were left out, and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# Counts in the order of the table, in its words; those of conversations first, then those of documents and rows.
+# Counts and their names in the table, in its order: those of conversations first, then those of documents and rows.
 _WORDS = {
     "conversations": "conversations read",
     "no_answer": "left out: no answer",
@@ -33,20 +33,20 @@ class SourceReport:
     """Counts of one source.
 
     Attributes:
-        path: of the source.
+        path: where the source is.
         weight: how often each of its rows is seen per epoch.
-        conversations: read.
+        conversations: conversations read.
         no_answer: left out: no user turn followed by an answer.
         roles_do_not_alternate: left out: two turns of one role in a row, or a system message in the middle.
         empty_turn: left out: nothing but white space in the first question or answer.
-        refused_by_template: left out: the chat template does not take it.
+        refused_by_template: left out: the chat template refuses it.
         shortened: kept, without turns before the first question, behind the last answer, or from an empty turn on.
-        documents: token sequences made; more than one of a conversation whose turns the template rewrites.
-        truncated: of those, cut at the length of a row.
-        truncated_before_any_answer: of those, left out because the cut came before any answer.
+        documents: token sequences made; a conversation whose turns the template rewrites makes more than one.
+        truncated: documents cut at the length of a row.
+        truncated_before_any_answer: truncated documents left out because the cut came before any answer.
         rows: packed rows.
-        tokens: in them, padding apart.
-        answer_tokens: of those, what the assistant writes; they enter the loss.
+        tokens: tokens in these rows, without padding.
+        answer_tokens: tokens that the assistant writes; they enter the loss.
     """
 
     path: str
@@ -75,7 +75,7 @@ class DataReport:
 
     Attributes:
         sources: one report each, in the order of `data.paths`.
-        cache: what the cache had to do with it, in words.
+        cache: whether the rows came from the cache or were kept in it, in words.
         refusal: what a chat template said when it refused the first conversation; "" if it refused none.
     """
 
@@ -94,7 +94,7 @@ class DataReport:
         return {**dataclasses.asdict(self), "total": self.total}
 
     def __str__(self) -> str:
-        """A table of at most 100 columns: for each source what was read, left out (only what happened) and packed."""
+        """A table of at most 100 columns: what was read, left out (unless 0) and packed of each source."""
         table = Table(title="data", title_justify="left")
         table.add_column("source", overflow="fold", max_width=36)
         table.add_column("what")

@@ -1,7 +1,7 @@
 """From conversations to packed rows, and from (seed, step) to batches.
 
-Tokenizing and packing happen once, before training; what a step sees is then a pure function of the seed and the step, so
-the state of the data is one integer and does not depend on the number of hosts.
+Tokenizing and packing happen once, before training. Then the rows of a step are a pure function of the seed and the step, so
+the state of the data is one integer, whatever the number of hosts.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def build_rows(
 
     Args:
         config: the sources and the length of rows.
-        tokenizer: of the model.
-        vocab_size: of the model.
-        on_progress: told what is being done, how much of it is, and how much there is to do.
+        tokenizer: the model's.
+        vocab_size: the model's.
+        on_progress: called with what is being done, how much is done, and how much there is to do.
 
     Returns:
         A map-style dataset of rows of `max_length`: `tokens` (int32), `segment_ids` (int32; 0 is padding), `answer` (bool), and
-        `source` (int32), the place in `config.paths` of the source that all of the row's documents come from.
+        `source` (int32), index in `config.paths` of the one source that the row's documents come from.
 
     Raises:
         UserError: for an unreadable or corrupt source, one with nothing to train on, or for ids beyond `vocab_size`.
@@ -83,7 +83,7 @@ def build_rows(
 def _make_rows(
     config: DataSection, tokenizer: Tokenizer, on_progress: OnProgress
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Rows, and what is told of them: counts of each source, the highest id, and the first refusal of the template."""
+    """Rows and facts about them: counts of each source, the highest id, and the template's first refusal."""
     parts, counts, refusals, highest = [], [], [], 0
     for number, path in enumerate(config.paths):
         on_progress(f"reading {Path(path).name}", 0, 1)

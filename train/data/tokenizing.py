@@ -1,4 +1,4 @@
-"""All conversations of a source to token sequences, in one process or several."""
+"""Turns all conversations of a source into token sequences, in one process or several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from s2d_jax.text.conversations import Message
 from s2d_jax.text.tokenizer import Tokenizer
 from train.data.documents import documents_of
 
-# Told what is done, how much of it is, and how much there is to do.
+# Called with what is being done, how much is done, and how much there is to do.
 OnProgress = Callable[[str, int, int], None]
 
 _CHUNK = 100
@@ -23,14 +23,14 @@ _CHUNK = 100
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Token sequences, one behind the other in two arrays.
+    """Token sequences, one after another in two arrays.
 
     Attributes:
-        tokens: int32, of all documents, each cut at the length of a row.
-        answer: bool, the same shape: which of them the assistant writes.
-        starts: int64, where each document begins, and at the end where the last one ends.
+        tokens: int32, the tokens of all documents, each cut at the length of a row.
+        answer: bool, the same shape: which tokens the assistant writes.
+        starts: int64, where each document begins, and finally where the last one ends.
         whole_lengths: int64, tokens of each document before the cut.
-        refused: what the template said of each conversation that it did not take.
+        refused: what the template said of each conversation that it refused.
     """
 
     tokens: np.ndarray

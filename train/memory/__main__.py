@@ -1,6 +1,6 @@
-"""What training takes in memory, a sorted draft against Medusa heads: `python -m train.memory [--target NAME_OR_DIR ...]`.
+"""Memory of training, a sorted draft against Medusa heads: `python -m train.memory [--target NAME_OR_DIR ...]`.
 
-The real steps are compiled ahead of time for shapes alone: there are no weights, and no accelerator is needed.
+The real steps are compiled ahead of time from shapes alone: no weights and no accelerator are needed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _TPU = "v5p:2x2x2"
 class Args:
     """Memory of each device while a sorted draft, or Medusa heads of a target, are trained.
 
-    The defaults are the paper's batch and length, and one row on a device at a time.
+    The defaults are the paper's batch and length, with one row at a time on each device.
     """
 
     target: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
@@ -91,7 +91,7 @@ class Args:
     """Medusa heads."""
     topology: Annotated[str, flag("TOPOLOGY")] = "auto"
     """What to compile for: cpu (devices of this machine, however few cores it has), or TPU chips such as v5p:2x2x2.
-    TPU chips need the libtpu package and no TPU. auto takes v5p:2x2x2 where libtpu is, else cpu."""
+    TPU chips need the libtpu package but no TPU. auto is v5p:2x2x2 if libtpu is installed, else cpu."""
     mesh: MeshConfig = MeshConfig(fsdp=8)
     batch_size: int = 128
     """Packed rows per step, over all devices."""
@@ -102,13 +102,13 @@ class Args:
     loss_chunk: int = 256
     """Positions per row whose logits are held at once."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Activations and products. What is trained is float32."""
+    """Dtype of activations and products. Trained weights are float32."""
     target_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """The frozen target's weights."""
+    """Dtype of the frozen target's weights."""
     remat: Switch = True
-    """Recompute the draft's layers in the backward pass. Nothing flows back into a frozen target."""
+    """Recompute the draft's layers in the backward pass. (A frozen target has no backward pass.)"""
     quick: Switch = True
-    """Let the TPU compiler spend little on speed: it is several times as fast, and temporaries come out a little different."""
+    """Let the TPU compiler optimise less: it compiles several times as fast, and temporaries differ a little."""
     out: Annotated[Path | None, flag("DIR", "the screen only")] = None
     """Write memory.json and memory.md into this directory."""
 
@@ -138,7 +138,7 @@ def run(args: Args) -> list[StepMemory]:
             jax.config.update("jax_optimization_level", "O1")
     try:
         mesh = make_mesh(args.mesh, _devices(topology, math.prod(args.mesh.shape)))
-    except AssertionError as error:  # how JAX refuses chips whose cores are devices of their own
+    except AssertionError as error:  # JAX refuses chips whose cores are separate devices with this
         raise UserError(f"--topology {topology} makes no mesh: {error}") from None
     steps = plan(args, mesh)
     console = screen()
@@ -211,7 +211,7 @@ def _devices(topology: str, count: int) -> list[Any]:
         UserError: if libtpu is absent, or does not know the topology.
     """
     if topology == "cpu":
-        # Too late in a process that has used its devices, as tests have; a mesh then says what is missing.
+        # Too late if the process has used its devices, as in tests; then making the mesh says what is missing.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
         return jax.devices("cpu")
@@ -219,7 +219,7 @@ def _devices(topology: str, count: int) -> list[Any]:
 
 
 def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> list[StepMemory]:
-    """Under a bar, or with a line for each step where there is no terminal."""
+    """Measures steps under a bar, or with a line for each step if there is no terminal."""
     rows: list[StepMemory] = []
     with Progress(
         TextColumn("{task.description}"),
@@ -232,7 +232,7 @@ def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> 
         speed_estimate_period=3600.0,  # seconds; a program of many layers compiles for minutes
         disable=not console.is_terminal,
     ) as bar:
-        # A backward pass is about three forward passes to compile, too.
+        # Compiling a backward pass, too, takes about as long as compiling three forward passes.
         work = [step.num_layers * (1 if step.frozen else 4) for step in steps]
         task = bar.add_task("", total=sum(work))
         for step, amount in zip(steps, work, strict=True):
@@ -312,9 +312,9 @@ def _json(args: Args, topology: str, rows: list[StepMemory]) -> dict[str, Any]:
 
 
 def _prepare_process() -> None:
-    """Nothing runs here: an accelerator of this machine is left alone."""
+    """Keeps off this machine's accelerator, since nothing runs here."""
     jax.config.update("jax_platforms", "cpu")
-    # For a CPU, XLA otherwise orders work for its threads: every layer's temporaries would exist at once.
+    # Without this, XLA orders work on a CPU for its threads, and every layer's temporaries would exist at once.
     flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_enable_concurrency_optimized_scheduler=false")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 

@@ -8,7 +8,7 @@ from train.step.trainer import Trainer
 
 
 def soft_step(trainer: Trainer) -> StepToCompile:
-    """Sorted Fine-Tuning of a draft: no target takes part in it."""
+    """Sorted Fine-Tuning of a draft, without any target."""
     state, config = trainer.abstract_state(), trainer.config
     placed = _placed(state, trainer.state_sharding)
     batch = shapes_of_batch(config.train.batch_size, config.data.max_length)

@@ -10,15 +10,15 @@ from train.objective.labels import Labels
 
 
 class _Walk(flax.struct.PyTreeNode):
-    """The counted positions of each row, brought to its front and cut into chunks.
+    """The counted positions of each row, moved to its front and cut into chunks.
 
-    Rows stay where they are: positions move within a row, so a batch that is split over devices stays so.
+    Positions move within their row only, so a batch that is split over devices stays split.
 
     Attributes:
-        order_BC: int32, position of the s-th in this order; the counted ones first, C in whole chunks.
-        place_BT: int32, the inverse.
-        count_B: int32, how many count.
-        chunks: int32 scalar, chunks until all rows are through.
+        order_BC: int32, the positions in this order, counted ones first; C is a whole number of chunks.
+        place_BT: int32, the inverse of `order_BC`.
+        count_B: int32, how many positions count.
+        chunks: int32 scalar, chunks until every row is done.
         size: W, positions per chunk.
     """
 
@@ -63,7 +63,7 @@ class _Walk(flax.struct.PyTreeNode):
         return piece.replace(weights_BT=jnp.where(counted_BW, piece.weights_BT, 0.0))
 
     def empty(self, hiddens: tuple[jax.Array, ...]) -> jax.Array:
-        """Zeros `[E, B, C, D]` for what `put` writes."""
+        """Zeros `[E, B, C, D]`, for `put` to write into."""
         B, _, D = hiddens[0].shape
         return jnp.zeros((len(hiddens), B, self.padded_length, D), hiddens[0].dtype)
 
@@ -72,7 +72,7 @@ class _Walk(flax.struct.PyTreeNode):
         return jax.lax.dynamic_update_slice_in_dim(all_EBC, chunk_EBW, i * self.size, axis=2)
 
     def put_back(self, all_EBC: jax.Array, num_exits: int) -> tuple[jax.Array, ...]:
-        """What `put` wrote, every position where it was: one `[B, T, ...]` per exit; 0 where nothing counts."""
+        """What `put` wrote, with every position back in place: one `[B, T, ...]` per exit; 0 at positions that do not count."""
         place = self.place_BT.reshape(*self.place_BT.shape, *(1,) * (all_EBC.ndim - 3))
         counts = place < self.count_B.reshape(-1, *(1,) * (place.ndim - 1))
         moved = [

@@ -1,4 +1,4 @@
-"""What one position is to learn: cross-entropy to the next token, and divergences from a teacher's distribution."""
+"""What one position learns from: cross-entropy to the next token, and divergences from a teacher's distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 Divergence = Literal["forward_kl", "reverse_kl", "tvd"]
 
-# Probabilities below this count as this: the rest of a distribution, one minus a sum, may round to 0.
+# The least probability of the rest of a distribution, because the rest, one minus a sum, may round to 0.
 _TINY = 1e-7
 
 
@@ -40,14 +40,14 @@ def divergence(kind: Divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Arra
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if kind == "tvd":
         return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
-    # A finite log where p or q is 0, so that neither 0 * inf nor its gradient arises.
+    # The log is finite where p or q is 0, so that neither 0 * inf nor its gradient occurs.
     log_p, log_q = (jnp.maximum(x, jnp.log(jnp.float32(1e-30))) for x in (log_p, log_q))
     weight = p if kind == "forward_kl" else q
     return jnp.sum(weight * (log_p - log_q if kind == "forward_kl" else log_q - log_p), axis=-1)
 
 
 def with_rest(log_probs: jax.Array) -> jax.Array:
-    """Adds one outcome for all tokens that are not among the k given: `[..., k]` -> `[..., k + 1]`.
+    """Adds one outcome that stands for all other tokens: `[..., k]` -> `[..., k + 1]`.
 
     Lumping outcomes together never increases an f-divergence, so divergences over the top k and the rest are lower bounds of
     those over the whole vocabulary (the data-processing inequality; Csiszar 1967).
@@ -63,10 +63,10 @@ def at_tokens(log_q: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def restricted(log_probs: jax.Array, known: jax.Array) -> jax.Array:
-    """Top-k log-probabilities and their rest, without the tokens that the draft's list lacks, adding up to 1 again.
+    """Top-k log-probabilities and their rest, normalised again without the tokens that the draft's list lacks.
 
     Args:
-        log_probs: f32 `[..., k + 1]`, the last entry the rest.
+        log_probs: f32 `[..., k + 1]`; the last entry is the rest.
         known: bool `[..., k]`, True where the draft's list has the token.
     """
     kept = jnp.where(known, log_probs[..., :-1], -jnp.inf)

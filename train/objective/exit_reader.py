@@ -30,8 +30,8 @@ class Reading:
 
     Attributes:
         model: the draft's shape.
-        dtype: of its products.
-        exit_layers, parts: where it is read, and what exits have of their own.
+        dtype: of the draft's products.
+        exit_layers, parts: where the draft is read, and the parts that belong to single exits.
         objective: what the exits learn.
         teachers: shapes of the teachers that run in every step.
         vocabulary_U: int32, the list of tokens that heads are read over; None for all.
@@ -52,12 +52,12 @@ class Reading:
 
     @property
     def transformer(self) -> Transformer:
-        """The draft; its head is over the list where there is one."""
+        """The draft; its head is over the list of tokens, if there is one."""
         size = None if self.vocabulary_U is None else len(self.vocabulary_U)
         return Transformer(self.model, self.dtype, trimmed_head_size=size, parts=self.parts)
 
     def head_params(self, params: Params) -> Params:
-        """What `logits` needs of the draft's parameters, with the listed rows of the heads where there is a list."""
+        """The part of the draft's parameters that `logits` needs; if there is a list, with the listed rows of the heads."""
         table = shared_head(self.model).ours[0]
         own = {name: value for name, value in params.items() if name.startswith(_OWN)}
         if self.vocabulary_U is None:
@@ -73,7 +73,7 @@ class Reading:
         return {"final_norm": params["final_norm"], **own, **rows}
 
     def exit_hiddens(self, params: Params, batch, *, remat: bool = False) -> tuple[jax.Array, ...]:
-        """The states `[B, T, D]` at the exits, of a `train.data.batch.Batch`."""
+        """The states `[B, T, D]` at the exits, for a `train.data.batch.Batch`."""
         return apply_model(
             self.transformer,
             params,
@@ -93,7 +93,7 @@ class Reading:
         """The `TokenFunction` of training: `loss`, `ce`, `correct`, and with teachers `divergence`, each `[E, B, W]`.
 
         Args:
-            learned, fixed: two halves of the head parameters; fixed also holds those of the teachers.
+            learned, fixed: the two halves of the head parameters; fixed also holds the teachers' heads.
         """
         objective = self.objective
         head = join_params(learned, fixed["head"])
@@ -103,7 +103,7 @@ class Reading:
         logits_BEWU = self._exit_logits(head, h_EBWD)
         total_BEW = jax.nn.logsumexp(logits_BEWU, axis=-1)
         ce_BEW = cross_entropy(logits_BEWU, targets_BW[:, None, :])
-        # No token has a smaller one. An argmax takes XLA's CPU backend ten times as long as a maximum.
+        # True if no token has a smaller cross-entropy. On XLA's CPU backend an argmax takes ten times as long as a maximum.
         best_BEW = ce_BEW <= total_BEW - jnp.max(logits_BEWU, axis=-1)
         ce_BEW = jnp.where(listed_BW[:, None, :], ce_BEW, 0.0)
         correct_BEW = (listed_BW[:, None, :] & best_BEW).astype(jnp.float32)
@@ -143,13 +143,13 @@ class Reading:
         return {name: jnp.stack(value) for name, value in values.items()}
 
     def logits(self, head: Params, h_BWD: jax.Array, exit_layer: int) -> jax.Array:
-        """f32 `[B, W, U]` of an exit."""
+        """f32 logits `[B, W, U]` of an exit."""
         return apply_model(self.transformer, head, "logits", h_BWD, exit_layer=exit_layer)
 
     def _exit_logits(self, head: Params, h_EBWD: jax.Array) -> jax.Array:
-        """f32 `[B, E, W, U]`; what exits share is multiplied at once, for larger products are faster.
+        """f32 logits `[B, E, W, U]`. Exits that share a head are multiplied at once, because larger products are faster.
 
-        The batch comes first: it is split over devices, and stays so when all but the last axis become one.
+        The batch axis comes first: it is split over devices, and stays split when all axes but the last are merged.
         """
         if not self.parts.exits:
             return self.logits(head, jnp.swapaxes(h_EBWD, 0, 1), self.exit_layers[-1])
@@ -157,7 +157,7 @@ class Reading:
         return jnp.stack([self.logits(head, h_BWD, exit_layer) for exit_layer, h_BWD in each], 1)
 
     def _indices(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where the head's entries have these tokens, and whether they have them at all."""
+        """The entries of the head for these tokens, and whether the head has them."""
         if self.vocabulary_U is None:
             return ids, jnp.ones_like(ids, dtype=bool)
         index_V = np.full(self.model.vocab_size, -1, np.int32)
@@ -175,7 +175,7 @@ class Reading:
             logits_BWU = jnp.take(logits_BWU, jnp.asarray(self.vocabulary_U), axis=-1, mode="clip")
 
         def both(log_q_BWU):
-            # Models of one tokenizer pad their tables differently; the common entries are the tokens.
+            # Models of one tokenizer pad their tables differently; the entries that both have are the tokens.
             common = min(logits_BWU.shape[-1], log_q_BWU.shape[-1])
             cut = (jax.nn.log_softmax(x[..., :common], axis=-1) for x in (logits_BWU, log_q_BWU))
             return tuple(cut)

@@ -1,4 +1,4 @@
-"""The sorted loss: what every exit is to learn, at the positions that count, without ever holding all logits."""
+"""The sorted loss: the loss of every exit, at the positions that count, without ever holding all logits."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def sorted_loss(
         loss = sum_e w_e * sum_t loss(head(norm(h_e,t))) / sum_e w_e
 
     With cross-entropy and equal weights this is the unweighted mean of Sorted Fine-Tuning (Valipour et al. 2023, arXiv
-    2309.08968), as S2D trains its draft (arXiv 2407.01955). Only positions that count are read: each row's are brought
-    together and taken `chunk` at a time, so logits exist for that many positions of each row. Their gradient is taken at
-    once, in the forward pass, so that no logits are stored or computed twice.
+    2309.08968), as S2D trains its draft (arXiv 2407.01955). Only positions that count are read: they are gathered
+    in each row and taken `chunk` at a time, so logits exist for only that many positions of each row. Their gradient is
+    computed right away, in the forward pass, so that no logits are stored or computed twice.
 
     Args:
-        token_values: the loss of some positions, and what else is to be summed up. It must not look across positions.
+        token_values: computes the loss at some positions, and other values to sum up. It must not look across positions.
         learned: the parameters that `token_values` is differentiated by.
-        fixed: what else it takes.
+        fixed: its other parameters.
         exit_hiddens: one `[B, T, D]` state per exit.
-        labels: of all positions.
+        labels: the labels of all positions.
         exit_weights: one per exit, not all 0.
         chunk: positions per row whose logits are held at once.
-        through_hiddens: the states depend on something learned. Where they do not, their gradient is not computed.
+        through_hiddens: the states depend on something learned. If false, their gradient is not computed.
 
     Returns:
         The f32 loss, summed over counted tokens, and the sums f32 `[E]` of all values, which carry no gradient.

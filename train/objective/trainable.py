@@ -1,4 +1,4 @@
-"""Which parameters learn: the trunk, low-rank adapters on it, or what exits have of their own."""
+"""Which parameters learn: the trunk, low-rank adapters on it, or the parts that belong to single exits."""
 
 from __future__ import annotations
 

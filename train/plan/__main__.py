@@ -48,7 +48,7 @@ class Collectives:
 
     Attributes:
         count: how many.
-        bytes: of their results on one chip, in sum.
+        bytes: bytes of their results on one chip, added up.
     """
 
     count: int
@@ -61,10 +61,10 @@ class StepPlan:
 
     Attributes:
         devices: chips of the mesh.
-        params, optimizer, batch: arguments of the step, from their shardings.
-        arguments: the same as the compiler counts them, with its padding.
-        temporaries: activations, gradients and whatever else exists during the step only.
-        collectives: by kind.
+        params, optimizer, batch: the step's arguments, computed from their shardings.
+        arguments: all arguments as the compiler counts them, with its padding.
+        temporaries: activations, gradients and whatever else exists only during the step.
+        collectives: what the chips send each other, by kind.
     """
 
     devices: int
@@ -77,7 +77,7 @@ class StepPlan:
 
     @property
     def total(self) -> int:
-        """The state is updated in place, so arguments and temporaries are all."""
+        """Arguments and temporaries; there is nothing else, since the state is updated in place."""
         return self.arguments + self.temporaries
 
 
@@ -132,7 +132,7 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
     for match in _COLLECTIVE.finditer(hlo):
         shapes = _SHAPE.findall(match["result"])
         sizes = [_size(bits, dims) for _, bits, dims in shapes]
-        # A start returns what it was given, too; its result is the last and largest.
+        # A -start instruction also returns its operands; its result is the last and largest.
         size = max(sizes, default=0) if "-start(" in match[0] else sum(sizes)
         before = found.get(match["kind"], Collectives(0, 0))
         found[match["kind"]] = Collectives(before.count + 1, before.bytes + size)
@@ -150,7 +150,7 @@ def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> M
     `shapes/NAME.json` beside the config, NAME being the last part of `model.path`.
 
     Raises:
-        UserError: if none of them is there, or the exits do not fit.
+        UserError: if none of them exists, or the exits do not fit.
     """
     path = Path(config.model.path)
     beside = config_file.parent / "shapes" / f"{path.name}.json"
@@ -204,13 +204,13 @@ class Args(FlagsWithConfig):
     topology: Annotated[str | None, flag("v5p:2x2x2", "as --devices says")] = None
     """TPU chips to compile for."""
     devices: Annotated[int | None, flag("INT", "as --topology says")] = None
-    """Or so many fake CPU devices."""
+    """Or the number of fake CPU devices to compile for."""
     slices: int = 1
-    """TPU slices of that topology."""
+    """How many TPU slices of that topology."""
     shape: Annotated[
         Path | None, flag("FILE", "that of --model.path, or one that s2d-jax knows")
     ] = None
-    """config.json of a model that is not here."""
+    """config.json of a model that is not on this machine."""
     json: Annotated[Path | None, flag("FILE", "the screen only")] = None
     """Write the same figures to this file."""
 
@@ -231,7 +231,7 @@ def run(args: Args) -> None:
     if (args.topology is None) == (args.devices is None):
         raise UserError("give --topology v5p:2x2x2 or --devices 8: one of them")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
-    # A cached program for chips that are not there cannot be read back.
+    # A cached program for chips that this machine lacks cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
     config, console = args.settings, screen()
     shape = draft_shape(config, here_or_shipped(args.config), args.shape)
@@ -239,7 +239,7 @@ def run(args: Args) -> None:
         devices = tpu_devices(args.topology, args.slices)
         place = f"{args.slices} x {args.topology}" if args.slices > 1 else args.topology
     else:
-        assert args.devices is not None  # one of them is there
+        assert args.devices is not None  # one of them was given
         devices, place = _fake_devices(args.devices), f"{args.devices} CPU devices"
     mesh = make_mesh(config.mesh, devices)
     with console.status(f"compiling for {mesh.size} devices"):
@@ -256,7 +256,7 @@ def _fake_devices(count: int) -> list:
         raise UserError(f"--devices {count} must be at least 1")
     # JAX adds its flags to the class at run time.
     before = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    with contextlib.suppress(RuntimeError):  # too late where something was computed already
+    with contextlib.suppress(RuntimeError):  # too late if something was computed already
         jax.config.update("jax_num_cpu_devices", max(count, before))
     if len(jax.devices("cpu")) < count:
         raise UserError(

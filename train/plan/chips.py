@@ -1,4 +1,4 @@
-"""Chips that are not there: what a program is compiled for ahead of time."""
+"""Chips that this machine lacks, to compile programs for ahead of time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from s2d_jax.errors import UserError
 
-# What libtpu would ask the machine; it only has to be there. Several processes may compile at a time: none takes a chip.
+# What libtpu would ask the machine; any values will do. Several processes may compile at a time, since none takes a chip.
 _NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -17,7 +17,7 @@ _NO_TPU_HERE = {
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list:
-    """Chips that only the compiler knows.
+    """Chips that exist only for the compiler.
 
     Args:
         topology: such as "v5p:2x2x2" for 8 chips.

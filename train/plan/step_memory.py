@@ -24,10 +24,10 @@ class StepToCompile:
     Attributes:
         system: what is trained.
         target: the target that it needs; None where any will do.
-        num_layers: that run in a step.
+        num_layers: layers that run in a step.
         frozen: weights that are only read.
         trained: weights that are learned.
-        optimizer: their moments.
+        optimizer: the moments of the trained weights.
         compile: compiles the step.
     """
 
@@ -46,13 +46,13 @@ class StepMemory:
 
     Attributes:
         system, target: of `StepToCompile`.
-        devices: that share the step.
-        frozen, trained, optimizer: of the state, from shapes and shardings.
-        arguments, outputs, aliased, temporaries, code: of `compiled.memory_analysis()`; None where the compiler found that the
+        devices: how many devices share the step.
+        frozen, trained, optimizer: the state, from shapes and shardings.
+        arguments, outputs, aliased, temporaries, code: from `compiled.memory_analysis()`; None if the compiler found that the
             step does not fit.
-        peak: arguments, outputs that are not in the place of arguments, temporaries and code. For a step that does not fit,
-            what the compiler says that it needs, or None.
-        compile_seconds: that compiling took.
+        peak: arguments, outputs that do not reuse the memory of arguments, temporaries and code. For a step that does not fit,
+            the need that the compiler states, or None.
+        compile_seconds: seconds of compiling.
     """
 
     system: str
@@ -97,7 +97,7 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 
 def bytes_per_device(placed: Any) -> int:
-    """Of a tree of arrays, or of shapes with shardings: the largest part that a device holds."""
+    """The most bytes that a device holds of a tree of arrays, or of shapes with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(placed)
@@ -105,10 +105,10 @@ def bytes_per_device(placed: Any) -> int:
 
 
 def measure_step(step: StepToCompile, devices: int) -> StepMemory:
-    """Compiles, which may take minutes, and asks the compiler.
+    """Compiles the step, which may take minutes, and asks the compiler for its memory.
 
     Raises:
-        jax.errors.JaxRuntimeError: if the compiler fails for another reason than too little memory.
+        jax.errors.JaxRuntimeError: if the compiler fails for a reason other than too little memory.
     """
     started = time.perf_counter()
     found = _analysis(step)
@@ -147,9 +147,10 @@ def _analysis(step: StepToCompile) -> dict[str, int | None]:
 
 
 def bytes_needed(message: str) -> int | None:
-    """What XLA's TPU compiler says a program would need that does not fit; None where it gives no number.
+    """What a program that does not fit would need, from the message of XLA's TPU compiler; None if it gives no number.
 
-    Either `Used 215.17G of 95.74G hbm` or `the total memory required for HLO temporaries (161.54G)`, arguments included.
+    The message has `Used 215.17G of 95.74G hbm` or `the total memory required for HLO temporaries (161.54G)`; both include
+    arguments.
     """
     found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
     return int(float(found[1]) * _SIZES[found[2]]) if found else None

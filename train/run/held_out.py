@@ -29,8 +29,8 @@ class Watch:
         config: the run.
         held_out: indices of rows.
         make: `indices -> Batch`.
-        expected_tokens: int32, what the watched target would write at each position of the held-out rows; None takes the
-            answers' own tokens, which are the same where a target wrote them greedily.
+        expected_tokens: int32, the token that the watched target would write at each position of the held-out rows; None takes
+            the answers' own tokens, which are the same if the target wrote them greedily.
     """
 
     config: Config
@@ -39,10 +39,10 @@ class Watch:
     expected_tokens: np.ndarray | None = None
 
     def evaluate(self, step: EvalStep, params: Any) -> dict[str, Any] | None:
-        """The row of the metrics file for these parameters; None where nothing is held out.
+        """The row of the metrics file for these parameters; None if nothing is held out.
 
         Returns:
-            `loss` (the exits' weighted cross-entropy), `loss_per_exit`, and what `acceptance` says.
+            `loss` (the exits' weighted cross-entropy), `loss_per_exit`, and what `acceptance` returns.
         """
         with activity(
             f"evaluating on {len(self.held_out)} held-out rows", total=len(self.held_out)

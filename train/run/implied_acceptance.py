@@ -29,7 +29,7 @@ def answers_of_row(
 
     Args:
         counted_T: bool, whether the position's next token is an assistant's.
-        agrees_ET, confidence_ET: of all positions.
+        agrees_ET, confidence_ET: as in `HeldOutAnswer`, for all positions of the row.
     """
     edges = np.flatnonzero(np.diff(np.concatenate([[0], counted_T.astype(np.int8), [0]])))
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
@@ -37,9 +37,9 @@ def answers_of_row(
 
 
 def rounds_of_chain(agrees_T: np.ndarray, draft_tokens: int) -> int:
-    """Target passes that write an answer when chains of at most `draft_tokens` are drafted; the first token is the prefill's.
+    """Target passes needed to write an answer with chains of at most `draft_tokens`; prefill emits the first token.
 
-    Exact for greedy answers: as long as drafted tokens agree, the draft has seen what it sees here.
+    Exact for greedy answers: as long as drafted tokens agree, the draft sees the same text as here.
 
     >>> rounds_of_chain(np.array([1, 1, 1, 0, 1, 1], bool), 2)
     2
@@ -65,11 +65,11 @@ def acceptance(
     thresholds: Sequence[float],
     draft_tokens: int,
 ) -> dict[str, Any]:
-    """What the metrics file says of the held-out answers.
+    """The figures of the held-out answers for the metrics file.
 
     Returns:
-        `agreement_per_exit`, `mat_per_exit` (of a chain from that exit alone), and of S2D at `thresholds`: `exit_histogram`
-        (shares) and `s2d_mat`. A MAT is None where no answer has two tokens.
+        `agreement_per_exit`, `mat_per_exit` (with chains from that exit alone), and for S2D at `thresholds` `exit_histogram`
+        (shares) and `s2d_mat`. A MAT is None if no answer has two tokens.
     """
     names = [str(layer) for layer in exit_layers]
     agrees_ET = np.concatenate([answer.agrees_ET for answer in answers], axis=1)
@@ -92,7 +92,7 @@ def acceptance(
 
 
 def mean_acceptance_length(agrees: Sequence[np.ndarray], draft_tokens: int) -> float | None:
-    """Tokens per target pass, the prefill's token and pass left out."""
+    """Tokens per target pass, without prefill's token and pass."""
     rounds = sum(rounds_of_chain(agrees_T, draft_tokens) for agrees_T in agrees)
     tokens = sum(max(len(agrees_T) - 1, 0) for agrees_T in agrees)
     return tokens / rounds if rounds else None

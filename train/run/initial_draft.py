@@ -26,7 +26,7 @@ class Start:
     Attributes:
         config: its shape.
         params: f32, with the small parts that the configuration asks for, which change nothing yet.
-        tokenizer: of the model that it starts from.
+        tokenizer: that of the model that it starts from.
         vocabulary: the list of tokens that its heads are read over; None for all.
     """
 
@@ -37,10 +37,11 @@ class Start:
 
 
 def load_start(config: Config, mesh: Mesh) -> Start:
-    """Reads the model that the draft starts from, and makes the draft of it.
+    """Reads the model that the draft starts from, and makes the draft from it.
 
     Raises:
-        UserError: if the exits do not fit the depth, the rows the context, the list the vocabulary, or there is no tokenizer.
+        UserError: if exits are deeper than the draft, rows longer than the context, the list is of another vocabulary, or there
+            is no tokenizer.
     """
     section = config.model
     model = load_model(section.path, mesh=mesh)

@@ -1,4 +1,4 @@
-"""The steps of a run: training, evaluations and checkpoints on the way."""
+"""The steps of a run: training, with evaluations and checkpoints on the way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from train.run.terminal import ProgressReport
 from train.step.trainer import Trainer, TrainState
 
 PICTURE = "progress.png"
-# What says how good a checkpoint is.
+# The figure that says how good a checkpoint is.
 _SCORE = "s2d_mat"
 
 
@@ -39,7 +39,7 @@ class Run:
 
     Attributes:
         step: steps taken; with the seed it is the whole state of the data.
-        elapsed: seconds of training so far, compilation apart.
+        elapsed: seconds of training so far, without compilation.
         training, held_out: indices of rows.
         mat: the mean acceptance length of the last evaluation and its step; None before the first, or with nothing held out.
     """
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Where the run ends unless its minutes are over before."""
+        """The step at which the run ends, unless its minutes are over before."""
         section = self.trainer.config.train
         per_epoch = len(self.training) // section.batch_size
         return section.max_steps or max(1, round(per_epoch * section.epochs))
@@ -70,8 +70,8 @@ class Run:
         """Trains to the end, with evaluations and checkpoints on the way.
 
         Raises:
-            Preempted: once SIGTERM came and a checkpoint is written.
-            UserError: once a loss or a gradient is not finite; no checkpoint is written of parameters that give such a one.
+            Preempted: after SIGTERM, once a checkpoint is written.
+            UserError: once a loss or a gradient is not finite; parameters that give one are never written to a checkpoint.
         """
         section = self.trainer.config.train
         batch = self._batch(self.step)
@@ -138,20 +138,20 @@ class Run:
             self.report.update(min(1.0, self.share), row)
 
     def _clock(self) -> float:
-        """Seconds of training so far. Where they decide when the run ends, all processes read one clock."""
+        """Seconds of training so far. If they decide when the run ends, all processes read one clock."""
         seconds = time.perf_counter() - self._began
         limited = self.trainer.config.train.max_minutes is not None
         return of_main_process(seconds) if limited else seconds
 
     def _run_step(self, *, update: bool) -> dict[str, np.ndarray]:
-        """Loss, gradient and, if `update`, the update of the next step's rows; returns the metrics."""
+        """Computes loss and gradient of the next step's rows and, if `update`, updates the parameters; returns the metrics."""
         # Half a step ahead, so that neither the first nor the last step has a rate of 0.
         progress = jnp.float32(self.share + 0.5 / self.total_steps)
         batch = self._batch(self.step)
         self.state, metrics = self._step(
             self.state, self.teachers.params, batch, progress, jnp.bool_(update)
         )
-        # Waiting for every step costs little beside one.
+        # Waiting after every step costs little compared with the step.
         return jax.device_get(metrics)
 
     def _check_finite(self, metrics: dict[str, np.ndarray], when: str) -> None:
@@ -194,16 +194,16 @@ class Run:
                 draw_progress(self.run_dir / METRICS, self.run_dir / PICTURE)
 
     def _save(self, *, judged: bool) -> None:
-        """Starts a checkpoint; after SIGTERM not `judged`, for there may be no time for an evaluation.
+        """Starts a checkpoint; after SIGTERM not `judged`, because there may be no time for an evaluation.
 
-        A step's loss tells of the parameters before its update. So what a resumed run would compute first, the loss and the
-        gradient of the next step's rows, is computed before anything is written.
+        A step's loss is that of the parameters before its update. So the loss and the gradient of the next step's rows, which a
+        resumed run would compute first, are checked before anything is written.
         """
         with activity("checking the parameters to be saved"):
             metrics = self._run_step(update=False)
         self._check_finite(metrics, f"after the update of step {self.step}")
         if judged and len(self.held_out) and (self.mat is None or self.mat[0] != self.step):
-            self._evaluate()  # which checkpoint is the best is known of each
+            self._evaluate()  # every checkpoint gets a score
         metadata = {"elapsed_seconds": self.elapsed}
         score = None if self.mat is None or self.mat[0] != self.step else self.mat[1]
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}

@@ -14,9 +14,9 @@ TENSORBOARD = "tensorboard"
 
 
 class MetricsFile:
-    """Appends one JSON object per line, after dropping what an earlier process wrote beyond `last_step`.
+    """Appends one JSON object per line, after removing what an earlier process wrote after `last_step`.
 
-    Only an `active` one touches the file: the main process's. `tensorboard` names a directory that gets the same numbers.
+    It touches the file only if it is `active`, as in the main process. `tensorboard` is a directory that gets the same numbers.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends `row` at once, so that it can be followed while the run goes on."""
+        """Appends `row` at once, so that the file can be followed while the run goes on."""
         if self._file is not None:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
@@ -64,7 +64,7 @@ class TensorBoardFile:
             raise UserError(
                 "watch.tensorboard=True needs tensorboardX; python -m pip install 's2d-jax[tensorboard]'"
             ) from None
-        # What an earlier process wrote beyond its last checkpoint is hidden.
+        # Hides what an earlier process wrote after its last checkpoint.
         self._writer = SummaryWriter(str(directory), purge_step=resumed_after + 1)
 
     def write(self, row: dict[str, Any]) -> None:

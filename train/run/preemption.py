@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h, "try again later": everything is saved. A shell reports 143 of a process that SIGTERM killed before
-# it could save, so a launcher can tell the two apart.
+# EX_TEMPFAIL of sysexits.h, "try again later": everything is saved. A shell reports 143 for a process that SIGTERM killed
+# before it could save, so a launcher can tell the two cases apart.
 PREEMPTED_STATUS = 75
 
 
@@ -23,10 +23,10 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Whether to save and end, asked once after every step.
+    """Decides whether to save and end; it is asked once after every step.
 
-    A single process takes notice of SIGTERM by itself. Several leave that to JAX's coordination service, which also hears of a
-    TPU's maintenance: a signal to any of them makes all stop at the same step, the next that none has begun.
+    A single process handles SIGTERM itself. Several processes leave it to JAX's coordination service, which is also told of a
+    TPU's maintenance: a signal to any of them makes all stop at the same step, the next that no process has begun.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM no longer kills this process, it is remembered."""
+        """Inside the block, SIGTERM does not kill this process but is remembered."""
         if jax.process_count() > 1:
             yield
             return

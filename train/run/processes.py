@@ -30,7 +30,7 @@ _GOOGLE_PCI_VENDOR = "0x1ae0"
 
 
 def start_processes(environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes of this run, if the environment tells of any. To be called before anything is computed.
+    """Joins the other processes of this run, if the environment names any. Call it before anything is computed.
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are used where they are set.
     Without them the hosts of a TPU pod find each other; any other machine runs one process.
@@ -46,7 +46,7 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _parsed(given: dict[str, str]) -> tuple[str, int, int]:
-    """Address, number of processes and number of this one."""
+    """Address, number of processes, and index of this one."""
     if missing := [name for name in _VARIABLES if name not in given]:
         raise UserError(
             f"{', '.join(given)} is set but {', '.join(missing)} is not; set all three, or none for a single process"
@@ -77,18 +77,18 @@ def is_main_process() -> bool:
 
 
 def _client() -> Any:
-    """The coordination service, as seen by one of several processes."""
+    """The client of JAX's coordination service, in a run of several processes."""
     return distributed.global_state.client
 
 
 def wait_for_all(point: str) -> None:
-    """Returns once every process has come to this point, which none passes twice."""
+    """Returns once every process has called it with the same `point`; each name may be used once."""
     if jax.process_count() > 1:
         _client().wait_at_barrier(f"s2d/{point}", _LONGEST_WAIT_MS)
 
 
 def of_main_process(value: float) -> float:
-    """The main process's value of a number, such as a reading of its clock, on every process."""
+    """Gives every process the main process's value of a number, such as a reading of its clock."""
     if jax.process_count() == 1:
         return value
     # Doubles would become floats on the way.
@@ -99,9 +99,9 @@ def of_main_process(value: float) -> float:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """A failure inside ends all processes of the run, which might otherwise wait for the failed one.
+    """A failure inside the block ends all processes of the run, which might otherwise wait for the failed one.
 
-    Each prints why, on one line, and exits with the status of the first.
+    Each prints why, on one line, and exits with the status of the one that failed first.
     """
     if jax.process_count() == 1:
         yield

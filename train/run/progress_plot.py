@@ -1,4 +1,4 @@
-"""A picture of a run that is drawn anew at every evaluation: loss, agreement and mean acceptance length by exit."""
+"""A picture of a run, redrawn at every evaluation: loss, agreement and mean acceptance length by exit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from s2d_jax.cli.figures import (
 )
 
 _Row = dict[str, Any]
-# More points than a panel has pixels hide each other.
+# If a panel had more points than pixels, they would hide each other.
 _MOST_POINTS, _MOST_MARKERS = 500, 12
 
 
@@ -32,7 +32,7 @@ def draw_progress(metrics: Path, out: Path) -> None:
 
 
 def progress_figure(rows: list[_Row]) -> Figure:
-    """Panels for loss, agreement and MAT, a line per exit. An evaluation that could not tell leaves a gap."""
+    """Panels for loss, agreement and MAT, a line per exit. An evaluation without a value leaves a gap."""
     steps = [row for row in rows if "held_out" not in row]
     held_out = [row for row in rows if "held_out" in row]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -73,7 +73,7 @@ def progress_figure(rows: list[_Row]) -> Figure:
 
 
 def _plot(axes, steps: np.ndarray, values: np.ndarray, style: Style) -> None:
-    """A line with some markers; a point between two gaps, which is no line, has one always."""
+    """A line with some markers; a single point between two gaps always has a marker."""
     known = np.pad(np.isfinite(values), 1)
     alone = known[1:-1] & ~known[:-2] & ~known[2:]
     some = np.arange(len(values)) % -(-len(values) // _MOST_MARKERS) == 0
@@ -87,6 +87,6 @@ def _curve(rows: list[_Row], name: str, layer: str | None) -> tuple[np.ndarray, 
 
 
 def _means(steps: np.ndarray, values: np.ndarray, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of `each` neighbours; what is left over at the end is left out."""
+    """Means of `each` neighbours; an incomplete group at the end is left out."""
     whole = len(steps) // each * each
     return tuple(x[:whole].reshape(-1, each).mean(1) for x in (steps, values))

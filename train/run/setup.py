@@ -35,7 +35,7 @@ from train.step.trainer import Trainer, TrainState
 
 _CONFIG = "config.yaml"
 _ROWS = "rows"
-# A run that goes on keeps these.
+# Fields that a resumed run must keep.
 _KEPT = (
     "model.path", "model.num_layers", "model.layers", "model.lora_rank", "draft.exit_layers", "draft.parts",
     "draft.vocabulary", "objective.teachers", "objective.teacher_top_k", "watch.target", "train.learn", "data.paths",
@@ -50,7 +50,7 @@ def train(config: Config) -> Path:
         The run's directory.
 
     Raises:
-        UserError: for anything that the user can repair; the last good checkpoint is then intact.
+        UserError: for anything that the user can repair; the last good checkpoint stays intact.
     """
     run_dir = Path(config.train.run_dir)
     _check_run_dir(run_dir, config)
@@ -76,7 +76,7 @@ def train(config: Config) -> Path:
 
 
 def _remove_partial(run_dir: Path) -> None:
-    """Removes what a process that was killed while it wrote left behind."""
+    """Removes half-written files of a killed process."""
     for path in run_dir.glob(".*partial*"):
         _remove(path)
 
@@ -111,7 +111,7 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
 
 
 def _check_resume(run_dir: Path, config: Config) -> None:
-    """What decides which rows a step sees, or what the checkpoint holds, cannot change when a run goes on."""
+    """Refuses changes to fields that decide which rows a step sees, or what the checkpoint holds."""
     before = load_config(run_dir / _CONFIG)
     for field in _KEPT:
         old, new = (operator.attrgetter(field)(each) for each in (before, config))
@@ -123,7 +123,7 @@ def _check_resume(run_dir: Path, config: Config) -> None:
 
 
 def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
-    """A new run; nothing is written before model and data are known to be good."""
+    """Begins a new run; nothing is written before model and data are known to be good."""
     mesh = make_mesh(config.mesh)
     start = load_start(config, mesh)
     wait_for_all("draft loaded")
@@ -170,7 +170,7 @@ def _listed(vocabulary: DraftVocabulary | None) -> np.ndarray | None:
 
 
 def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
-    """The run of `run_dir` after its newest checkpoint, on any mesh."""
+    """Continues the run of `run_dir` from its newest checkpoint, on any mesh."""
     _check_resume(run_dir, config)
     model_config, _ = read_run(run_dir)
     rows = load_rows(run_dir / _ROWS)

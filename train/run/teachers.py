@@ -1,4 +1,4 @@
-"""Targets in training: teachers that run in every step, what was stored of them, and what they would write on held-out rows."""
+"""Targets in training: teachers that run in every step, stored probabilities, and what targets would write on held-out rows."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _compiled(
     )
     inputs = model.params, batch
     with compiling("evaluate", "compiling a pass of the target", inputs), jax.set_mesh(mesh):
-        return step.lower(*inputs).compile()  # the mesh is for `over_rows`
+        return step.lower(*inputs).compile()  # `over_rows` needs the mesh
 
 
 def best_tokens(
@@ -86,8 +86,8 @@ def best_tokens(
     """What a target would write after each counted position: its argmax, int32 `[rows, T]`.
 
     Args:
-        batches: pairs of the places of a batch's rows in the result (negative: not a row) and the batch.
-        shape: of the result.
+        batches: pairs of a batch and, before it, the places of its rows in the result (negative: not a row).
+        shape: the shape of the result.
     """
     found = np.zeros(shape, np.int32)
     step = None
@@ -108,7 +108,7 @@ def store_top_k(
 ) -> None:
     """Writes the k most probable tokens of a teacher at every counted position, and their log-probabilities in f16.
 
-    f16 rounds a log-probability of -8 by 0.004, less than bfloat16 teachers do.
+    f16 rounds a log-probability of -8 by 0.004, which is less than the rounding of bfloat16 teachers.
     """
     k, T = config.objective.teacher_top_k, config.data.max_length
     ids = log_probs = None
@@ -157,7 +157,7 @@ class StoredTeacher:
             ) from None
 
     def batch(self, indices: np.ndarray, sharding: NamedSharding) -> TopK:
-        """The rows `indices` on the mesh; each process reads only its own."""
+        """The rows `indices` on the mesh; each process reads only its own rows."""
 
         def place(stored, dtype):
             def read(slices):
@@ -172,12 +172,13 @@ class StoredTeacher:
 
 @dataclasses.dataclass(frozen=True)
 class Teachers:
-    """What a run has of its targets.
+    """What a run uses of its targets.
 
     Attributes:
-        models: those that run in every step.
-        stored: what was stored of those that do not.
-        expected_tokens: int32, what the watched target writes at each position of the held-out rows; None if none is watched.
+        models: the teachers that run in every step.
+        stored: the stored probabilities of the teachers that do not.
+        expected_tokens: int32, the token that the watched target writes at each position of the held-out rows; None if no
+            target is watched.
     """
 
     models: tuple[Model, ...] = ()
@@ -195,7 +196,7 @@ class Teachers:
         return tuple(model.params for model in self.models)
 
     def add_to(self, batch: Batch, indices: np.ndarray, sharding: NamedSharding) -> Batch:
-        """The batch of these rows with what was stored for them."""
+        """The batch of these rows, with the stored probabilities for them."""
         top_k = tuple(stored.batch(indices, sharding) for stored in self.stored)
         return batch.replace(top_k=top_k) if top_k else batch
 
@@ -209,7 +210,7 @@ def prepare_teachers(
     held_out: np.ndarray,
     report: ProgressReport,
 ) -> Teachers:
-    """Loads the targets of a new run, one after the other, and stores what the run will need of them.
+    """Loads the targets of a new run, one after the other, and stores what the run will need from them.
 
     Raises:
         UserError: for a target that cannot be loaded or is of another vocabulary.
@@ -237,7 +238,7 @@ def prepare_teachers(
 
 
 def resume_teachers(config: Config, run_dir: Path, tokenizer: Tokenizer, mesh: Mesh) -> Teachers:
-    """The targets of a run that goes on.
+    """The targets of a resumed run.
 
     Raises:
         UserError: as `prepare_teachers`, and if what was stored is damaged.
@@ -262,7 +263,7 @@ def _watched(config: Config) -> str | None:
 
 
 def _reader(config: Config, mesh: Mesh, rows: datasets.Dataset, report: ProgressReport):
-    """`(what, indices)` -> batches of these rows, while the report tells how far `what` is."""
+    """`(what, indices)` -> batches of these rows; the report shows meanwhile how far `what` is."""
     sharding = batch_sharding(mesh)
 
     def read(what: str, indices: np.ndarray):

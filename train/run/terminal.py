@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, and a progress bar or, without a terminal, a line now and then."""
+"""What a run shows while it trains: a progress bar or, without a terminal, a line now and then."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class ProgressReport:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Prints one line, which stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def working(self, what: str, done: int, total: int) -> None:
-        """Shows how far something before training is; from `done == total` on no longer."""
+        """Shows how far some work before training is; ends at `done == total`."""
         if self._bar is not None:
             old = [task.id for task in self._bar.tasks if task.id != self._task]
             if not old:

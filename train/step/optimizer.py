@@ -1,4 +1,4 @@
-"""AdamW with clipping, and a schedule over the progress of the run rather than over its steps."""
+"""AdamW with clipping, and a schedule that follows the progress of the run, not its steps."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def learning_rate(progress: jax.Array, config: OptimSection) -> jax.Array:
 
 
 def make_optimizer(config: OptimSection) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled weight decay (Loshchilov & Hutter 2019); the step multiplies by the rate.
+    """Clipping by global norm, Adam, decoupled weight decay (Loshchilov & Hutter 2019); the step applies the learning rate.
 
-    Decay is for matrices only: norms and biases are vectors.
+    Decay applies to matrices only, not to norms and biases, which are vectors.
     """
 
     def is_matrix(params: Any) -> Any:

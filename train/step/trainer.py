@@ -30,8 +30,8 @@ class TrainState(flax.struct.PyTreeNode):
     """What a step changes.
 
     Attributes:
-        params: f32 master weights, those that are frozen among them.
-        opt_state: the optimizer's moments, of those that learn.
+        params: f32 master weights, frozen ones included.
+        opt_state: the optimizer's moments of the weights that learn.
     """
 
     params: Params
@@ -111,9 +111,9 @@ class Trainer:
     def compile_step(self, state: TrainState, batch: Batch, teachers: tuple[Params, ...] = ()):
         """`(state, teachers, batch, progress, update) -> (state, metrics)`, compiled; the state given is donated.
 
-        Where `update` is false the state comes back as it was, so that parameters can be tried with no second program or copy.
+        If `update` is false the state comes back unchanged, so that parameters can be checked without a second program or copy.
         `metrics` holds f32: `loss`; by exit `loss_E` (cross-entropy), `accuracy_E` and with teachers `divergence_E`;
-        `grad_norm`, `param_norm` (all of the parameters given), `learning_rate`, and `tokens` (padding apart).
+        `grad_norm`, `param_norm` (of all parameters given), `learning_rate`, and `tokens` (without padding).
         """
         sharding, whole = self.state_sharding, replicated(self.mesh)
         step = jax.jit(
@@ -144,7 +144,7 @@ class Trainer:
         return split_params(params, self.config.learned_parts)
 
     def _teacher_values(self, teachers: tuple[Params, ...], batch: Batch):
-        """For each teacher what its distributions are read from, and the head that reads them."""
+        """For each teacher, what its distributions are read from, and the head that reads them."""
         if batch.top_k:
             return batch.top_k, tuple({} for _ in batch.top_k)
         read = [(self.reading.teacher(i), params) for i, params in enumerate(teachers)]
@@ -163,7 +163,7 @@ class Trainer:
         batch: Batch,
         scale: jax.Array,
     ):
-        """The loss of these rows, times `scale`: one over the tokens that the whole step counts."""
+        """The loss of these rows, times `scale`, which is one over the tokens counted in the whole step."""
         trunk_learns = not {"trunk", "lora"}.isdisjoint(self.config.learned_parts)
         params = join_params(learned, frozen)
         hiddens = self.reading.exit_hiddens(
