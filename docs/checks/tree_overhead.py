@@ -66,7 +66,6 @@ class Args:
     target: str
     draft: str | None = None
     independent_draft: str | None = None
-    draft_vocabulary: str | None = None
     exit: int | None = None
     """Only this exit; else the shallowest and the deepest in use."""
     temperature: float = 0.0
@@ -332,7 +331,7 @@ def main(args: Args) -> None:
         raise UserError("there is nothing to draft with; give --draft or --independent-draft")
     use_compile_cache(args.loading.compile_cache)
     target = load_target(args.target, args.loading.target_format)
-    draft = load_listed_draft(path, args.draft_vocabulary, args.loading.draft_format)
+    draft = load_listed_draft(path, args.loading.draft_vocabulary, args.loading.draft_format)
     prompt = target.tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
     found = [
         measure(Rounds(decoder, prompt, args.temperature, args.rounds, index), args.repeats, name)

@@ -56,7 +56,6 @@ class Args:
     """Directory of sweep.md, sweep.json and sweep.png."""
     draft: str | None = None
     independent_draft: str | None = None
-    draft_vocabulary: str | None = None
     method: str = "s2d"
     """What drafts: s2d, sd@K or draft."""
     nodes: str = "4,8,16,24,32,48,60"
@@ -104,7 +103,7 @@ def main(args: Args) -> None:
     questions = read_questions(args.questions, max_questions=args.max_questions)
     loading = args.loading
     draft, independent = (
-        load_listed_draft(path, args.draft_vocabulary if path else None, loading.draft_format)
+        load_listed_draft(path, loading.draft_vocabulary if path else None, loading.draft_format)
         for path in (args.draft, args.independent_draft)
     )
     target = load_target(args.target, loading.target_format)
