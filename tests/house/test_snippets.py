@@ -146,6 +146,8 @@ def test_python_runs_as_pasted(name, tmp_path, monkeypatch, capsys, settings_are
     write_models(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    # A path that is not there is no hub id.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run_python([block for block in blocks_in(name) if block.language in PYTHON])
 
 
@@ -202,7 +204,7 @@ WRONG = {
     "make tests": "no target tests",
     "python docs/checks/none.py": "No such file",
     "python docs/checks/width_cost.py": "takes 1 to 3 words, not 0",
-    "python docs/checks/tree_sweep.py --target DIR --nods 3": "--nods",
+    "python docs/checks/tree_sweep.py --target DIR --questions FILE --out DIR --nods 3": "--nods, 3",
     "python docs/checks/suite_profile.py --nods 3": "has no flag --nods",
     'python docs/checks/alternate.py 3 "python docs/checks/none.py" "python docs/checks/plain_hf.py DIR 96"': "none.py",
 }  # fmt: skip
