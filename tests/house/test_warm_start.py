@@ -71,7 +71,7 @@ def test_stop_text_from_the_command_line(models, tmp_path, monkeypatch, capsys):
     run(generate.main, monkeypatch, *flags, "--stop", stop)
     assert json.loads(out.read_text())["response"] == text[: text.index(stop)]
     line = failing_run(generate.main, monkeypatch, capsys, *flags, "--stop", "")
-    assert "must be a tuple of texts" in line
+    assert "must be texts that are not empty" in line
 
 
 def traces(directory: Path) -> None:

@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_
         (("--mesh.fsdp", "4", "--mesh.data", "4", "--train.batch-size", "16"), "needs 16 devices"),
         (("--mesh.tensor", "4"), "num_kv_heads=2 does not divide by mesh axis tensor=4"),
         (("--data.paths", "nowhere.json"), "nowhere.json: No such file or directory"),
-        (("--train.resume"), "holds no checkpoint; train first"),
+        (("--train.resume",), "holds no checkpoint; train first"),
     ],
 )
 def test_a_bad_run_is_refused_in_one_line_and_leaves_nothing(
