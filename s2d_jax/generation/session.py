@@ -118,9 +118,15 @@ class Session:
             state = program(*inputs)
         self.seconds["compile"] += spent
         self._state = state
-        look = self.look()
+        with self._decoding() if rounds == UNLIMITED else contextlib.nullcontext():
+            look = self.look()
         self._spend(started, phase)
         return look
+
+    def _decoding(self) -> contextlib.AbstractContextManager:
+        """Shows that the device decodes, when nobody looks before it is done."""
+        most = max(row.max_new_tokens for row in self._plan.rows)
+        return activity(f"decoding up to {most:,} tokens", quiet=_SHORTEST_TOLD)
 
     def look(self) -> Look:
         """What the host can see now; waits for the device."""

@@ -20,6 +20,7 @@ import datasets
 import tokenizers
 import transformers
 
+from s2d_jax.progress.activity import activity
 from s2d_jax.text.conversations import content_hash
 from s2d_jax.text.tokenizer import Tokenizer
 from train.config.sections import DataSection
@@ -77,7 +78,8 @@ class DamagedRows(Exception):
 
 def write_dataset(rows: datasets.Dataset, directory: Path) -> None:
     """Saves rows with the hash of each file, and waits until all is on the disk."""
-    rows.save_to_disk(str(directory))
+    with activity("saving the rows"):
+        rows.save_to_disk(str(directory))
     files = sorted(directory.iterdir())
     hashes = {file.name: _file_hash(file) for file in files}
     (directory / _HASHES).write_text(json.dumps(hashes, indent=2), encoding="utf-8")

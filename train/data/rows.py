@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 
 from s2d_jax.errors import UserError
+from s2d_jax.progress.activity import activity
 from s2d_jax.text.conversations import Message, read_conversations
 from s2d_jax.text.tokenizer import Tokenizer
 from train.config.sections import DataSection
@@ -87,7 +88,8 @@ def _make_rows(
     parts, counts, refusals, highest = [], [], [], 0
     for number, path in enumerate(config.paths):
         on_progress(f"reading {Path(path).name}", 0, 1)
-        kept, left_out = _usable(read_conversations(path))
+        with activity(f"reading {Path(path).name}"):
+            kept, left_out = _usable(read_conversations(path))
         if not kept:
             raise UserError(f"{path}: no conversation has a user turn and an answer; check it")
         documents = tokenize_all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 
 import datasets
 import jax
@@ -11,6 +12,7 @@ import jax
 from s2d_jax.cli.command import told
 from s2d_jax.cli.parsing import other_command
 from s2d_jax.errors import UserError
+from s2d_jax.weights.runs import CHECKPOINTS
 from train.config.sections import Config
 from train.run.preemption import PREEMPTED_STATUS, Preempted
 from train.run.processes import end_all, ending_together, is_main_process, start_processes
@@ -23,14 +25,13 @@ def run(config: Config) -> int:
     A mistake of the user's is one line on stderr and status 2; a run that SIGTERM stopped and that can go on has status 75.
     Where several processes train together, the failure of one ends all.
     """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # they know nothing of ours
     try:
         start_processes()
         with ending_together():
             run_dir = train(config)
     except (UserError, OSError, KeyboardInterrupt) as error:
-        return _failed(*told(error, "go on from the last checkpoint with --train.resume"))
+        return _failed(*told(error, _after_interrupt(config)))
     except Preempted as stop:
         print(f"{stop}; go on with --train.resume", file=sys.stderr)
         return PREEMPTED_STATUS
@@ -51,6 +52,14 @@ def run(config: Config) -> int:
         export = other_command("infer.export")
         print(f"trained: {run_dir}\nexport with: {export} --run {run_dir} --out {run_dir}/export")
     return 0
+
+
+def _after_interrupt(config: Config) -> str:
+    """What is true after Ctrl-C: there may be no checkpoint yet."""
+    found = (Path(config.train.run_dir) / CHECKPOINTS).glob("*")
+    if any(path.name.isdigit() for path in found):
+        return "go on from the last checkpoint with --train.resume"
+    return f"no checkpoint was due yet (--train.checkpoint-every {config.train.checkpoint_every}), so nothing was saved"
 
 
 def _failed(status: int, message: str) -> int:
