@@ -10,6 +10,7 @@ import yaml
 
 from s2d_jax.cli.command import run_command_line, say_devices, starting
 from s2d_jax.cli.flags import Switch, flag
+from s2d_jax.progress.activity import activity
 
 _FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -51,21 +52,24 @@ def export(args: Args) -> None:
         from s2d_jax.weights.prepare import prepare_for_decode
         from s2d_jax.weights.runs import load_run
 
-    # A whole export folds LoRA in before it rounds.
-    dtype = args.dtype if args.adapters_only else "float32"
-    draft = load_run(args.run, args.step, dtype=jnp.dtype(dtype))
-    say_devices()
-    config = yaml.safe_load((args.run / "config.yaml").read_text(encoding="utf-8"))
-    base = config["model"]["path"]
+    with activity(f"exporting to {args.out}", key="export"):
+        # A whole export folds LoRA in before it rounds.
+        dtype = args.dtype if args.adapters_only else "float32"
+        draft = load_run(args.run, args.step, dtype=jnp.dtype(dtype))
+        say_devices()
+        config = yaml.safe_load((args.run / "config.yaml").read_text(encoding="utf-8"))
+        base = config["model"]["path"]
+        if args.adapters_only:
+            layers = config["model"].get("layers") or range(draft.config.num_layers)
+            provenance = {"run": draft.source, "config": config}
+            export_parts(draft, args.out, base=base, layers=layers, provenance=provenance)
+        else:
+            prepared = prepare_for_decode(draft, _FORMATS[args.dtype])
+            provenance = {"run": draft.source, "initialised_from": base, "config": config}
+            export_draft(prepared, args.out, provenance)
     if args.adapters_only:
-        layers = config["model"].get("layers") or range(draft.config.num_layers)
-        provenance = {"run": draft.source, "config": config}
-        export_parts(draft, args.out, base=base, layers=layers, provenance=provenance)
         print(f"exported what {draft.source} has beside {base} to {args.out}")
         return
-    draft = prepare_for_decode(draft, _FORMATS[args.dtype])
-    provenance = {"run": draft.source, "initialised_from": base, "config": config}
-    export_draft(draft, args.out, provenance)
     exits = ", ".join(map(str, draft.draft_config.exit_layers))
     print(f"exported {draft.source} with exits {exits} to {args.out}")
     if left_out := exits_left_out(draft):
