@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from s2d_jax.cli.screen import SharedProgress
 from train.run.metrics import losses
 
 _SECONDS_BETWEEN_LINES = 10.0
+_TIME_WIDTH = len("0:00:00")
 
 
 class ProgressReport:
@@ -29,11 +31,13 @@ class ProgressReport:
         if self._console.is_terminal:
             self._bar = SharedProgress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=8),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(table_column=Column(min_width=_TIME_WIDTH)),
+                TimeRemainingColumn(
+                    elapsed_when_finished=True, table_column=Column(min_width=_TIME_WIDTH)
+                ),
+                TextColumn("{task.fields[numbers]}", table_column=Column(overflow="fold")),
                 console=self._console,
                 speed_estimate_period=600.0,  # seconds; lines may come minutes apart
             )
@@ -47,7 +51,9 @@ class ProgressReport:
 
     def say(self, text: str) -> None:
         """Prints one line, which stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        # A terminal would cut words at its edge; tables, and lines of a log, stay as they are.
+        as_it_is = not self._console.is_terminal or "\n" in text
+        self._console.print(text, markup=False, highlight=False, soft_wrap=as_it_is)
 
     def working(self, what: str, done: int, total: int) -> None:
         """Shows how far some work before training is; ends at `done == total`."""
