@@ -20,7 +20,7 @@ def print_table(
     *,
     texts: int = 1,
 ) -> None:
-    """Prints a table whose headings stay on one line; where room is short, cells take several lines.
+    """Prints a table whose headings stay on one line if there is room; cells take several lines before.
 
     Args:
         console: where to.
@@ -40,10 +40,19 @@ def print_table(
 
 
 def _widths(headings: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Widths of the columns: as wide as their cells; narrower where room is short, but never than the headings."""
-    least = [cell_len(heading) for heading in headings]
-    widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
-    while sum(widths) + _BESIDE * len(widths) > room and widths != least:
-        spare = [width - fewest for width, fewest in zip(widths, least, strict=True)]
-        widths[spare.index(max(spare))] -= 1
+    """Widths of the columns: what the texts want, or less where room is short.
+
+    First cells take several lines, then headings too. Words and numbers are cut last.
+    """
+    columns = list(zip(headings, *rows, strict=True))
+    words = [
+        max((cell_len(word) for text in column for word in text.split()), default=0)
+        for column in columns
+    ]
+    whole = [max(cell_len(h), word) for h, word in zip(headings, words, strict=True)]
+    widths = [max(map(cell_len, column)) for column in columns]
+    for least in (whole, words):
+        while sum(widths) + _BESIDE * len(widths) > room and widths != least:
+            spare = [width - fewest for width, fewest in zip(widths, least, strict=True)]
+            widths[spare.index(max(spare))] -= 1
     return widths

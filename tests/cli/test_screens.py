@@ -70,3 +70,32 @@ def test_headings_stay_on_one_line_at_100_columns():
     assert max(map(len, lines)) <= 100
     assert all(heading in lines[2] for heading in headings)
     assert lines[0].startswith("title")
+
+
+def test_where_room_is_short_headings_wrap_before_numbers_are_cut():
+    headings = [
+        "method",
+        "tok/s",
+        "speedup",
+        "decode",
+        "MAT",
+        "accepted per depth",
+        "exits",
+        "same",
+    ]
+    cells = [
+        "Autoregressive",
+        "17.3",
+        "1.00",
+        "1.00",
+        "1.00",
+        ".05 .00 .00",
+        "6: 52%  9: 24%  12: 24%",
+        "yes",
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    print_table(console, "title", headings, [cells])
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.count(" 1.00 ") == 3
+    assert " Autoregressive " in shown
