@@ -86,7 +86,13 @@ SMALL_PARTS = ("--draft.exit-adapters", 1, "--draft.adapter-rank", 4, "--model.l
 @pytest.mark.parametrize(
     "parts",
     [
-        pytest.param(SMALL_PARTS, id="small parts"),
+        pytest.param(
+            SMALL_PARTS,
+            id="small parts",
+            marks=pytest.mark.exhaustive(
+                "two processes that become one are tested above in every run"
+            ),
+        ),
         pytest.param(
             (),
             id="the whole draft",
