@@ -170,7 +170,7 @@ def _show(args: Args, covered: dict[int, float], vocab_size: int, provenance) ->
     console.print(
         f"{provenance['answer_tokens']:,} answer tokens. Of the {args.size:,} listed tokens {seen:,} occur in them, "
         f"{more:,} only in the other text; the rest are special tokens and the lowest ids.",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
 
 
