@@ -106,7 +106,7 @@ def program(module: str | None = None) -> str:
     """What the user typed: `s2d-generate`, or `python -m infer.generate`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = Path(sys.argv[0]).name
-    if name.startswith("s2d-"):
+    if _is_script():
         return name
     if spec is not None and spec.name.split(".")[0] in ("infer", "train"):
         module = spec.name.removesuffix(".__main__")
@@ -115,9 +115,11 @@ def program(module: str | None = None) -> str:
 
 def other_command(module: str) -> str:
     """How the user would type another command: as a script if this one was a script."""
-    if Path(sys.argv[0]).name.startswith("s2d-"):
-        return f"s2d-{module.split('.')[1].replace('main', 'train')}"
-    return f"python -m {module}"
+    return f"s2d-{module.rpartition('.')[2]}" if _is_script() else f"python -m {module}"
+
+
+def _is_script() -> bool:
+    return Path(sys.argv[0]).name.startswith("s2d-")
 
 
 def _print_version() -> typing.NoReturn:
@@ -133,18 +135,20 @@ def _print_version() -> typing.NoReturn:
 def _wrapped(docstring: str) -> str:
     """A docstring wrapped for `--help`, since tyro does not wrap it. It joins lines that begin with a letter."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
-    width = min(_COLUMNS, shutil.get_terminal_size((_COLUMNS, 24)).columns)
     return "\n\n".join(
-        textwrap.fill(paragraph, width, subsequent_indent="  ") for paragraph in paragraphs
+        textwrap.fill(paragraph, _width(), subsequent_indent="  ") for paragraph in paragraphs
     )
+
+
+def _width() -> int:
+    return min(_COLUMNS, shutil.get_terminal_size((_COLUMNS, 24)).columns)
 
 
 @contextlib.contextmanager
 def _at_most_columns() -> Iterator[None]:
     """Limits the width of help: tyro fills the terminal, and takes its width from COLUMNS if that is set."""
     before = os.environ.get("COLUMNS")
-    width = shutil.get_terminal_size((_COLUMNS, 24)).columns
-    os.environ["COLUMNS"] = str(min(_COLUMNS, width))
+    os.environ["COLUMNS"] = str(_width())
     try:
         yield
     finally:

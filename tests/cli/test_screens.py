@@ -17,6 +17,7 @@ TEXT = (
     "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz is longer than a line.\n"
     "素早い茶色の狐は怠け者の犬を飛び越え、それから眠る。"
 )
+HEADINGS = ("method", "tok/s", "speedup", "decode", "MAT", "accepted per depth", "exits", "same")
 
 
 def shown(text: str, width: int, step: int, *, terminal: bool = True) -> str:
@@ -52,37 +53,17 @@ def test_where_there_is_no_terminal_text_stays_as_it_is():
 
 
 def test_headings_stay_on_one_line_at_100_columns():
-    headings = [
-        "method",
-        "tok/s",
-        "speedup",
-        "decode",
-        "MAT",
-        "accepted per depth",
-        "exits",
-        "same",
-    ]
     cells = ["SoFT + S2D + tree, 16 nodes", "123.4", "1.52", "2.12", "3.41",
              ".81 .64 .50 .42 .31 .22 .11", "6: 80%  9: 10%  12: 10%", "3 differ"]  # fmt: skip
     console = Console(file=io.StringIO(), width=100)
-    print_table(console, "title", headings, [cells])
+    print_table(console, "title", HEADINGS, [cells])
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
-    assert all(heading in lines[2] for heading in headings)
+    assert all(heading in lines[2] for heading in HEADINGS)
     assert lines[0].startswith("title")
 
 
 def test_where_room_is_short_headings_wrap_before_numbers_are_cut():
-    headings = [
-        "method",
-        "tok/s",
-        "speedup",
-        "decode",
-        "MAT",
-        "accepted per depth",
-        "exits",
-        "same",
-    ]
     cells = [
         "Autoregressive",
         "17.3",
@@ -94,7 +75,7 @@ def test_where_room_is_short_headings_wrap_before_numbers_are_cut():
         "yes",
     ]
     console = Console(file=io.StringIO(), width=80)
-    print_table(console, "title", headings, [cells])
+    print_table(console, "title", HEADINGS, [cells])
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.count(" 1.00 ") == 3

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model, tiny_params, tiny_tokenizer
+from noisy_pair import make_talking_decoder
 
 from s2d_jax.config.decode import DecodeConfig
-from s2d_jax.config.draft import DraftConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.errors import UserError
 from s2d_jax.generation.decoder import SpeculativeDecoder
@@ -29,13 +28,7 @@ CONFIG = DecodeConfig(num_draft_tokens=3)
 
 @pytest.fixture(scope="module")
 def decoder() -> SpeculativeDecoder:
-    """The draft is the target with noise: often right, sometimes wrong."""
-    target = tiny_model(VOCAB, 2, spread=14.0)
-    target = dataclasses.replace(target, tokenizer=tiny_tokenizer(VOCAB))
-    noise = tiny_params(target.config, seed=9)
-    params = jax.tree.map(lambda x, n: x + n if x.ndim == 2 else x, target.params, noise)
-    draft = Draft(target.config, params, target.tokenizer, "noisy", DraftConfig((1, 2)))
-    return SpeculativeDecoder(target, draft, CONFIG)
+    return make_talking_decoder()
 
 
 @pytest.mark.parametrize(

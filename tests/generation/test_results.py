@@ -6,19 +6,18 @@ import dataclasses
 import html
 import re
 
-import jax
 import pytest
-from tiny import noisy_draft, tiny_model, tiny_params, tiny_tokenizer
+from noisy_pair import make_talking_decoder
+from tiny import noisy_draft, tiny_model
 
 from s2d_jax.config.decode import DecodeConfig
-from s2d_jax.config.draft import DraftConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError
 from s2d_jax.generation import html as pages
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.result import GeneratedRow, GenerationResult
-from s2d_jax.weights.model import Draft, with_trimmed_head
+from s2d_jax.weights.model import with_trimmed_head
 from s2d_jax.weights.prepare import prepare_for_decode
 from s2d_jax.weights.vocabulary import DraftVocabulary
 
@@ -29,13 +28,7 @@ GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def decoder() -> SpeculativeDecoder:
-    """The draft is the target with noise: often right, sometimes wrong."""
-    target = tiny_model(VOCAB, 2, spread=14.0)
-    target = dataclasses.replace(target, tokenizer=tiny_tokenizer(VOCAB))
-    noise = tiny_params(target.config, seed=9)
-    params = jax.tree.map(lambda x, n: x + n if x.ndim == 2 else x, target.params, noise)
-    draft = Draft(target.config, params, target.tokenizer, "noisy", DraftConfig((1, 2)))
-    return SpeculativeDecoder(target, draft, DecodeConfig(num_draft_tokens=3))
+    return make_talking_decoder()
 
 
 @pytest.fixture(scope="module")

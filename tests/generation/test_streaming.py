@@ -6,14 +6,11 @@ import dataclasses
 
 import jax
 import pytest
-from tiny import tiny_model, tiny_params, tiny_tokenizer
+from noisy_pair import make_talking_decoder
 
-from s2d_jax.config.decode import DecodeConfig
-from s2d_jax.config.draft import DraftConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.errors import UserError
 from s2d_jax.generation.decoder import SpeculativeDecoder
-from s2d_jax.weights.model import Draft
 
 VOCAB = 300
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50]]
@@ -23,13 +20,7 @@ HOT = dataclasses.replace(GREEDY, temperature=1.0, seed=5)
 
 @pytest.fixture(scope="module")
 def decoder() -> SpeculativeDecoder:
-    """The draft is the target with noise: often right, sometimes wrong."""
-    target = tiny_model(VOCAB, 2, spread=14.0)
-    target = dataclasses.replace(target, tokenizer=tiny_tokenizer(VOCAB))
-    noise = tiny_params(target.config, seed=9)
-    params = jax.tree.map(lambda x, n: x + n if x.ndim == 2 else x, target.params, noise)
-    draft = Draft(target.config, params, target.tokenizer, "noisy", DraftConfig((1, 2)))
-    return SpeculativeDecoder(target, draft, DecodeConfig(num_draft_tokens=3))
+    return make_talking_decoder()
 
 
 def drained(stream, rows=2):

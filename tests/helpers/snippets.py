@@ -38,10 +38,6 @@ class Block:
     language: str
     text: str
 
-    @property
-    def first_line(self) -> str:
-        return next((line.strip() for line in self.text.splitlines() if line.strip()), "")
-
 
 @dataclasses.dataclass(frozen=True)
 class Command:
