@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line with the value, what was expected, the remedy.
@@ -17,6 +19,23 @@ def require(condition: bool, message: str) -> None:
 
 
 def shown(value: object, longest: int = 60) -> str:
-    """`repr(value)` on one line, cut after `longest` characters: for messages."""
-    text = " ".join(repr(value).split())
+    """`repr(value)` on one line, cut after `longest` characters: for messages. Whatever the value is, this raises nothing."""
+    try:
+        text = printable(" ".join(_SHORT.repr(value).split()))
+    except (
+        Exception
+    ):  # a repr may raise anything, and values nested deeply or numbers of many digits do
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def printable(value: object) -> str:
+    """`str(value)` with escapes for line ends and whatever else is no visible character: for names that a user wrote."""
+    text = str(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# Reads no further into long or deeply nested values than a message shows.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 8, 4000, 4000, 100
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxarray = 100
