@@ -35,6 +35,12 @@ def usable_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def memory_of_a_device() -> int:
+    """Bytes that one device has for arrays: an accelerator's own memory, or all of this machine's for a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def devices_in_use() -> str:
     """The devices that JAX computes on, in a few words: `4 x NVIDIA H100 80GB HBM3 (gpu)`. Initialises JAX."""
     counted = collections.Counter((d.device_kind, d.platform) for d in jax.devices())

@@ -26,6 +26,8 @@ def probabilities(
     """The distribution that tokens are drawn from: softmax after temperature, then top-k, top-p, min-p.
 
     The order and the meaning are those of Hugging Face generation. Tokens that tie with the last one kept are kept as well.
+    The maximum is taken away before the division: the other way round, a compiler that fuses the two rounds only one of them,
+    and at temperatures below 1e-8 the difference is no longer 0 at the maximum, but may overflow.
 
     Args:
         logits_BTV: f32 `[B, T, V]`.
@@ -36,7 +38,8 @@ def probabilities(
     """
     greedy_B = sampling.temperature_B == 0.0
     temperature_B = jnp.where(greedy_B, 1.0, sampling.temperature_B)
-    probs_BTV = jax.nn.softmax(logits_BTV / temperature_B[:, None, None], axis=-1)
+    below_BTV = logits_BTV - jnp.max(logits_BTV, axis=-1, keepdims=True)
+    probs_BTV = jax.nn.softmax(below_BTV / temperature_B[:, None, None], axis=-1)
     probs_BTV = _keep_top_k(probs_BTV, jnp.where(greedy_B, 0, sampling.top_k_B))
     probs_BTV = _keep_top_p(probs_BTV, jnp.where(greedy_B, 1.0, sampling.top_p_B))
     floor_BT1 = sampling.min_p_B[:, None, None] * jnp.max(probs_BTV, axis=-1, keepdims=True)
@@ -201,12 +204,22 @@ class SamplingArrays(flax.struct.PyTreeNode):
     def stack(cls, params: Sequence[SamplingParams]) -> SamplingArrays:
         """The parameters of a batch, one row each."""
 
-        def column(name, dtype):
-            return jnp.asarray(np.array([getattr(p, name) for p in params], dtype))
+        def column(name, dtype, least, most):
+            # Beyond the bounds of the dtype, the last number within means the same.
+            values = [min(max(getattr(p, name), least), most) for p in params]
+            return jnp.asarray(np.array(values, dtype))
 
+        floats = np.finfo(np.float32)
         return cls(
-            temperature_B=column("temperature", np.float32),
-            top_k_B=column("top_k", np.int32),
-            top_p_B=column("top_p", np.float32),
-            min_p_B=column("min_p", np.float32),
+            temperature_B=column("temperature", np.float32, 0.0, float(floats.max)),
+            top_k_B=column("top_k", np.int32, 0, np.iinfo(np.int32).max),
+            # Devices take what is below `tiny` for 0, and then no token would be kept.
+            top_p_B=column("top_p", np.float32, float(floats.tiny), 1.0),
+            min_p_B=column("min_p", np.float32, 0.0, 1.0),
         )
+
+
+def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
+    """A random key per seed of up to 64 bits, in two words, with or without x64; for 32 bits the key of `jax.random.key`."""
+    words_B2 = np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words_B2), impl="threefry2x32")

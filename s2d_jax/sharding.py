@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from s2d_jax.config.mesh import MESH_AXES as MESH_AXES
 from s2d_jax.config.mesh import MeshConfig as MeshConfig
 from s2d_jax.config.model import ModelConfig
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, shown
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -60,6 +60,21 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if slices == 1:
         return jax.make_mesh(config.shape, MESH_AXES, axis_types=auto, devices=devices)
     return Mesh(_hybrid(config, slices, devices), MESH_AXES, axis_types=auto)
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raises UserError unless `mesh` is None, or a mesh with the axes that `make_mesh` gives it."""
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh):
+        kind = type(mesh).__name__
+        raise UserError(
+            f"mesh={shown(mesh)} ({kind}) is no mesh; give make_mesh(MeshConfig(tensor=2)), or None"
+        )
+    if missing := [axis for axis in MESH_AXES if axis not in mesh.axis_names]:
+        raise UserError(
+            f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}, without {missing[0]}; make it with make_mesh"
+        )
 
 
 def _groups(devices: list, attribute: str) -> set:

@@ -41,6 +41,8 @@ from train.step.optimizer import learning_rate, make_optimizer
 _HEAD_AXES = {"residual": ("head", "ffw", "embed"), "lm_head": ("head", "vocab", "embed")}
 _HEAD_RULES = {**RULES, "head": None}
 
+_MOST_HEADS = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MedusaConfig:
@@ -74,6 +76,10 @@ class MedusaConfig:
             value = getattr(self, name)
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if self.num_heads > _MOST_HEADS:
+            raise UserError(
+                f"num_heads={self.num_heads} is more than {_MOST_HEADS}; the paper finds that five suffice"
+            )
         if self.decay <= 0:
             raise UserError(f"decay={self.decay} must be above 0; the paper has 0.8")
         if self.batch_size % self.accumulate:

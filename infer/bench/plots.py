@@ -93,7 +93,7 @@ def _fill(number: int) -> Style:
 
 
 def exits_figure(rows: list[Row], exits: Sequence[int] = ()) -> Figure:
-    """A bar per method, divided by the exits that drafted tokens left at; a panel per target."""
+    """A bar per method, divided by the exits that drafted its tokens; a panel per target."""
     rows = [row for row in rows if row["exit_histogram"]]
     others = {layer for row in rows for layer in row["exit_histogram"]} - set(exits)
     styles = exit_styles([*exits, *sorted(others)])

@@ -72,6 +72,7 @@ def _figures(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
         "accepted_per_depth": list(stats.acceptance_per_depth),
         "draft_acceptance_rate": stats.draft_acceptance_rate,
         "exit_histogram": stats.exit_histogram,
+        "draft_steps": stats.draft_steps,
         "identical_to_baseline": None if None in identical else all(identical),
         "prompts_not_identical": [s.question_id for s in samples if s.identical is False],
         "prompts": len({sample.question_id for sample in samples}),

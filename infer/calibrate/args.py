@@ -10,6 +10,7 @@ import tyro
 
 from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.cli.options import LoadingOptions
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.errors import UserError
 from s2d_jax.files import SHIPPED
@@ -33,10 +34,13 @@ class EffortOptions:
     """Leave the chat template out."""
 
     def __post_init__(self):
+        plain_fields(self)
         for name in ("prompts", "new_tokens", "minutes"):
             value = getattr(self, name)
             if value <= 0:
                 raise UserError(f"{name.replace('_', '-')} {value} must be above 0")
+        if self.new_tokens < 2:  # the first comes from prefill, and is not drafted
+            raise UserError(f"new-tokens {self.new_tokens} must be at least 2")
 
 
 @dataclasses.dataclass(frozen=True)

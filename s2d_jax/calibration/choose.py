@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from s2d_jax.calibration.candidates import (
@@ -26,8 +27,9 @@ from s2d_jax.calibration.time_chains import costs_of, program_builders
 from s2d_jax.calibration.timing import medians
 from s2d_jax.calibration.trace import Trace
 from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.config.sampling import SamplingParams
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, require
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.policy import (
     Policy,
@@ -61,6 +63,26 @@ class Effort:
     minutes: float = 9.5
     trees: bool = True
 
+    def __post_init__(self):
+        plain_fields(self)
+        require(self.new_tokens >= 2, f"new_tokens={self.new_tokens} must be at least 2")
+        require(self.minutes > 0, f"minutes={self.minutes} must be above 0")
+        require(bool(self.temperatures), "temperatures=() is empty; give at least one, such as 0")
+        # As decoding has them, so that what it takes for greedy is calibrated as greedy.
+        settled = [SamplingParams(temperature=t).temperature for t in self.temperatures]
+        object.__setattr__(self, "temperatures", tuple(dict.fromkeys(settled)))
+
+    def check_prompts(self, prompts: Sequence[list[int]], context: int) -> None:
+        """Raises UserError for no prompts, or answers to them that a target of this context could not take in."""
+        if not prompts:
+            raise UserError("there are no prompts to calibrate with; give at least one")
+        longest = max(map(len, prompts))
+        if longest + self.new_tokens > context:
+            raise UserError(
+                f"new_tokens={self.new_tokens} behind a prompt of {longest} tokens exceed the target's context of {context}; "
+                "lower them"
+            )
+
 
 class Choice(NamedTuple):
     """What a calibration chose at one temperature, and what it compared.
@@ -86,6 +108,9 @@ class Calibration:
         on_phase: called with the name and the length of each phase; what it returns is called with each step's length.
         environment: recorded in the evidence.
         started: `time.perf_counter()` when the minutes began.
+
+    Raises:
+        UserError: for no prompts, or more new tokens than fit into the target's context behind the longest.
     """
 
     def __init__(
@@ -99,30 +124,38 @@ class Calibration:
         environment: Mapping[str, Any],
         started: float,
     ):
+        effort.check_prompts(prompts, target.config.max_context)
         self.target, self.draft, self.prompts, self.effort = target, draft, prompts, effort
         self.on_phase, self.environment, self.started = on_phase, environment, started
         self.seconds: dict[str, float] = {}
 
     def choices(self) -> Iterator[Choice]:
         """One for each temperature, as they are found."""
-        seconds = self._measure_costs()
-        for number, temperature in enumerate(self.effort.temperatures):
-            trace = self._record(temperature)
-            costs = costs_of(
-                seconds,
-                self.draft,
-                WIDTHS,
-                temperature,
-                chunk=DecodeConfig().catch_up_width,
-                trees=self.effort.trees,
-            )
-            predictions = _predict(trace, costs, candidates(costs, trace, WIDTHS), temperature)
-            until = self.started + 60 * self.effort.minutes * (number + 1) / len(
-                self.effort.temperatures
-            )
-            confirmed = self._confirm(predictions, trace, costs, temperature, until)
-            policy = self._decide(costs, trace, predictions, confirmed, temperature)
-            yield Choice(policy, predictions, confirmed)
+        with jax.enable_x64(False):  # measured as decoding runs (s2d_jax.decode.programs)
+            seconds = self._measure_costs()
+        for number, temperature in enumerate(self.effort.temperatures, start=1):
+            share = number / len(self.effort.temperatures)
+            with jax.enable_x64(False):
+                choice = self._choice(
+                    seconds, temperature, self.started + 60 * self.effort.minutes * share
+                )
+            yield choice
+
+    def _choice(self, seconds: dict, temperature: float, until: float) -> Choice:
+        """The choice at one temperature; no more prompts are timed after `until`."""
+        trace = self._record(temperature)
+        costs = costs_of(
+            seconds,
+            self.draft,
+            WIDTHS,
+            temperature,
+            chunk=DecodeConfig().catch_up_width,
+            trees=self.effort.trees,
+        )
+        predictions = _predict(trace, costs, candidates(costs, trace, WIDTHS), temperature)
+        confirmed = self._confirm(predictions, trace, costs, temperature, until)
+        policy = self._decide(costs, trace, predictions, confirmed, temperature)
+        return Choice(policy, predictions, confirmed)
 
     def _phase(self, name: str, total: int):
         """Announces a phase, and records how long it takes."""

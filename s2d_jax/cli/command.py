@@ -67,6 +67,11 @@ def starting() -> Iterator[None]:
     """Wraps the imports of JAX and what uses it. They take a second or two, so flags are read before."""
     with activity("starting", key="starting", guess=2.0, quiet=0.0):
         yield
+    import jax
+
+    jax.config.update(
+        "jax_enable_x64", False
+    )  # whatever the environment says: nothing here needs 64 bits
 
 
 @functools.cache

@@ -45,8 +45,7 @@ class SamplingOptions:
 
     def params(self, index: int = 0) -> SamplingParams:
         """The sampling parameters of prompt number `index`. Raises UserError for a bad value."""
-        values = dataclasses.asdict(self)
-        return SamplingParams(**{**values, "seed": self.seed + index})
+        return SamplingParams(**dataclasses.asdict(self)).of_row(index)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError as UserError
 from s2d_jax.errors import require
 
+MOST_DRAFTED = 1024
+"""The most tokens that a round may draft; memory and compiling grow with it, and no draft is right for so long."""
 LENGTH_RULES = ("fixed", "heuristic", "confidence", "expected_gain")
 _HEURISTIC_CAP = 10
 _COUNTS = (
@@ -100,6 +102,12 @@ class DecodeConfig:
         for name in _COUNTS:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} must be at least 1")
+        for name in ("num_draft_tokens", "max_draft_tokens"):
+            value = getattr(self, name)
+            require(
+                value is None or value <= MOST_DRAFTED,
+                f"{name}={value} is more than a round can draft; give at most {MOST_DRAFTED}",
+            )
         require(
             self.tree is not None or self.num_draft_tokens <= self.draft_width,
             f"num_draft_tokens={self.num_draft_tokens} exceeds max_draft_tokens={self.draft_width}; raise the cap",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+# More than the largest pods and their slices have together.
+MOST_DEVICES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +28,15 @@ class MeshConfig:
     1 ignores slices; without a number the devices tell how many there are."""
 
     def __post_init__(self):
+        plain_fields(self, "mesh.")
         for axis in (*MESH_AXES, "slices"):
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise UserError(f"mesh.{axis}={size} must be at least 1")
+        if (count := math.prod(self.shape)) > MOST_DEVICES:
+            raise UserError(
+                f"mesh {'x'.join(map(str, self.shape))} is {count} devices; a mesh has {MOST_DEVICES} at most"
+            )
         if self.slices is not None:
             self.check_slices(self.slices)
 

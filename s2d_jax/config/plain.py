@@ -24,18 +24,23 @@ _WORDS = {
 }
 
 
-def plain_fields(config: Any) -> None:
+def plain_fields(config: Any, prefix: str = "") -> None:
     """Makes every field of a frozen dataclass a plain Python value of the type that it is annotated with.
 
     NumPy and JAX scalars become Python numbers, sequences and arrays become tuples, and where a tuple is expected a single
     value becomes a tuple of one: so equality, hashes, reprs and JSON do not depend on where a value came from. A number of
     less than 64 bits becomes the shortest decimal that stands for it: `np.float32(0.7)` is 0.7.
 
+    Args:
+        config: the dataclass.
+        prefix: stands before the names of fields in messages, such as "optim.".
+
     Raises:
         UserError: for a value of another type, and for numbers that are not finite.
     """
     for name, hint in _hints(type(config)).items():
-        object.__setattr__(config, name, plain_value(name, getattr(config, name), hint))
+        value = plain_value(f"{prefix}{name}", getattr(config, name), hint)
+        object.__setattr__(config, name, value)
 
 
 def plain_value(name: str, value: Any, hint: Any) -> Any:
@@ -101,5 +106,7 @@ def _expected(hint: Any) -> str:
         return one if hint is bool else f"{one}, such as {example}"
     if typing.get_origin(arguments[0]) is tuple:
         return "a sequence of sequences of numbers, such as ((0,), (0, 1))"
+    if typing.get_origin(arguments[0]) is typing.Literal:
+        return f"some of {', '.join(map(repr, typing.get_args(arguments[0])))}"
     _, several, example = _WORDS[arguments[0]]
     return f"{several}, such as ({example},)"

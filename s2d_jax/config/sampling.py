@@ -6,9 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import UserError as UserError
 from s2d_jax.errors import require, shown
+
+LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+"""What is below (1.2e-38) is greedy: devices take such numbers for 0."""
+LARGEST_ID = 2**31 - 1
+NUM_SEEDS = 2**64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +26,12 @@ class SamplingParams:
     NumPy's; they are kept as Python's.
 
     Attributes:
-        temperature: >= 0; 0 takes the argmax.
-        top_k: keep the k most probable tokens; 0 keeps all.
+        temperature: >= 0; 0 takes the argmax, and so does what is below `LEAST_TEMPERATURE`, which becomes 0.
+        top_k: keep the k most probable tokens; 0, and more than there are, keeps all.
         top_p: keep the smallest set whose probability reaches it; 1 keeps all.
         min_p: drop tokens below `min_p` times the largest probability; 0 keeps all.
-        max_new_tokens: at most this many tokens are emitted.
-        seed: the request's own random seed.
+        max_new_tokens: at most this many tokens are emitted; never more than the target's context holds.
+        seed: the request's own random seed, 0 to 2**64 - 1.
         stop_token_ids: further ids that end the request, beside the model's own; one, or a sequence.
         ignore_eos: go on after the model's own end-of-sequence tokens (for measurements).
         stop: strings that end the request; one, or a sequence. The text ends before the first of them; the token ids
@@ -58,7 +65,21 @@ class SamplingParams:
         require(
             self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
         )
-        require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2**31)")
+        require(
+            0 <= self.seed < NUM_SEEDS,
+            f"seed={shown(self.seed)} must be 0 or more, of at most 64 bits",
+        )
+        outside = [i for i in self.stop_token_ids if not 0 <= i <= LARGEST_ID]
+        require(
+            not outside,
+            f"stop_token_ids: {shown((*outside, 0)[0])} is no token id; ids are 0 to {LARGEST_ID}",
+        )
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
+
+    def of_row(self, number: int) -> SamplingParams:
+        """The parameters of row `number`, from 0, where one is given for all: its seed is `seed + number`, in 64 bits."""
+        return dataclasses.replace(self, seed=(self.seed + number) % NUM_SEEDS)
 
 
 Sampling: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
@@ -74,7 +95,7 @@ def one_for_each(sampling: Sampling, count: int) -> list[SamplingParams]:
     if sampling is None:
         sampling = SamplingParams()
     if isinstance(sampling, SamplingParams):
-        return [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(count)]
+        return [sampling.of_row(i) for i in range(count)]
     wrong = [sampling]
     if isinstance(sampling, Sequence) and not isinstance(sampling, str | bytes):
         wrong = [row for row in sampling if not isinstance(row, SamplingParams)]

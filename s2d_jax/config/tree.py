@@ -9,10 +9,15 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from s2d_jax.config.plain import plain_fields, plain_value
-from s2d_jax.errors import require
+from s2d_jax.errors import require, shown
 
 Paths: TypeAlias = Sequence[Sequence[int]] | np.ndarray
 """The paths of a static tree: ranks of children from the root on."""
+
+MOST_DEPTH = 128
+"""The deepest tree: each level is a part of the compiled program."""
+MOST_NODES = 4096
+"""The largest tree: which node descends from which is a table of nodes x nodes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +49,9 @@ class TreeShape:
 
     def __post_init__(self):
         plain_fields(self)
-        require(self.depth >= 1, f"depth={self.depth} of a tree must be at least 1")
-        require(self.top_k >= 1, f"top_k={self.top_k} of a tree must be at least 1")
+        for name, most in (("depth", MOST_DEPTH), ("top_k", MOST_NODES), ("nodes", MOST_NODES)):
+            value = getattr(self, name)
+            require(1 <= value <= most, f"{name}={shown(value)} of a tree must be 1 to {most}")
         require(
             self.leaving in ("level", "node"),
             f"leaving={self.leaving!r} is unknown; use level or node",
@@ -96,6 +102,10 @@ class TreeShape:
 
 def _static_fields(paths: Sequence[Sequence[int]]) -> tuple[int, int, int, tuple]:
     """Depth, top_k, nodes and the closed, ordered paths of a static tree."""
+    deepest = max(map(len, paths), default=0)
+    require(
+        deepest <= MOST_DEPTH, f"a path of the tree has {deepest} ranks; give at most {MOST_DEPTH}"
+    )
     closed = _closed(paths)
     require(len(closed) > 0, "a static tree has no paths; give some, such as (0,), (1,), (0, 0)")
     lowest = min(rank for path in closed for rank in path)

@@ -122,7 +122,7 @@ class Decoder:
             rounds_B=zeros_B,
             drafted_BG=counts_BG,
             accepted_BG=counts_BG,
-            proposed_B=zeros_B,
+            proposed_BE=jnp.zeros((len(length_B), len(request.exit_threshold_E)), jnp.int32),
             guard=GuardState.create(request.drafting),
         )
 
@@ -238,12 +238,21 @@ class Decoder:
             drafted_BG=state.drafted_BG + reached_BG(proposal.num_draft_B),
             # A tree may hold tokens behind a stop token; they are not emitted.
             accepted_BG=state.accepted_BG + reached_BG(jnp.minimum(num_accepted_B, num_emitted_B)),
-            proposed_B=state.proposed_B
-            + jnp.where(live_B, self.verifier.num_proposed(proposal), 0),
+            proposed_BE=state.proposed_BE + self._proposed_by_exit(request, proposal, live_B),
             guard=settle(
                 state.guard, request.drafting, proposal.num_draft_B, num_emitted_B, live_B
             ),
         )
+
+    def _proposed_by_exit(
+        self, request: Request, proposal: Any, live_B: Bool[Array, "B"]
+    ) -> Int[Array, "B E"]:
+        """int32: drafted tokens of rows that are live, by the exit that drafted each."""
+        exit_BY, drafted_BY = self.verifier.proposed(proposal)
+        exit_11E = jnp.arange(len(request.exit_threshold_E), dtype=jnp.int32)[None, None, :]
+        drafted_BY &= live_B[:, None]
+        counted_BYE = drafted_BY[:, :, None] & (exit_BY[:, :, None] == exit_11E)
+        return jnp.sum(counted_BYE, axis=1, dtype=jnp.int32)
 
     def _round_keys(self, request: Request, state: DecodeState):
         """A row's length grows every round, so its keys never repeat and never depend on other rows."""

@@ -139,7 +139,9 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     jitted = jax.jit(
         function, donate_argnums=donate, **({} if out is None else {"out_shardings": out})
     )
-    with compiling(key[0], _WORDS[key[0]].format(*key[2:-1]), inputs):
+    # Where a program has switched JAX to 64 bits, sums of int32 would become int64, and no loop could carry them.
+    thirty_two = jax.enable_x64(False)
+    with compiling(key[0], _WORDS[key[0]].format(*key[2:-1]), inputs), thirty_two:
         lowered = jitted.lower(*inputs)
         compiled = lowered.compile()
     result = jax.tree.map(

@@ -25,7 +25,7 @@ class DecodeState(flax.struct.PyTreeNode):
         rounds_B: int32, target passes of each row after prefill.
         drafted_BG: int32, rounds that drafted at least 1, 2, ... G tokens.
         accepted_BG: int32, rounds that accepted at least 1, 2, ... G tokens.
-        proposed_B: int32, tokens that were drafted and verified.
+        proposed_BE: int32, tokens that were drafted and verified, by the exit that drafted them.
         guard: what speculation has saved in each row.
     """
 
@@ -39,7 +39,7 @@ class DecodeState(flax.struct.PyTreeNode):
     rounds_B: jax.Array
     drafted_BG: jax.Array
     accepted_BG: jax.Array
-    proposed_B: jax.Array
+    proposed_BE: jax.Array
     guard: GuardState
 
 

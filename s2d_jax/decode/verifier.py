@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from s2d_jax.decode.acceptance import accept_greedy, accept_sampled
 from s2d_jax.decode.state import DecodeState, Verified
@@ -70,8 +70,8 @@ class Verifier(Protocol):
         """int32: positions of the window that this round's pass has to compute."""
         ...
 
-    def num_proposed(self, proposal: Any) -> Int[Array, "B"]:
-        """int32: drafted tokens that the target verifies."""
+    def proposed(self, proposal: Any) -> tuple[Int[Array, "B Y"], Bool[Array, "B Y"]]:
+        """The exit (int32, its index) that drafted each token of the proposal, and whether there is such a token."""
         ...
 
     def charged(self, steps_BE: Steps) -> Steps:
@@ -97,8 +97,9 @@ class ChainVerifier:
     def needed_width(self, proposal: Proposal) -> Int[Array, ""]:
         return jnp.max(proposal.num_draft_B) + 1
 
-    def num_proposed(self, proposal: Proposal) -> Int[Array, "B"]:
-        return proposal.num_draft_B
+    def proposed(self, proposal: Proposal) -> tuple[Int[Array, "B Y"], Bool[Array, "B Y"]]:
+        depth_1G = jnp.arange(proposal.exit_BG.shape[1], dtype=jnp.int32)[None, :]
+        return proposal.exit_BG, depth_1G < proposal.num_draft_B[:, None]
 
     def charged(self, steps_BE: Steps) -> Steps:
         return steps_BE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, printable, shown
 
 SORTED_DRAFT = "sorted_draft.json"
 EXIT_PARTS = "exit_parts.safetensors"
@@ -24,15 +24,19 @@ def locate(path: str | Path) -> Path:
     """Where a model is: a local path as it is given, or the copy of a model on the hub.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if it is neither, or no path at all.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(
+            f"{shown(path)} ({type(path).__name__}) is no model; give a Hugging Face directory, a hub id or a .gguf file"
+        )
     local = Path(path).expanduser()
-    if local.exists():
+    if "\0" not in str(path) and local.exists():
         return local
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and local.suffix != ".gguf":
         return _fetch(str(path))
     raise UserError(
-        f"{path} does not exist; give a Hugging Face directory, a hub id or a .gguf file"
+        f"{printable(path)} does not exist; give a Hugging Face directory, a hub id or a .gguf file"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +20,8 @@ from s2d_jax.generation.checks import check_pair, resolve_exits, vocabulary_of
 from s2d_jax.generation.placement import Placement
 from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.generation.policy import load_policy
-from s2d_jax.sampling import SamplingArrays
+from s2d_jax.generation.room import check_room, check_width
+from s2d_jax.sampling import SamplingArrays, keys_of
 from s2d_jax.text.conversations import Message
 from s2d_jax.text.prompts import OnePrompt, Prompt, Prompts, check_ids, is_ids, split_prompts
 from s2d_jax.weights.model import Model
@@ -46,6 +46,7 @@ class Planner:
             raise UserError("policy='auto' chooses how to use a draft; give one, or leave it out")
         self.target, self.draft, self.config = target, draft, config
         self.placement = Placement.beside(target.device_params)
+        check_width(target, draft, config)
         self.exits, self.thresholds = resolve_exits(draft, config)
         if draft is not None:
             check_pair(target, draft, self.exits, config)
@@ -129,7 +130,7 @@ class Planner:
         decoder = self.decoder(greedy=all(row.temperature == 0.0 for row in rows))
         request = Request(
             sampling=SamplingArrays.stack(rows),
-            key_B=jax.vmap(jax.random.key)(jnp.asarray([row.seed for row in rows], jnp.uint32)),
+            key_B=keys_of([row.seed for row in rows]),
             max_length_B=jnp.asarray(limits, jnp.int32),
             stop_ids_BZ=jnp.asarray(stop_ids),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
@@ -137,7 +138,7 @@ class Planner:
             vocabulary_U=None if listed is None else jnp.asarray(listed.ids_U),
             drafting=self._drafting(rows, decoder.drafter.width),
         )
-        return Plan(
+        plan = Plan(
             decoder=decoder,
             params=self._params,
             request=self.placement.put(request),
@@ -151,6 +152,8 @@ class Planner:
             placement=self.placement,
             tokenizer=self.target.tokenizer,
         )
+        check_room(plan, self.target, self.draft, self.config)
+        return plan
 
     def decoder(self, *, greedy: bool) -> Decoder:
         """The static decoder; `greedy`: every row has temperature 0."""

@@ -21,7 +21,9 @@ class GenerationStats:
         accepted_tokens: tokens proposed, accepted and emitted (also those that a stop string then cut off).
         drafted_per_depth: rounds that drafted at least 1, 2, ... tokens.
         accepted_per_depth: rounds that accepted at least 1, 2, ... tokens.
-        exit_histogram: drafted tokens by the layer they left at.
+        exit_histogram: drafted tokens by the exit that drafted them; they add up to `drafted_tokens`.
+        draft_steps: positions that drafting took through the draft, by the exit they left at. A step of a chain proposes a
+            token or ends the chain; one of a tree expands a node, whose children are proposed together.
         seconds: wall time of the call by phase: `compile`, `total` (without compile), and when asked for `prefill` and
             `decode`, or `prefill`, `draft`, `verify` and `rest`; these add up to `total`.
         rows: how many rows are counted.
@@ -39,6 +41,7 @@ class GenerationStats:
     drafted_per_depth: tuple[int, ...]
     accepted_per_depth: tuple[int, ...]
     exit_histogram: dict[int, int]
+    draft_steps: dict[int, int]
     seconds: dict[str, float]
     rows: int = 1
     prefilled_tokens: int = 0
@@ -67,7 +70,7 @@ class GenerationStats:
         drafted = f"{self.accepted_tokens} of {self.drafted_tokens} drafted tokens accepted"
         exits = ", ".join(f"{exit}: {count}" for exit, count in self.exit_histogram.items())
         heading = f"GenerationStats: {self.summary}, {self.target_forwards} rounds"
-        return f"{heading}\n    {drafted}{f', left at exit {exits}' if exits else ''}"
+        return f"{heading}\n    {drafted}{f', drafted at exit {exits}' if exits else ''}"
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -113,6 +116,7 @@ def sum_stats(rows: Sequence[GenerationStats]) -> GenerationStats:
         drafted_per_depth=columns("drafted_per_depth"),
         accepted_per_depth=columns("accepted_per_depth"),
         exit_histogram=_add_dicts([row.exit_histogram for row in rows]),
+        draft_steps=_add_dicts([row.draft_steps for row in rows]),
         draft_forwards=_add_dicts([call.draft_forwards for call in calls]),
         seconds=_add_dicts([call.seconds for call in calls]),
     )

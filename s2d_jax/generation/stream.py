@@ -194,7 +194,8 @@ class Stream(Iterator[Delta]):
     def _row_stats(self, row: int) -> GenerationStats:
         assert self._look is not None
         state, counters, exits = self._look.state, self._look.counters, self._plan.exits
-        exit_counts = counters["exit_counts"][row] if exits else ()
+        proposed_E = state.proposed_BE[row]
+        steps = counters["exit_counts"][row] if exits else ()
         text = self._texts[row]
         return GenerationStats(
             prompt_tokens=len(self._plan.prompts[row]),
@@ -202,11 +203,12 @@ class Stream(Iterator[Delta]):
             target_forwards=int(state.rounds_B[row]),
             plain_rounds=int(state.guard.plain_rounds_B[row]) if exits else 0,
             draft_forwards=self._draft_forwards,
-            drafted_tokens=int(state.proposed_B[row]),
+            drafted_tokens=int(proposed_E.sum()),
             accepted_tokens=int(state.accepted_BG[row].sum()),
             drafted_per_depth=tuple(state.drafted_BG[row].tolist()),
             accepted_per_depth=tuple(state.accepted_BG[row].tolist()),
-            exit_histogram={e: int(n) for e, n in zip(exits, exit_counts, strict=True)},
+            exit_histogram={e: int(n) for e, n in zip(exits, proposed_E, strict=True)},
+            draft_steps={e: int(n) for e, n in zip(exits, steps, strict=True)},
             seconds=self._session.seconds,
             prefilled_tokens=self._session.prefilled[row],
             overshoot_tokens=text.overshoot,

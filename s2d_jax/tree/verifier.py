@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from s2d_jax.decode.state import DecodeState, Verified
 from s2d_jax.decode.verifier import Judged, Window, append_next, origins
@@ -45,8 +45,9 @@ class TreeVerifier:
         drafts = jnp.any(proposal.num_draft_B > 0)
         return jnp.where(drafts, self.widths[-1], 1)
 
-    def num_proposed(self, proposal: TreeProposal) -> Int[Array, "B"]:
-        return jnp.sum(proposal.tree.valid_BM, axis=1, dtype=jnp.int32) - 1
+    def proposed(self, proposal: TreeProposal) -> tuple[Int[Array, "B Y"], Bool[Array, "B Y"]]:
+        tree = proposal.tree  # the first node is the root, which nobody drafted
+        return tree.exit_BM[:, 1:], tree.valid_BM[:, 1:]
 
     def charged(self, steps_BE: Steps) -> Steps:
         """Every level counts as one at the deepest exit of the round: a level that goes there takes earlier levels along."""

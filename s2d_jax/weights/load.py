@@ -20,7 +20,7 @@ from s2d_jax.model.lora import merged_kernel
 from s2d_jax.model.params import Params, abstract_params, logical_axes
 from s2d_jax.model.products.weight_formats import check_weight_format, compute_dtype
 from s2d_jax.progress.activity import activity
-from s2d_jax.sharding import params_sharding
+from s2d_jax.sharding import check_mesh, params_sharding
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.model import Draft, Model, with_trimmed_head
 from s2d_jax.weights.peft import read_peft
@@ -49,6 +49,7 @@ def load_model(
         UserError: if the path holds no supported, complete model, or the format is unknown.
     """
     check_weight_format(weight_format)
+    check_mesh(mesh)
     return _load(locate(path), str(path), weight_format, mesh)
 
 
@@ -74,6 +75,7 @@ def load_draft(
             its base is missing or is another model.
     """
     check_weight_format(weight_format)
+    check_mesh(mesh)
     local, source = locate(path), str(path)
     file = local / SORTED_DRAFT
     if not file.exists():

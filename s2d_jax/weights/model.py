@@ -41,8 +41,12 @@ class Model:
 
     @property
     def dtype(self) -> Any:
-        """The dtype of activations and caches: that of the norms and biases, whatever the format of the matrices."""
-        return jax.dtypes.canonicalize_dtype(get_weight(self.params, FINAL_NORM).dtype)
+        """The dtype of activations and caches: that of the norms and biases, whatever the format of the matrices.
+
+        At most 32 bits, also where a program has switched JAX to 64.
+        """
+        with jax.enable_x64(False):
+            return jax.dtypes.canonicalize_dtype(get_weight(self.params, FINAL_NORM).dtype)
 
     @functools.cached_property
     def device_params(self) -> Params:

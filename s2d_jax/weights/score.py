@@ -62,7 +62,8 @@ def logits_of(model: Transformer, params: Any, token_ids: Prompts) -> Float[Arra
     length = len(rows[0])
     tokens_BT = np.zeros((len(rows), _capacity(length)), np.int32)
     tokens_BT[:, :length] = rows
-    logits_BTV = _logits(model, params, jnp.asarray(tokens_BT))[:, :length]
+    with jax.enable_x64(False):
+        logits_BTV = _logits(model, params, jnp.asarray(tokens_BT))[:, :length]
     return logits_BTV if one is None else logits_BTV[0]
 
 
@@ -107,7 +108,8 @@ def _score(model: Transformer, params: Any, ids: list[int]) -> TextScore:
     tokens_BC = np.zeros((1, capacity + 1), np.int32)
     tokens_BC[0, : len(ids)] = ids
     width, length_B = min(capacity, _CHUNK), jnp.asarray([len(ids)], jnp.int32)
-    log_probs_BC = _log_probs(model, params, jnp.asarray(tokens_BC), length_B, width)
+    with jax.enable_x64(False):
+        log_probs_BC = _log_probs(model, params, jnp.asarray(tokens_BC), length_B, width)
     return TextScore(ids, np.asarray(log_probs_BC[0])[: len(ids) - 1])
 
 

@@ -12,7 +12,7 @@ from reference_tree import drawn_children
 from scipy import stats
 
 from s2d_jax import sampling
-from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.config.sampling import SamplingParams, one_for_each
 from s2d_jax.errors import UserError
 from s2d_jax.sampling import SamplingArrays, fold_in, top_k
 
@@ -102,7 +102,7 @@ def test_rows_draw_from_their_own_keys():
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"min_p": 1.0}, r"min_p=1.0 must be in \[0, 1\)"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
-        ({"seed": -1}, r"seed=-1 must be in \[0, 2\*\*31\)"),
+        ({"seed": -1}, r"seed=-1 must be 0 or more, of at most 64 bits"),
     ],
 )
 def test_bad_parameters_die_at_construction(change, message):
@@ -155,3 +155,92 @@ def test_what_a_vector_draws_is_independent_of_its_neighbours():
     drawn = draw(probs, jax.random.split(jax.random.key(1), 20_000), 1)[..., 0]
     equal = int((drawn[:, 0] == drawn[:, 1]).sum())
     assert stats.binomtest(equal, 20_000, 0.25).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            SamplingParams(temperature=t)
+            for t in (1e-5, 1e-8, 1e-10, 1e-20, 1.2e-38, 1e-40, 1e-300)
+        ),
+        SamplingParams(temperature=np.float32(1e-30)),
+        *(SamplingParams(temperature=1.0, top_p=p) for p in (1e-30, 1e-40, 1e-45, 1e-300)),
+        SamplingParams(temperature=1.0, min_p=1 - 1e-12),
+        SamplingParams(temperature=1e-12, top_k=3, top_p=0.9, min_p=0.1),
+    ],
+    ids=repr,
+)
+def test_what_leaves_only_the_mode_is_one_hot_at_it(case):
+    logits_BTV = _logits(1) + 20
+    probs_BTV = np.asarray(probabilities(logits_BTV, SamplingArrays.stack([case])))
+    expected_BTV = np.eye(logits_BTV.shape[-1])[np.asarray(logits_BTV.argmax(axis=-1))]
+    np.testing.assert_array_equal(probs_BTV, expected_BTV)
+
+
+@pytest.mark.parametrize(
+    ("case", "same"),
+    [
+        (SamplingParams(temperature=1.0, top_k=2**31), SamplingParams(temperature=1.0)),
+        (SamplingParams(temperature=1.0, top_k=10**30), SamplingParams(temperature=1.0)),
+        (SamplingParams(temperature=1.0, min_p=1e-300), SamplingParams(temperature=1.0)),
+        (SamplingParams(temperature=1.0, top_p=1 - 1e-15), SamplingParams(temperature=1.0)),
+    ],
+    ids=repr,
+)
+def test_numbers_beyond_32_bits_mean_what_they_say(case, same):
+    logits_BTV = _logits(1)
+    ours, theirs = (probabilities(logits_BTV, SamplingArrays.stack([c])) for c in (case, same))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_hottest_distribution_is_uniform():
+    probs_BTV = probabilities(_logits(1), SamplingArrays.stack([SamplingParams(temperature=1e300)]))
+    np.testing.assert_allclose(probs_BTV, 0.01, rtol=1e-6)
+
+
+def test_seeds_of_32_bits_give_the_keys_of_jax():
+    seeds = [0, 1, 7, 2**31 - 1, 2**32 - 1]
+    ours = jax.random.key_data(sampling.keys_of(seeds))
+    for key, seed in zip(ours, seeds, strict=True):
+        np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(np.uint32(seed))))
+
+
+def test_seeds_of_64_bits_are_those_of_jax_in_64_bits():
+    seeds = [2**32, 2**40 + 5, 2**64 - 1]
+    ours = jax.random.key_data(sampling.keys_of(seeds))
+    with jax.enable_x64(True):
+        theirs = [jax.random.key_data(jax.random.key(np.uint64(seed))) for seed in seeds]
+        with_x64 = jax.random.key_data(sampling.keys_of(seeds))
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ours, with_x64)
+
+
+def test_seeds_of_rows_go_on_from_0_after_the_largest():
+    rows = one_for_each(SamplingParams(seed=2**64 - 2), 4)
+    assert [row.seed for row in rows] == [2**64 - 2, 2**64 - 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("temperature", np.inf, "must be a finite number"),
+        ("temperature", np.float32("nan"), "must be a finite number"),
+        ("temperature", None, "must be a finite number"),
+        ("temperature", "warm", "must be a finite number"),
+        ("temperature", True, "must be a finite number"),
+        ("top_k", 2.5, "must be a whole number"),
+        ("top_k", None, "must be a whole number"),
+        ("top_p", 0.0, r"must be in \(0, 1\]"),
+        ("seed", -1, "must be 0 or more, of at most 64 bits"),
+        ("seed", 2**64, "must be 0 or more, of at most 64 bits"),
+        ("seed", 1.5, "must be a whole number"),
+        ("max_new_tokens", None, "must be a whole number"),
+        ("stop_token_ids", (5, 2**31), "is no token id"),
+        ("stop_token_ids", (-3,), "is no token id"),
+    ],
+)
+def test_other_numbers_are_refused_in_a_line(field, value, expected):
+    with pytest.raises(UserError, match=f"^{field}.*{expected}") as refused:
+        SamplingParams(**{field: value})
+    assert str(refused.value).isprintable()

@@ -22,6 +22,7 @@ from s2d_jax.weights.model import Draft, Model
 THRESHOLD = 0.4
 CHAIN = DecodeConfig(EXITS, num_draft_tokens=3)
 BY_NODE = TreeShape(depth=3, top_k=2, nodes=6, leaving="node")
+PAYING = RoundCosts((0.1, 0.2), (1.0, 1.05, 1.1, 1.2))
 LOSING = RoundCosts((0.5, 0.9), (1.0, 1.5, 2.0, 2.5))
 HOT = dataclasses.replace(GREEDY, temperature=1.0, seed=3)
 LONG = dataclasses.replace(GREEDY, max_new_tokens=100)
@@ -106,8 +107,15 @@ def test_chains_equal_their_replay(target, draft, read, config, sampling):
         (DecodeConfig(EXITS, tree=BY_NODE), GREEDY),
         (DecodeConfig(EXITS, tree=BY_NODE), HOT),
         (dataclasses.replace(CHAIN, guard=True, costs=LOSING), GREEDY),
+        (dataclasses.replace(CHAIN, draft_length_rule="expected_gain", costs=PAYING), GREEDY),
     ],
-    ids=["sampled chain", "tree", "sampled tree", "guarded chain"],
+    ids=[
+        "sampled chain",
+        "tree",
+        "sampled tree",
+        "guarded chain",
+        "chain that ends where it no longer pays",
+    ],
 )
 def test_the_record_agrees_with_confidences_and_counts(target, draft, read, config, sampling):
     result = SpeculativeDecoder(target, draft, config).generate(PROMPTS, sampling)
@@ -119,8 +127,13 @@ def test_the_record_agrees_with_confidences_and_counts(target, draft, read, conf
         counts = Counter(row.drafted_by)
         assert counts.pop(None) == row.stats.target_forwards + 1
         assert sum(counts.values()) == row.stats.accepted_tokens
-        if config.tree is None:  # the histogram of a tree counts steps, not nodes
-            assert all(count <= row.stats.exit_histogram[exit] for exit, count in counts.items())
+        drafted = row.stats.exit_histogram
+        assert sum(drafted.values()) == row.stats.drafted_tokens
+        assert all(count <= drafted[exit] for exit, count in counts.items())
+        if config.tree is None:  # steps that drafted nothing are counted, but not as tokens
+            assert all(drafted[exit] <= row.stats.draft_steps[exit] for exit in EXITS)
+    if config.draft_length_rule == "expected_gain":
+        assert sum(result.stats.draft_steps.values()) > result.stats.drafted_tokens
     assert not config.guard or result.stats.plain_rounds > 0
 
 

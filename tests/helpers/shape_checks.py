@@ -10,7 +10,7 @@ _CHECK = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 # What users give: the library says itself, in a line for people, what it refuses.
-_FROM_USERS = {"prompts", "prompt", "texts", "token_ids", "paths"}
+_FROM_USERS = {"prompts", "prompt", "texts", "token_ids", "path", "paths"}
 
 
 def _is_for_users(function) -> bool:

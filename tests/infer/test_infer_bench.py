@@ -191,6 +191,7 @@ def sample(method, question_id, seconds, emitted, passes, identical=True):
         drafted_per_depth=(5, 5),
         accepted_per_depth=(4, 2),
         exit_histogram={6: 10},
+        draft_steps={6: 12},
         seconds={"compile": 0.0, "total": seconds, "prefill": 1.0, "decode": seconds - 1.0},
     )
     return Sample(method, question_id, "", stats, ("text",), 2.0, identical)

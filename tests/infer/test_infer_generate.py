@@ -90,7 +90,7 @@ def test_rows_tell_which_answers_were_cut_off(tmp_path):
     args = Args(target=("t",), prompt=("p",))
     question = Question(1, "", ("a", "b", "c"))
     ids = {"ended": (5, 7), "cut": (5, 6), "ended at once": (7,)}
-    stats = GenerationStats(1, 1, 1, 0, {}, 0, 0, (), (), {}, {"compile": 0.0, "total": 1.0})
+    stats = GenerationStats(1, 1, 1, 0, {}, 0, 0, (), (), {}, {}, {"compile": 0.0, "total": 1.0})
     answers = [Answer(text, tokens, stats) for text, tokens in ids.items()]
     row = answering._row(args, "t", question, answers, (7, 9))
     assert row["finished"] == [True, False, True]

@@ -82,6 +82,12 @@ def test_what_a_run_writes_reads_back_equal(write):
         ("model: {num_layers: 12}", r"model.path is missing; it has no default"),
         ("optim: 3", r"optim must hold `key: value` pairs, not a whole number"),
         ("optim: {learning_rate: -1}", r"optim.learning_rate=-1.0 must be above 0"),
+        ("optim: {learning_rate: .inf}", r"optim.learning_rate=inf must be a finite number"),
+        ("optim: {beta1: .nan}", r"optim.beta1=nan must be a finite number"),
+        ("train: {epochs: .inf}", r"train.epochs=inf must be a finite number"),
+        ("train: {seed: 18446744073709551616}", r"train.seed=.* of at most 64 bits"),
+        ("data: {paths: [x], max_length: 1000000000000}", r"tokens a step; at most 2147483647"),
+        ("mesh: {fsdp: 100000}", r"is 100000 devices; a mesh has 65536 at most"),
         ("optim: [", r"not valid YAML"),
         (
             "draft: {exit_layers: [6, 9, 16]}",

@@ -69,6 +69,7 @@ def test_greedy_equals_the_width_matched_reference(decoders, plain, policy, batc
     assert decoder.verify_width == nodes
     assert result.token_ids == plain(nodes, batch)
     assert all(len(ids) == GREEDY.max_new_tokens for ids in result.token_ids)
+    assert result.stats.drafted_tokens == sum(result.stats.exit_histogram.values())
     assert result.stats.mean_acceptance_length > 1.3
 
 

@@ -297,8 +297,10 @@ def test_statistics_count_what_happened(pair, greedy_rounds):
     assert stats.emitted_tokens == 4 * 30
     assert stats.mean_acceptance_length == (4 * 29) / stats.target_forwards
     assert set(stats.exit_histogram) == set(EXITS)
-    assert sum(stats.exit_histogram.values()) == ran
-    assert min(stats.exit_histogram.values()) > 0.02 * ran
+    assert sum(stats.exit_histogram.values()) == nodes
+    assert set(stats.draft_steps) == set(EXITS)
+    assert sum(stats.draft_steps.values()) == ran
+    assert min(stats.draft_steps.values()) > 0.02 * ran
 
 
 def test_tokens_behind_a_stop_token_are_not_accepted(pair):

@@ -10,6 +10,7 @@ import yaml
 from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.config.draft import DraftConfig, ExitParts
 from s2d_jax.config.mesh import MeshConfig
+from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import require
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
@@ -17,6 +18,8 @@ Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
 _COUNTS = (
     "batch_size", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
+# Tokens of a step: as many as 32 bits can number.
+_MOST_TOKENS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class ModelSection:
     """Recompute each layer in the backward pass: less memory, a third more work."""
 
     def __post_init__(self):
+        plain_fields(self, "model.")
         require(bool(self.path), "model.path is empty; give a model directory, hub id or .gguf")
         require(
             self.num_layers is None or self.num_layers >= 1,
@@ -78,6 +82,7 @@ class DraftSection:
     """List of tokens from infer.trim: the heads are read and trained over these only."""
 
     def __post_init__(self):
+        plain_fields(self, "draft.")
         self.draft_config()
         weights = self.loss_weights
         require(
@@ -124,6 +129,7 @@ class ObjectiveSection:
     """Store each teacher's this many largest probabilities per token before training; 0 runs the teachers in every step."""
 
     def __post_init__(self):
+        plain_fields(self, "objective.")
         for name in ("ce_weight", "distill_weight", "teacher_top_k"):
             value = getattr(self, name)
             require(value >= 0, f"objective.{name}={value} must be 0 or more")
@@ -152,6 +158,7 @@ class WatchSection:
     """Write the metrics for TensorBoard as well (needs the tensorboard extra)."""
 
     def __post_init__(self):
+        plain_fields(self, "watch.")
         require(
             self.draft_tokens >= 1, f"watch.draft_tokens={self.draft_tokens} must be at least 1"
         )
@@ -177,6 +184,7 @@ class DataSection:
     """Processes that tokenize."""
 
     def __post_init__(self):
+        plain_fields(self, "data.")
         require(len(self.paths) > 0, "data.paths is empty; give at least one conversation file")
         require(
             len(self.weights) in (0, len(self.paths)),
@@ -218,6 +226,7 @@ class OptimSection:
     """The gradient's global norm is clipped to this."""
 
     def __post_init__(self):
+        plain_fields(self, "optim.")
         for name in ("learning_rate", "epsilon", "clip_norm"):
             value = getattr(self, name)
             require(value > 0, f"optim.{name}={value} must be above 0")
@@ -264,6 +273,7 @@ class TrainSection:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self):
+        plain_fields(self, "train.")
         require(bool(self.run_dir), "train.run_dir is empty; give a directory")
         for name in _COUNTS:
             value = getattr(self, name)
@@ -271,7 +281,9 @@ class TrainSection:
         for name in ("epochs", "max_steps", "max_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value} must be above 0")
-        require(0 <= self.seed < 2**31, f"train.seed={self.seed} must be in [0, 2**31)")
+        require(
+            0 <= self.seed < 2**64, f"train.seed={self.seed} must be 0 or more, of at most 64 bits"
+        )
         require(
             self.batch_size % self.accumulate == 0,
             f"train.batch_size={self.batch_size} does not divide into "
@@ -302,6 +314,12 @@ class Config:
                 f"train.learn={self.train.learn} names {part}, which this draft does not have; "
                 "set model.lora_rank, draft.exit_heads or draft.exit_adapters",
             )
+        tokens = self.train.batch_size * self.data.max_length
+        require(
+            tokens <= _MOST_TOKENS,
+            f"train.batch_size={self.train.batch_size} rows of data.max_length={self.data.max_length} tokens are "
+            f"{tokens} tokens a step; at most {_MOST_TOKENS} can be numbered, so lower one of them",
+        )
         shards = self.mesh.data * self.mesh.fsdp
         part = self.train.batch_size // self.train.accumulate
         require(

@@ -72,6 +72,7 @@ PUBLISHED = {
 }
 CAPACITIES = (80e9, 95e9)
 _TPU = "v5p:2x2x2"
+_MOST_CPU_DEVICES = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +212,10 @@ def _devices(topology: str, count: int) -> list[Any]:
         UserError: if libtpu is absent, or does not know the topology.
     """
     if topology == "cpu":
+        if count > _MOST_CPU_DEVICES:
+            raise UserError(
+                f"a mesh of {count} devices is more than a CPU can stand in for ({_MOST_CPU_DEVICES}); give --topology"
+            )
         # Too late if the process has used its devices, as in tests; then making the mesh says what is missing.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)

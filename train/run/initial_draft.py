@@ -13,6 +13,7 @@ from s2d_jax.model.exit_parts import init_exit_parts
 from s2d_jax.model.lora import LoraConfig, init_lora
 from s2d_jax.model.params import Params
 from s2d_jax.model.select_layers import selected, truncated
+from s2d_jax.sampling import keys_of
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import load_model
 from s2d_jax.weights.vocabulary import DraftVocabulary, read_vocabulary
@@ -62,7 +63,7 @@ def load_start(config: Config, mesh: Mesh) -> Start:
     if config.draft.vocabulary is not None:
         vocabulary = read_vocabulary(config.draft.vocabulary)
         vocabulary.check(model_config.vocab_size, model.tokenizer)
-    parts_key, lora_key = jax.random.split(jax.random.key(config.train.seed))
+    parts_key, lora_key = jax.random.split(keys_of([config.train.seed])[0])
     params = init_exit_parts(model_config, params, config.draft.parts, parts_key)
     if section.lora_rank:
         params = init_lora(params, LoraConfig(section.lora_rank), lora_key)
