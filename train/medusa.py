@@ -41,8 +41,6 @@ from train.step.optimizer import learning_rate, make_optimizer
 _HEAD_AXES = {"residual": ("head", "ffw", "embed"), "lm_head": ("head", "vocab", "embed")}
 _HEAD_RULES = {**RULES, "head": None}
 
-_MOST_HEADS = 64
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MedusaConfig:
@@ -73,13 +71,9 @@ class MedusaConfig:
 
     def __post_init__(self):
         for name in ("num_heads", "batch_size", "accumulate", "loss_chunk"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
-        if self.num_heads > _MOST_HEADS:
-            raise UserError(
-                f"num_heads={self.num_heads} is more than {_MOST_HEADS}; the paper finds that five suffice"
-            )
+            value, most = getattr(self, name), 64 if name == "num_heads" else 2**31 - 1
+            if not 1 <= value <= most:
+                raise UserError(f"{name}={value} must be 1 to {most}")
         if self.decay <= 0:
             raise UserError(f"decay={self.decay} must be above 0; the paper has 0.8")
         if self.batch_size % self.accumulate:

@@ -20,6 +20,7 @@ from s2d_jax.cli.command import say_devices
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.screen import counting_bar, eta, screen
 from s2d_jax.config.model import ModelConfig
+from s2d_jax.errors import UserError
 from s2d_jax.machine import usable_cores
 from s2d_jax.model.products import forms as product_forms
 from s2d_jax.model.products.linear import Form, form_of
@@ -35,6 +36,8 @@ ROWS = (1, 2, 4, 8, 16, 32)
 _REPEATS, _TRIPS = 3, 2
 # The weights' bytes in int8, the smallest format: several times a usual last-level cache.
 _SMALLEST_BYTES = 96 << 20
+# Each layer is four products to compile; SmolLM2-135M needs 41.
+_MOST_LAYERS = 256
 _DEFAULT_DIMS = (
     1536,
     1536,
@@ -102,13 +105,23 @@ class Chain:
 
 
 def chain_of(config: ModelConfig | None) -> Chain:
-    """The fewest layers of a model whose int8 weights are far larger than the last-level cache."""
+    """The fewest layers of a model whose int8 weights are far larger than the last-level cache.
+
+    Raises:
+        UserError: if these are so many that compiling them would take hours.
+    """
     dims = _DEFAULT_DIMS
     if config is not None:
         dims = (config.embed_dim, config.num_heads * config.head_dim, config.ffw_dim)
     one = Chain(dims, 1)
     layer_bytes = sum(out * columns for out, columns in one.shapes)
-    return Chain(dims, -(-_SMALLEST_BYTES // layer_bytes))
+    num_layers = -(-_SMALLEST_BYTES // layer_bytes)
+    if num_layers > _MOST_LAYERS:
+        raise UserError(
+            f"the model's layers have {layer_bytes:,} weights, so {num_layers:,} of them would have to be compiled to leave "
+            "the caches; time a larger model, or leave --target out"
+        )
+    return Chain(dims, num_layers)
 
 
 def make_weights(chain: Chain, weight_format: str) -> list[Any]:

@@ -21,6 +21,7 @@ from infer.bench.kernels import (
     make_weights,
     time_forms,
 )
+from s2d_jax.errors import UserError
 from s2d_jax.model.products.forms import plain
 from s2d_jax.model.products.linear import form_of
 from s2d_jax.model.products.weight_formats import WEIGHT_FORMATS, weight_bytes
@@ -30,11 +31,16 @@ SMALL = Chain((32, 48, 64), 1)
 
 
 def test_the_chain_exceeds_a_cache_in_every_format():
-    for config in (None, tiny_config(), tiny_config(embed_dim=4096, ffw_dim=11_008)):
+    for config in (None, tiny_config(embed_dim=576, ffw_dim=1536), tiny_config(embed_dim=4096, ffw_dim=11_008)):
         chain = chain_of(config)
         assert sum(out * columns for out, columns in chain.shapes) >= 96 << 20
         for (out, _), (_, columns) in zip(chain.shapes, chain.shapes[1:], strict=False):
             assert out == columns
+
+
+def test_a_model_whose_layers_are_too_small_is_refused():
+    with pytest.raises(UserError, match=r"layers have .* weights, .* time a larger model"):
+        chain_of(tiny_config())
 
 
 def test_the_loop_runs_the_whole_chain_every_trip():

@@ -261,7 +261,7 @@ def test_the_step_holds_no_logits_of_all_heads_or_of_a_whole_row():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"num_heads": 0}, "num_heads=0 must be 1 to 64"),
         ({"decay": 0.0}, "decay=0.0 must be above 0"),
         ({"accumulate": 3}, "batch_size=8 does not divide into accumulate=3 parts"),
     ],

@@ -155,11 +155,11 @@ def test_a_compiler_that_fails_otherwise_is_heard():
         (["--exit-layers", "6", "40"], "exit_layers=(6, 40) exceeds num_layers=32"),
         (["--accumulate", "3"], "train.batch_size=128 does not divide into"),
         (["--accumulate", "32"], "rows do not divide over"),
-        (["--heads", "0"], "num_heads=0 must be at least 1"),
+        (["--heads", "0"], "num_heads=0 must be 1 to 64"),
         (["--mesh.fsdp", "16"], "needs 16 devices, 8 are present"),
         (["--mesh.fsdp", "512000"], "is 512000 devices; a mesh has 65536 at most"),
         (["--mesh.fsdp", "1024", "--batch-size", "16384"], "more than a CPU can stand in for"),
-        (["--heads", "1000000"], "num_heads=1000000 is more than 64"),
+        (["--heads", "1000000"], "num_heads=1000000 must be 1 to 64"),
         (
             ["--batch-size", "1000000000000000", "--accumulate", "1"],
             "tokens a step; at most 2147483647",
