@@ -67,9 +67,12 @@ def calibrate(args: Args) -> None:
                 environment=environment(target.dtype.name),
                 started=started,
             )
+            choices = []
             for choice in calibration.choices():
-                _show(target.source, choice)
                 write_policies(file, [choice.policy])
+                choices.append(choice)
+        for choice in choices:  # below the bars, which would draw over a table
+            _show(target.source, choice)
         screen().print(f"policies written to {file}", soft_wrap=True)
         del target
 

@@ -165,7 +165,7 @@ def _with_rules(costs, trace, exits, thresholds, widths, confidences) -> list[Ca
         )
         return Candidate(f"{where}, {suffix}", f"{family}, {rule}", config)
 
-    found = [make("fixed", f"{G} tokens", num_draft_tokens=G) for G in lengths]
+    found = [make("fixed", f"{G} token{'s' * (G > 1)}", num_draft_tokens=G) for G in lengths]
     found.append(make("heuristic", f"heuristic up to {most}", num_draft_tokens=min(5, most)))
     for G in lengths[-2:]:
         found += [
