@@ -16,6 +16,7 @@ from tiny_trace import COSTS, certain, coins
 
 from infer.bench import __main__ as bench
 from infer.calibrate import __main__ as command
+from infer.calibrate import choosing
 from infer.generate import __main__ as generate
 from s2d_jax.calibration import choose
 from s2d_jax.calibration import time_trees as tree_costs
@@ -272,6 +273,18 @@ def test_calibrate_then_auto(models, tmp_path, monkeypatch, capsys):
     assert "has no policy for" in missing
     assert "python -m infer.calibrate --target" in missing
     small = ("--prompts", 2, "--new-tokens", 12, "--temperature", 0)
+    bars, make_bar, print_table = [], choosing.counting_bar, choosing.print_table
+
+    def kept_bar(*columns):
+        bars.append(make_bar(*columns))
+        return bars[-1]
+
+    def print_below(*args, **kwargs):
+        assert not bars[-1].live.is_started, "a live bar would draw over the table"
+        print_table(*args, **kwargs)
+
+    monkeypatch.setattr(choosing, "counting_bar", kept_bar)
+    monkeypatch.setattr(choosing, "print_table", print_below)
     run(command.main, monkeypatch, *flags, "--questions", questions, *small)
     shown = capsys.readouterr().out
     assert "predicted" in shown

@@ -31,7 +31,11 @@ SMALL = Chain((32, 48, 64), 1)
 
 
 def test_the_chain_exceeds_a_cache_in_every_format():
-    for config in (None, tiny_config(embed_dim=576, ffw_dim=1536), tiny_config(embed_dim=4096, ffw_dim=11_008)):
+    for config in (
+        None,
+        tiny_config(embed_dim=576, ffw_dim=1536),
+        tiny_config(embed_dim=4096, ffw_dim=11_008),
+    ):
         chain = chain_of(config)
         assert sum(out * columns for out, columns in chain.shapes) >= 96 << 20
         for (out, _), (_, columns) in zip(chain.shapes, chain.shapes[1:], strict=False):
