@@ -132,7 +132,7 @@ SAMPLING = [
         "s2d_jax/generation/stream.py",
         "zip(exits, proposed_E, strict=True)",
         "zip(exits, steps, strict=True)",
-        "generation/test_origins.py -k no_longer_pays",
+        "generation/test_origins.py -k agrees_with_confidences",
     ),
     Fault(
         "temperature-in-confidence",
