@@ -176,6 +176,6 @@ def _show_stats(console: Console, target: str, stats: GenerationStats, seconds: 
         "target passes": f"{stats.target_forwards:,}",
         "MAT": f"{stats.mean_acceptance_length:.2f}",
         "accepted": f"{stats.draft_acceptance_rate:.0%}" if stats.drafted_tokens else "-",
-        "drafted at exit": shares(stats.exit_histogram),
+        "by exit": shares(stats.exit_histogram),
     }
     print_table(console, f"target {target}", list(row), [list(row.values())], texts=0)
