@@ -87,6 +87,16 @@ def test_what_a_run_writes_reads_back_equal(write):
         ("train: {epochs: .inf}", r"train.epochs=inf must be a finite number"),
         ("train: {seed: 18446744073709551616}", r"train.seed=.* of at most 64 bits"),
         ("data: {paths: [x], max_length: 1000000000000}", r"tokens a step; at most 2147483647"),
+        (
+            "model: {path: m, lora_rank: 1000000000}",
+            r"lora_rank=1000000000 must be 0 \(none\) to 16384",
+        ),
+        (
+            "draft: {adapter_rank: 1000000000}",
+            r"draft.adapter_rank=1000000000 must be at most 16384",
+        ),
+        ("watch: {draft_tokens: 100000}", r"watch.draft_tokens=100000 must be 1 to 1024"),
+        ("data: {paths: [x], num_proc: 100000}", r"data.num_proc=100000 must be 1 to 1024"),
         ("mesh: {fsdp: 100000}", r"is 100000 devices; a mesh has 65536 at most"),
         ("optim: [", r"not valid YAML"),
         (

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from s2d_jax.cli.flags import Switch, flag
+from s2d_jax.config.decode import MOST_DRAFTED
 from s2d_jax.config.draft import DraftConfig, ExitParts
 from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.config.plain import plain_fields
@@ -20,6 +21,9 @@ _COUNTS = (
 )  # fmt: skip
 # Tokens of a step: as many as 32 bits can number.
 _MOST_TOKENS = 2**31 - 1
+_MOST_PROCESSES = 1024
+# Wider than any model whose products it would be an adapter of.
+_LARGEST_RANK = 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,10 @@ class ModelSection:
             not self.layers or min(self.layers) >= 0,
             f"model.layers={self.layers} must be 0 or more: layers are counted from 0",
         )
-        require(self.lora_rank >= 0, f"model.lora_rank={self.lora_rank} must be 0 (none) or more")
+        require(
+            0 <= self.lora_rank <= _LARGEST_RANK,
+            f"model.lora_rank={self.lora_rank} must be 0 (none) to {_LARGEST_RANK}",
+        )
 
     @property
     def depth(self) -> int | None:
@@ -83,6 +90,10 @@ class DraftSection:
 
     def __post_init__(self):
         plain_fields(self, "draft.")
+        require(
+            self.adapter_rank <= _LARGEST_RANK,
+            f"draft.adapter_rank={self.adapter_rank} must be at most {_LARGEST_RANK}",
+        )
         self.draft_config()
         weights = self.loss_weights
         require(
@@ -160,7 +171,8 @@ class WatchSection:
     def __post_init__(self):
         plain_fields(self, "watch.")
         require(
-            self.draft_tokens >= 1, f"watch.draft_tokens={self.draft_tokens} must be at least 1"
+            1 <= self.draft_tokens <= MOST_DRAFTED,
+            f"watch.draft_tokens={self.draft_tokens} must be 1 to {MOST_DRAFTED}",
         )
 
 
@@ -199,7 +211,10 @@ class DataSection:
             0 <= self.held_out_fraction < 1,
             f"data.held_out_fraction={self.held_out_fraction} must be in [0, 1)",
         )
-        require(self.num_proc >= 1, f"data.num_proc={self.num_proc} must be at least 1")
+        require(
+            1 <= self.num_proc <= _MOST_PROCESSES,
+            f"data.num_proc={self.num_proc} must be 1 to {_MOST_PROCESSES}",
+        )
 
     @property
     def source_weights(self) -> tuple[float, ...]:
