@@ -99,7 +99,9 @@ def test_collectives_are_counted_once_each_with_their_results():
     ("flags", "message"),
     [
         (("--devices", "0"), "error: --devices 0 must be at least 1"),
-        (("--devices", "1000"), "--devices 1000 exceeds the 8 that JAX began with; set JAX_NUM"),
+        (("--devices", "500"), "--devices 500 exceeds the 8 that JAX began with; set JAX_NUM"),
+        (("--devices", "1000000000"), "1000000000 devices are more than a CPU can stand in for"),
+        (("--topology", "v5p:2x2x2", "--slices", "1000000"), "--slices 1000000 must be 1 to 1024"),
         (("--devices", "8", "--mesh.fsdp", "16", "--train.batch-size", "16"), "needs 16 devices"),
         (("--devices", "8", "--shape", "none.json"), "--shape none.json does not exist; give a mod"),
         (("--devices", "8", "--model.path", "models/other"), "models/other is not on this machine; give"),

@@ -36,7 +36,7 @@ from s2d_jax.sharding import MESH_AXES, MeshConfig, make_mesh
 from train.config.sections import Config, DataSection, DraftSection, ModelSection, TrainSection
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.memory.systems import medusa_step, soft_step
-from train.plan.chips import tpu_devices
+from train.plan.chips import check_cpu_devices, tpu_devices
 from train.plan.step_memory import StepMemory, StepToCompile, measure_step
 from train.step.trainer import Trainer
 
@@ -72,7 +72,6 @@ PUBLISHED = {
 }
 CAPACITIES = (80e9, 95e9)
 _TPU = "v5p:2x2x2"
-_MOST_CPU_DEVICES = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,10 +211,7 @@ def _devices(topology: str, count: int) -> list[Any]:
         UserError: if libtpu is absent, or does not know the topology.
     """
     if topology == "cpu":
-        if count > _MOST_CPU_DEVICES:
-            raise UserError(
-                f"a mesh of {count} devices is more than a CPU can stand in for ({_MOST_CPU_DEVICES}); give --topology"
-            )
+        check_cpu_devices(count)
         # Too late if the process has used its devices, as in tests; then making the mesh says what is missing.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)

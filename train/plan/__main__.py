@@ -30,7 +30,7 @@ from s2d_jax.weights.checkpoints import placed
 from s2d_jax.weights.load import read_description
 from train.config.files import FlagsWithConfig, parse_command_line
 from train.config.sections import Config
-from train.plan.chips import tpu_devices
+from train.plan.chips import check_cpu_devices, tpu_devices
 from train.plan.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
 from train.step.trainer import Trainer
 
@@ -254,6 +254,7 @@ def run(args: Args) -> None:
 def _fake_devices(count: int) -> list:
     if count < 1:
         raise UserError(f"--devices {count} must be at least 1")
+    check_cpu_devices(count)
     # JAX adds its flags to the class at run time.
     before = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.suppress(RuntimeError):  # too late if something was computed already
