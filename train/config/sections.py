@@ -11,6 +11,7 @@ from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.config.draft import DraftConfig, ExitParts
 from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.errors import require
+from s2d_jax.files import local_path
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
 # Fields of `train` that must be 1 or more.
@@ -232,7 +233,7 @@ class TrainSection:
     """How long to train, how large the steps are, and what is written when. The defaults are the paper's."""
 
     run_dir: Annotated[str, flag("DIR")] = "runs/soft"
-    """Receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
+    """A directory on this machine. It receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
     resume: Switch = False
     """Go on from the newest checkpoint of run_dir."""
     batch_size: int = 128
@@ -265,6 +266,7 @@ class TrainSection:
 
     def __post_init__(self):
         require(bool(self.run_dir), "train.run_dir is empty; give a directory")
+        local_path(self.run_dir, "train.run_dir")
         for name in _COUNTS:
             value = getattr(self, name)
             require(value >= 1, f"train.{name}={value} must be at least 1")
