@@ -11,6 +11,7 @@ from s2d_jax.files import local_path
 from s2d_jax.progress.durations import CACHE_VARIABLE
 
 _PROBE = b"writable"
+# `os.path` below, because the methods of `Path` raise OSError for names that are too long.
 
 
 def check_writable(path: Path, flag: str = "--out") -> Path:
@@ -24,11 +25,11 @@ def check_writable(path: Path, flag: str = "--out") -> Path:
         UserError: for a directory, a device, a place elsewhere (gs://...), or where nothing can be written.
     """
     path = local_path(path, flag)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(
             f"{flag} {printable(path)} is a directory; give the name of a file, such as {printable(path / 'FILE')}"
         )
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(
             f"{flag} {printable(path)} is a device or a pipe; give the name of a file, or leave {flag} out"
         )
@@ -39,7 +40,7 @@ def check_writable(path: Path, flag: str = "--out") -> Path:
 def check_directory(path: Path, flag: str = "--out") -> Path:
     """As `check_writable`, for a directory that files will be written into; it may exist."""
     path = local_path(path, flag)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{flag} {printable(path)} is a file; give a directory")
     _try(path, ".partial-probe", f"{flag} {printable(path)}")
     return path
@@ -59,7 +60,7 @@ def _try(directory: Path, name: str, what: str) -> None:
     made: list[Path] = []
     probe = directory / name
     try:
-        for missing in reversed([d for d in (directory, *directory.parents) if not d.exists()]):
+        for missing in reversed([d for d in (directory, *directory.parents) if not os.path.exists(d)]):
             missing.mkdir()
             made.append(missing)
         # Another process may be writing under this name; then it can be written.
@@ -67,7 +68,7 @@ def _try(directory: Path, name: str, what: str) -> None:
             made.append(probe)
             file.write(_PROBE)
     except OSError as error:
-        blocking = next((p for p in (directory, *directory.parents) if p.exists()), directory)
+        blocking = next((p for p in (directory, *directory.parents) if os.path.exists(p)), directory)
         reason = f"{printable(blocking)} is a file" if blocking.is_file() else error.strerror
         raise UserError(f"{what} cannot be written: {reason}; choose another place") from None
     finally:

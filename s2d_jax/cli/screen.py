@@ -50,9 +50,8 @@ class PlainColumn(TextColumn):
         super().__init__(text_format, markup=False, **options)
 
     def render(self, task: Task) -> Text:
-        text = super().render(task)
-        text.plain = visible(text.plain)
-        return text
+        text = visible(self.text_format.format(task=task))
+        return Text(text, style=self.style, justify=self.justify)
 
 
 def screen(*, stderr: bool = False) -> PlainConsole:
