@@ -60,7 +60,9 @@ def _try(directory: Path, name: str, what: str) -> None:
     made: list[Path] = []
     probe = directory / name
     try:
-        for missing in reversed([d for d in (directory, *directory.parents) if not os.path.exists(d)]):
+        for missing in reversed(
+            [d for d in (directory, *directory.parents) if not os.path.exists(d)]
+        ):
             missing.mkdir()
             made.append(missing)
         # Another process may be writing under this name; then it can be written.
@@ -68,7 +70,9 @@ def _try(directory: Path, name: str, what: str) -> None:
             made.append(probe)
             file.write(_PROBE)
     except OSError as error:
-        blocking = next((p for p in (directory, *directory.parents) if os.path.exists(p)), directory)
+        blocking = next(
+            (p for p in (directory, *directory.parents) if os.path.exists(p)), directory
+        )
         reason = f"{printable(blocking)} is a file" if blocking.is_file() else error.strerror
         raise UserError(f"{what} cannot be written: {reason}; choose another place") from None
     finally:

@@ -90,7 +90,8 @@ class Planner:
 
     def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
         """The token ids of one prompt that can be answered; UserError, about `name`, as in `SpeculativeDecoder.generate`."""
-        found = split_prompts(prompt)
+        # No ids are one prompt here, and an empty one.
+        found = split_prompts([prompt] if isinstance(prompt, list) and not prompt else prompt)
         if len(found) > 1:
             raise UserError(f"{len(found)} prompts to encode; give one at a time")
         return self._ids(found[0], name)

@@ -221,6 +221,24 @@ def test_what_was_left_out_is_counted_for_each_source_and_reason(tokenizer, tmp_
     assert json.loads(json.dumps(report.to_json()))["sources"][1]["weight"] == 2.5
 
 
+def test_rows_of_other_forms_are_left_out_and_counted(tokenizer, tmp_path):
+    user, answer = MESSAGES
+    rows = [
+        *({"messages": MESSAGES}, {"conversations": json.dumps(MESSAGES)}, {"text": "a"}, None),
+        *({"messages": [user, answer, {"role": "tool", "content": "5"}, answer]},),
+        *({"messages": [user, {"role": "assistant", "content": None, "tool_calls": []}]},),
+        {"messages": MESSAGES, "finished": 1.5},
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataSection(paths=(str(tmp_path / "chat.jsonl"),), max_length=64)
+    _, report = build_rows(config, tokenizer, vocab_size=VOCAB)
+    counts = report.sources[0].counts()
+    names = ("no_conversation", "other_roles", "not_text", "unclear_finished", "documents")
+    assert counts["conversations"] == 7
+    assert [counts[name] for name in names] == [2, 1, 1, 1, 2]
+    assert "left out: a turn is not text" in str(report)
+
+
 def test_conversations_that_the_template_refuses_are_left_out_and_told(tmp_path):
     tokenizer = tiny_tokenizer(VOCAB)
     tokenizer.chat_template = (
