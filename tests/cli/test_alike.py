@@ -13,9 +13,18 @@ from infer_tiny import failing_run
 
 from infer import export
 from infer.bench import __main__ as bench
+from infer.bench import args as bench_args
+from infer.bench import comparison
 from infer.calibrate import __main__ as calibrate
+from infer.calibrate import args as calibrate_args
+from infer.calibrate import choosing
 from infer.generate import __main__ as generate
+from infer.generate import answering
+from infer.generate import args as generate_args
 from infer.trim import __main__ as trim
+from infer.trim import args as trim_args
+from infer.trim import listing
+from s2d_jax.cli.command import status_of
 from train.main import main as train
 from train.memory.__main__ import main as memory
 from train.plan.__main__ import main as plan
@@ -53,12 +62,18 @@ def left(place: Path) -> set[str]:
 
 
 MODELS = ("--target", "nowhere", "--draft", "nowhere")
+PAIR = {"target": ("nowhere",), "draft": "nowhere"}
 READERS = {
-    "generate": (generate, (*MODELS, "--prompts")),
-    "as conversations": (generate, (*MODELS, "--as-conversations", "--out", "{}/new", "--prompts")),
-    "bench": (bench, (*MODELS, "--out", "{}/new", "--questions")),
-    "calibrate": (calibrate, (*MODELS, "--out", "{}/new", "--questions")),
-    "trim": (trim, ("--draft", "nowhere", "--out", "{}/new.json", "--answers")),
+    "generate": (answering.generate, generate_args.Args, "prompts", {**PAIR}),
+    "as conversations": (
+        answering.generate,
+        generate_args.Args,
+        "prompts",
+        {**PAIR, "answering": generate_args.AnsweringOptions(as_conversations=True), "out": "new"},
+    ),
+    "bench": (comparison.bench, bench_args.Args, "questions", {**PAIR, "out": "new"}),
+    "calibrate": (choosing.calibrate, calibrate_args.Args, "questions", {**PAIR, "out": "new"}),
+    "trim": (listing.trim, trim_args.Args, "answers", {"draft": "nowhere", "out": "new.json"}),
 }
 DAMAGED = {
     "absent": (None, "does not exist; "),
@@ -78,8 +93,8 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("reader", READERS)
-def test_damaged_files_of_prompts_are_one_line(reader, damage, place, refused):
-    command, arguments = READERS[reader]
+def test_damaged_files_of_prompts_are_one_line(reader, damage, place, capsys):
+    command, flags, name, values = READERS[reader]
     data, told = DAMAGED[damage]
     path = place / damage
     if damage == "directory":
@@ -87,7 +102,10 @@ def test_damaged_files_of_prompts_are_one_line(reader, damage, place, refused):
     elif data is not None:
         path.write_bytes(data)
     before = left(place)
-    line = refused(command, *(word.format(place) for word in arguments), path)
+    values = {key: place / value if key == "out" else value for key, value in values.items()}
+    args = flags(**values, **{name: (path,) if flags is trim_args.Args else path})
+    assert status_of(lambda: command(args)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert told in line
     assert str(path) in line
     assert left(place) == before

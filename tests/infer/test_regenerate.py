@@ -255,7 +255,10 @@ def test_whatever_training_reads_is_read(tmp_path):
         (("--prompts", "{source}", "--out", "{out}", "--stream"), "--stream does not go with"),
         (("--prompts", "{source}", "--out", "{out}", "--prompt", "x"), "--prompt does not go"),
         (("--prompts", "{source}", "--out", "{source}"), "is there already; choose another --out"),
-        (("--prompts", "nowhere", "--out", "{out}"), "nowhere does not exist; give a conversation file"),
+        (
+            ("--prompts", "nowhere", "--out", "{out}"),
+            "nowhere does not exist; give a conversation file",
+        ),
         (("--prompts", "{source}", "--out", "{out}", "--exits", "1"), "need a draft"),
         (("--prompts", "{source}", "--out", "{out}", "--target", "b"), "has 2 targets; give one"),
     ],

@@ -163,7 +163,8 @@ class DataSection:
     """Conversations, and how they become rows."""
 
     paths: Annotated[tuple[str, ...], flag("FILE ...")]
-    """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or what save_to_disk wrote; the content tells which."""
+    """ShareGPT, {"messages": [...]} or prompt and completion, as JSON, JSONL, parquet, Arrow, what save_to_disk wrote, or a
+    folder of parquet files; the content tells which."""
     weights: Annotated[tuple[float, ...], flag("FLOAT ...", "once")] = ()
     """How often the rows of each source are seen per epoch: 2.5 is all rows twice, and half of them once more."""
     cache_dir: Annotated[str | None, flag("DIR", "$S2D_DATA_CACHE, else ~/.cache/s2d-jax/data")] = (
