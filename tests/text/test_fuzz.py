@@ -157,7 +157,7 @@ def test_files_are_read_or_refused_in_one_line(read, data, name):
 
 @pytest.mark.exhaustive("thousands of random files for each reader, where the others are dozens")
 @pytest.mark.parametrize("read", _READERS)
-@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(data=_FILES, name=st.sampled_from(["a.jsonl", "a.txt"]))
 def test_many_files_are_read_or_refused_in_bounded_memory(read, data, name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
