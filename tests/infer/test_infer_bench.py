@@ -110,7 +110,11 @@ def test_one_new_token_and_a_second_turn_beyond_the_context(models, tmp_path, mo
 @pytest.mark.parametrize(
     ("out", "turns", "message"),
     [
-        ("file/report", ["one"], "--out .*file/report cannot be written: .*file is a file; choose another place"),
+        (
+            "file/report",
+            ["one"],
+            "--out .*file/report cannot be written: .*file is a file; choose another place",
+        ),
         ("out", ["three " * 200], "the target's context is 256; shorten the prompt"),
     ],
 )
