@@ -10,6 +10,9 @@ import yaml
 
 from s2d_jax.cli.command import run_command_line, say_devices, starting
 from s2d_jax.cli.flags import Switch, flag
+from s2d_jax.cli.outputs import check_directory
+from s2d_jax.errors import visible
+from s2d_jax.files import local_path
 from s2d_jax.progress.activity import activity
 
 _FORMATS = {"float32": "f32", "bfloat16": "bf16"}
@@ -45,6 +48,7 @@ def export(args: Args) -> None:
     Raises:
         UserError: if there is no such run or step, or the directory holds something else.
     """
+    run, out = local_path(args.run, "--run"), check_directory(args.out)
     with starting():  # JAX
         import jax.numpy as jnp
 
@@ -52,26 +56,26 @@ def export(args: Args) -> None:
         from s2d_jax.weights.prepare import prepare_for_decode
         from s2d_jax.weights.runs import load_run
 
-    with activity(f"exporting to {args.out}", key="export"):
+    with activity(f"exporting to {out}", key="export"):
         # A whole export folds LoRA in before it rounds.
         dtype = args.dtype if args.adapters_only else "float32"
-        draft = load_run(args.run, args.step, dtype=jnp.dtype(dtype))
+        draft = load_run(run, args.step, dtype=jnp.dtype(dtype))
         say_devices()
-        config = yaml.safe_load((args.run / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         base = config["model"]["path"]
         if args.adapters_only:
             layers = config["model"].get("layers") or range(draft.config.num_layers)
             provenance = {"run": draft.source, "config": config}
-            export_parts(draft, args.out, base=base, layers=layers, provenance=provenance)
+            export_parts(draft, out, base=base, layers=layers, provenance=provenance)
         else:
             prepared = prepare_for_decode(draft, _FORMATS[args.dtype])
             provenance = {"run": draft.source, "initialised_from": base, "config": config}
-            export_draft(prepared, args.out, provenance)
+            export_draft(prepared, out, provenance)
     if args.adapters_only:
-        print(f"exported what {draft.source} has beside {base} to {args.out}")
+        print(visible(f"exported what {draft.source} has beside {base} to {out}"))
         return
     exits = ", ".join(map(str, draft.draft_config.exit_layers))
-    print(f"exported {draft.source} with exits {exits} to {args.out}")
+    print(visible(f"exported {draft.source} with exits {exits} to {out}"))
     if left_out := exits_left_out(draft):
         exits = ", ".join(map(str, left_out))
         print(f"exits {exits} have residual adapters, so no plain model and no directory")

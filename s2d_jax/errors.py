@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 
 
@@ -34,6 +35,23 @@ def printable(value: object) -> str:
     text = str(value)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
+
+def visible(text: str) -> str:
+    """`text` as a screen may show it: line ends and tabs stay.
+
+    There are escapes for other control characters, which terminals obey, for characters that turn the direction of writing,
+    and for halves of surrogate pairs, which no terminal can be sent.
+    """
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def without_controls(text: str) -> str:
+    """`text` without control characters other than line ends and tabs: for what a model wrote, on a terminal."""
+    return _CONTROLS.sub("", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # Reads no further into long or deeply nested values than a message shows.
 _SHORT = reprlib.Repr()

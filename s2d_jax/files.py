@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,45 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 _GZIP, _UTF_16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
 _MOST_UNPACKED = 2**31
+# A scheme has two letters or more, unlike a drive. `Path` makes one slash of two.
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_BLANK = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
 
 
 def here_or_shipped(path: str | Path) -> Path:
     """`path`; if it does not exist and reads `configs/NAME`, the file of that name that comes with s2d-jax."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     shipped = SHIPPED / path
     is_shipped = path.parts[:1] == ("configs",) and ".." not in path.parts and shipped.is_file()
     return shipped if is_shipped and not path.exists() else path
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~name` replaced by home directories; a name that nobody has stays as it is."""
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # NUL in a user's name
+        return Path(path)
+
+
+def local_path(path: str | Path, name: str) -> Path:
+    """`expanded(path)`, if it can be a path on this machine.
+
+    Args:
+        path: what the user gave.
+        name: the flag or field; messages begin with it.
+
+    Raises:
+        UserError: for a place elsewhere, such as gs://bucket/run, and for a name with NUL in it.
+    """
+    if _ELSEWHERE.match(os.fspath(path)):
+        raise UserError(
+            f"{name} {printable(path)} is not on this machine, and only local paths are supported; mount or copy it"
+        )
+    if "\0" in os.fspath(path):
+        raise UserError(f"{name} {printable(path)} has a NUL in it; choose another name")
+    return expanded(path)
 
 
 @contextlib.contextmanager
@@ -45,9 +76,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of UTF-8 text, whole or not at all."""
+    """Writes a file of UTF-8 text, whole or not at all. Half a surrogate pair, as in some names of files, becomes U+FFFD."""
     with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(whole_characters(text), encoding="utf-8")
 
 
 def regular_file(path: Path, remedy: str) -> Path:
@@ -126,11 +157,19 @@ def parse_json(text: str, where: str, remedy: str = "fetch it again") -> Any:
     Raises:
         UserError: if it is not valid, is nested too deeply, or holds a number of thousands of digits.
     """
-    try:
+    with _json_errors(text, where, remedy):
         value = json.loads(text)
         return _whole_characters(value) if _SURROGATE.search(text) else value
+
+
+@contextlib.contextmanager
+def _json_errors(text: str, where: str, remedy: str) -> Iterator[None]:
+    """Turns what `json` raises for `text` into a UserError."""
+    try:
+        yield
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
+        line = f"line {error.lineno} " if "\n" in text else ""
+        place = f"{line}column {error.colno}"
         raise UserError(f"{where} is not valid JSON ({error.msg}: {place}); {remedy}") from None
     except RecursionError:
         raise UserError(f"{where} is not usable JSON (nested too deeply); {remedy}") from None
@@ -142,7 +181,11 @@ def parse_json(text: str, where: str, remedy: str = "fetch it again") -> Any:
 
 def whole_characters(text: str) -> str:
     """`text` with U+FFFD for each half of a surrogate pair; no UTF-8 can hold one, and tokenizers refuse it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _whole_characters(value: Any) -> Any:
@@ -153,6 +196,61 @@ def _whole_characters(value: Any) -> Any:
     if isinstance(value, dict):
         return {whole_characters(key): _whole_characters(entry) for key, entry in value.items()}
     return value
+
+
+def json_rows(path: Path, remedy: str = "repair or remove it") -> Iterator[tuple[str, Any]]:
+    """The rows of a file of JSON, each with where it stands, for messages.
+
+    A row is a value on a line of its own, a value that goes over several lines, as a pretty-printed object does, or an entry of
+    the list that is the whole file. Only "\\n" ends a line: other characters that do so elsewhere may stand inside JSON texts.
+
+    Raises:
+        UserError: as `read_text` and `parse_json`, when the iteration comes to what is wrong.
+    """
+    text = read_text(path, remedy)
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    over_lines = bool(lines) and _begins_a_value(lines[0][1])
+    values = _values(text, path, remedy) if over_lines else _values_of_lines(lines, path, remedy)
+    begun = list(itertools.islice(values, 2))
+    if len(begun) == 1 and isinstance(begun[0][1], list):
+        yield from ((f"{path}: row {i}", entry) for i, entry in enumerate(begun[0][1], start=1))
+        return
+    for line, value in itertools.chain(begun, values):
+        yield f"{path}: line {line}", value
+
+
+def _begins_a_value(line: str) -> bool:
+    """Whether a value of JSON begins on this line and does not end on it; or the line is damaged."""
+    try:
+        parse_json(line, "")
+    except UserError:
+        return True
+    return False
+
+
+def _values_of_lines(
+    lines: Iterable[tuple[int, str]], path: Path, remedy: str
+) -> Iterator[tuple[int, Any]]:
+    for number, line in lines:
+        yield number, parse_json(line, f"{path}: line {number}", remedy)
+
+
+def _values(text: str, path: Path, remedy: str) -> Iterator[tuple[int, Any]]:
+    """Values one after another, whatever lines they go over, each with the line on which it begins."""
+    decoder, line, seen, start = json.JSONDecoder(), 1, 0, _after_blanks(text, 0)
+    while start < len(text):
+        line += text.count("\n", seen, start)
+        with _json_errors(text, str(path), remedy):
+            value, end = decoder.raw_decode(text, start)
+            value = _whole_characters(value) if _SURROGATE.search(text, start, end) else value
+        yield line, value
+        seen, start = start, _after_blanks(text, end)
+
+
+def _after_blanks(text: str, start: int) -> int:
+    found = _BLANK.match(text, start)
+    assert found is not None  # it matches nothing, too
+    return found.end()
 
 
 def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:

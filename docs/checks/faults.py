@@ -592,7 +592,7 @@ DATA = [
     Fault(
         "another-line-named",
         "a corrupt row is named by the line before it",
-        "s2d_jax/text/conversations.py",
+        "s2d_jax/files.py",
         'enumerate(text.split("\\n"), start=1)',
         'enumerate(text.split("\\n"), start=0)',
         "train/test_data.py -k corrupt_row",
@@ -822,6 +822,38 @@ CALIBRATION = [
 ]
 
 COMMANDS = [
+    Fault(
+        "brackets-are-markup",
+        "what is shown is read as markup",
+        "s2d_jax/cli/screen.py",
+        "super().__init__(markup=False, emoji=False,",
+        "super().__init__(markup=True, emoji=False,",
+        "cli/test_plain_screen.py -k shown_as_they_are",
+    ),
+    Fault(
+        "outputs-not-tried",
+        "outputs are not tried before work begins",
+        "s2d_jax/cli/outputs.py",
+        '        with contextlib.suppress(FileExistsError), probe.open("xb") as file:',
+        '        with contextlib.suppress(FileExistsError, OSError), probe.open("xb") as file:',
+        "cli/test_outputs.py -k told_in_a_line",
+    ),
+    Fault(
+        "unicode-ends-rows",
+        "line ends of Unicode inside JSON texts end a row",
+        "s2d_jax/files.py",
+        'enumerate(text.split("\\n"), start=1)',
+        "enumerate(text.splitlines(), start=1)",
+        "text/test_messages.py -k only_a_line_feed",
+    ),
+    Fault(
+        "tools-trained-on",
+        "what a tool said is trained on as an answer",
+        "s2d_jax/text/messages.py",
+        '"model", "bot", "ai"',
+        '"model", "bot", "tool"',
+        "text/test_messages.py -k left_out_by_reason",
+    ),
     Fault(
         "mistakes-with-status-1",
         "a user's mistake ends a command with status 1",

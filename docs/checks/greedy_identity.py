@@ -24,9 +24,10 @@ from rich.progress import track
 
 from infer.bench.methods import build_methods, check_trees, parse_methods
 from s2d_jax import DecodeConfig, Model, SamplingParams, SpeculativeDecoder, use_compile_cache
-from s2d_jax.cli.command import check_writable, run_command_line
+from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.loading import load_listed_draft, load_target
 from s2d_jax.cli.options import DraftingOptions
+from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
 from s2d_jax.files import write_text
 from s2d_jax.model.transformer import Transformer

@@ -19,13 +19,12 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.progress import TextColumn
 from rich.table import Table
 
 from infer.bench.measure import Sample, measure, round_shares
 from infer.bench.methods import BASELINE, Method, build_methods, check_trees, parse_methods
 from s2d_jax import SamplingParams, SpeculativeDecoder, use_compile_cache
-from s2d_jax.cli.command import check_writable, run_command_line
+from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.figures import (
     COLOURS,
@@ -38,8 +37,9 @@ from s2d_jax.cli.figures import (
 )
 from s2d_jax.cli.loading import load_listed_draft, load_target
 from s2d_jax.cli.options import DraftingOptions, LoadingOptions, SamplingOptions, parse_numbers
+from s2d_jax.cli.outputs import check_directory
 from s2d_jax.cli.prompts import read_questions
-from s2d_jax.cli.screen import counting_bar, eta, screen
+from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen
 from s2d_jax.cli.short_text import short_name
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
@@ -97,7 +97,7 @@ def main(args: Args) -> None:
         raise UserError("there is nothing to draft with; give --draft or --independent-draft")
     if args.repeats < 1:
         raise UserError(f"repeats={args.repeats} must be at least 1")
-    check_writable(args.out / "sweep.json")
+    check_directory(args.out)
     method_names(args)
     use_compile_cache(args.loading.compile_cache)
     questions = read_questions(args.questions, max_questions=args.max_questions)
@@ -108,7 +108,7 @@ def main(args: Args) -> None:
     )
     target = load_target(args.target, loading.target_format)
     methods = sweep_methods(args, target, draft, independent)
-    with counting_bar(TextColumn("{task.fields[last]}"), *eta()) as progress:
+    with counting_bar(PlainColumn("{task.fields[last]}"), *eta()) as progress:
         total = len(questions) * len(methods) * args.repeats
         task = progress.add_task("sweeping", total=total, last="")
 

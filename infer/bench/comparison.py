@@ -7,35 +7,34 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.progress import TextColumn
-
 from infer.bench.args import Args
 from infer.bench.kernels import bench_kernels
 from infer.bench.measure import Sample, measure, round_shares
 from infer.bench.methods import BASELINE, Method, build_methods, check_trees, parse_methods
 from infer.bench.plots import write_plots
 from infer.bench.report import make_rows, show_report, write_report
-from s2d_jax.cli.command import check_writable
 from s2d_jax.cli.environment import environment
-from s2d_jax.cli.loading import load_listed_draft, load_target, tokenizer_of
+from s2d_jax.cli.loading import keep_programs, load_listed_draft, load_target, tokenizer_of
 from s2d_jax.cli.options import require_targets
+from s2d_jax.cli.outputs import check_directory
 from s2d_jax.cli.profiling import write_profile
 from s2d_jax.cli.prompts import Question, encode, read_questions
-from s2d_jax.cli.screen import counting_bar, eta, screen
+from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen
 from s2d_jax.cli.short_text import short_name
-from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
 
 
 def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
+    check_directory(args.out)
     if args.measuring.kernels:
         bench_kernels(args.target[0] if args.target else None, args.out)
         return
     require_targets(args.target)
-    check_writable(args.out / "report.json")
-    use_compile_cache(args.loading.compile_cache)
+    if args.measuring.profile is not None:
+        check_directory(args.measuring.profile, "--profile")
+    keep_programs(args.loading.compile_cache)
     names = parse_methods(args.methods)
     args.sampling.params()
     _check_drafting(args, names)
@@ -99,7 +98,7 @@ def _check_drafting(args: Args, names: tuple[str, ...]) -> None:
 def _measure(
     args: Args, target, methods: Sequence[Method], questions: list[Question]
 ) -> list[Sample]:
-    with counting_bar(TextColumn("{task.fields[last]}"), *eta()) as progress:
+    with counting_bar(PlainColumn("{task.fields[last]}"), *eta()) as progress:
         total = len(questions) * len(methods) * args.measuring.repeats
         task = progress.add_task(Path(target.source).name[:32], total=total, last="")
 

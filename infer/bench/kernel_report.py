@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from s2d_jax.cli.figures import Style, legend_below, line_styles, log_ticks, save_figure
 from s2d_jax.files import write_text
@@ -32,7 +33,7 @@ def show_kernels(console: Console, report: Report) -> None:
         for i, name in enumerate(header):
             table.add_column(name, justify="left" if i < 2 else "right")
         for line in lines:
-            table.add_row(*(f"[bold]{cell}[/bold]" if "*" in cell else cell for cell in line))
+            table.add_row(*(Text(cell, "bold" if "*" in cell else "") for cell in line))
         console.print(table)
 
 

@@ -104,7 +104,8 @@ def measure(
         UserError: for a first turn that is too long, before anything is measured.
     """
     for question in questions:
-        methods[0].decoder.encode(encode(tokenizer_of(target), question.messages([]), raw=raw))
+        prompt = encode(tokenizer_of(target), question.messages([]), raw=raw)
+        methods[0].decoder.encode(prompt, question.name)
     reference = Reference(target) if check_identity else None
     samples = []
     for number, question in enumerate(questions):

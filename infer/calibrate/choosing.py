@@ -7,29 +7,28 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 from infer.calibrate.args import Args
-from s2d_jax.calibration.candidates import (
-    best_of_families,
-)
+from s2d_jax.calibration.candidates import best_of_families
 from s2d_jax.calibration.choose import Calibration, Choice, Effort
 from s2d_jax.calibration.time_trees import MEASURED_TOP_KS
 from s2d_jax.cli.environment import environment
-from s2d_jax.cli.loading import load_listed_draft, load_target, tokenizer_of
+from s2d_jax.cli.loading import keep_programs, load_listed_draft, load_target, tokenizer_of
 from s2d_jax.cli.options import require_targets
-from s2d_jax.cli.prompts import encode, read_questions
-from s2d_jax.cli.screen import counting_bar, screen
+from s2d_jax.cli.outputs import check_writable
+from s2d_jax.cli.prompts import Question, encode, read_questions
+from s2d_jax.cli.screen import PlainColumn, counting_bar, screen
 from s2d_jax.cli.tables import print_table
-from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.generation.checks import num_known_tokens
+from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.policy import (
     policy_file_of,
     read_policies,
     write_policies,
 )
-from s2d_jax.weights.model import Draft
+from s2d_jax.weights.model import Draft, Model
 
 
 def calibrate(args: Args) -> None:
@@ -37,13 +36,15 @@ def calibrate(args: Args) -> None:
     require_targets(args.target)
     if args.draft is None:
         raise UserError("no --draft was given; give an exported sorted draft, or another model")
-    use_compile_cache(args.loading.compile_cache)
+    if args.out is not None:
+        check_writable(args.out)
+    keep_programs(args.loading.compile_cache)
     questions = read_questions(args.questions)
     vocabulary = args.loading.draft_vocabulary
     draft = load_listed_draft(args.draft, vocabulary, args.loading.draft_format)
     assert draft is not None  # there is a path
     _check_trees(args, draft)
-    file = policy_file_of(draft, args.out)
+    file = check_writable(policy_file_of(draft, args.out))
     read_policies(file)  # reports a damaged file before anything is measured
     temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
     for path in args.target:
@@ -51,11 +52,8 @@ def calibrate(args: Args) -> None:
         target = load_target(path, args.loading.target_format)
         # Prompts from all over the file.
         chosen = questions[:: max(1, len(questions) // args.effort.prompts)][: args.effort.prompts]
-        prompts = [
-            encode(tokenizer_of(target), question.messages([]), raw=args.effort.raw)
-            for question in chosen
-        ]
-        with counting_bar(TextColumn("elapsed"), TimeElapsedColumn()) as progress:
+        prompts = [_prompt(target, question, raw=args.effort.raw) for question in chosen]
+        with counting_bar(PlainColumn("elapsed"), TimeElapsedColumn()) as progress:
             calibration = Calibration(
                 target,
                 draft,
@@ -75,6 +73,11 @@ def calibrate(args: Args) -> None:
             _show(target.source, choice)
         screen().print(f"policies written to {file}", soft_wrap=True)
         del target
+
+
+def _prompt(target: Model, question: Question, *, raw: bool) -> list[int]:
+    ids = encode(tokenizer_of(target), question.messages([]), raw=raw)
+    return SpeculativeDecoder(target).encode(ids, question.name)
 
 
 def _check_trees(args: Args, draft: Draft) -> None:

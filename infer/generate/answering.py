@@ -6,28 +6,23 @@ import json
 import time
 
 from rich.console import Console
-from rich.progress import TextColumn
-from rich.rule import Rule
 
 from infer.generate.args import Args
 from infer.generate.batching import Answer, answer_all
 from infer.generate.explain import drafting_trees, explain
 from infer.generate.regenerate import regenerate
 from infer.generate.streaming import stream_answers
-from s2d_jax.cli.command import check_writable
-from s2d_jax.cli.loading import load_drafting, load_target, tokenizer_of
-from s2d_jax.cli.options import (
-    require_targets,
-)
+from s2d_jax.cli.loading import keep_programs, load_drafting, load_target, tokenizer_of
+from s2d_jax.cli.options import require_targets
+from s2d_jax.cli.outputs import check_directory, check_writable
 from s2d_jax.cli.profiling import write_profile
 from s2d_jax.cli.prompts import Question, encode, read_questions
-from s2d_jax.cli.screen import counting_bar, eta, screen
+from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, rule_above, screen
 from s2d_jax.cli.short_text import shares, short_name
 from s2d_jax.cli.tables import print_table
 from s2d_jax.cli.wrapping import WrappedText
-from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
-from s2d_jax.files import write_text
+from s2d_jax.files import whole_characters, write_text
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.stats import GenerationStats, sum_stats
 from s2d_jax.weights.model import Model
@@ -39,11 +34,8 @@ def generate(args: Args) -> None:
     if args.answering.as_conversations:
         regenerate(args)
         return
-    if args.out is not None:
-        check_writable(args.out)
-    if args.looking.explain:
-        check_writable(args.looking.explain_out / "trees.txt")
-    use_compile_cache(args.loading.compile_cache)
+    _check_outputs(args)
+    keep_programs(args.loading.compile_cache)
     questions, console = _questions(args), screen()
     args.sampling.params()
     draft, config = load_drafting(args.draft, args.loading, args.drafting)
@@ -86,8 +78,18 @@ def generate(args: Args) -> None:
         console.print(f"{len(rows)} answers written to {args.out}", soft_wrap=True)
 
 
+def _check_outputs(args: Args) -> None:
+    if args.out is not None:
+        check_writable(args.out)
+    if args.looking.explain:
+        check_directory(args.looking.explain_out, "--explain-out")
+    if args.looking.profile is not None:
+        check_directory(args.looking.profile, "--profile")
+
+
 def _questions(args: Args) -> list[Question]:
-    given = [Question(i, "", (text,)) for i, text in enumerate(args.prompt, start=1)]
+    texts = map(whole_characters, args.prompt)  # a shell passes bytes that are no UTF-8
+    given = [Question(i, "", (text,)) for i, text in enumerate(texts, start=1)]
     if args.prompts is not None:
         given += read_questions(args.prompts)
     if not given:
@@ -101,7 +103,7 @@ def _converse(
     """All answers of each question: every first turn, then every second turn, and so on."""
     conversations: list[list[Answer]] = [[] for _ in questions]
     tokenizer = tokenizer_of(target)
-    with counting_bar(TextColumn("{task.fields[speed]}"), *eta()) as progress:
+    with counting_bar(PlainColumn("{task.fields[speed]}"), *eta()) as progress:
         task = progress.add_task("answering", total=sum(len(q.turns) for q in questions), speed="")
         tokens, seconds = 0, 0.0
 
@@ -116,7 +118,8 @@ def _converse(
             prompts = []
             for i in active:
                 messages = questions[i].messages([answer.text for answer in conversations[i]])
-                prompts.append(encode(tokenizer, messages, raw=args.answering.raw))
+                prompt = encode(tokenizer, messages, raw=args.answering.raw)
+                prompts.append(decoder.encode(prompt, questions[i].name))
             sampling = [args.sampling.params(i) for i in active]
             answers = answer_all(decoder, prompts, sampling, args.answering.batch_size, on_batch)
             for i, answer in zip(active, answers, strict=True):
@@ -161,7 +164,7 @@ def _show_answers(
     for question, answers in zip(questions, conversations, strict=True):
         for turn, answer in zip(question.turns, answers, strict=True):
             if len(questions) > 1 or len(question.turns) > 1:
-                console.print(Rule(turn.splitlines()[0][:90], align="left", style="dim"))
+                console.print(rule_above(turn))
             text = WrappedText(console)
             text.write(answer.text)
             text.end()

@@ -67,7 +67,7 @@ class Args:
     prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], flag("TEXT")] = ()
     """A prompt; several are answered together in a batch."""
     prompts: Annotated[Path | None, flag("FILE", "those of --prompt")] = None
-    """JSONL with prompt, turns or messages per row, or .txt with a prompt per line.
+    """JSON or JSONL with prompt, turns or messages per row, or .txt with a prompt per line.
     With --as-conversations, also the other formats that training reads: ShareGPT, saved datasets, parquet."""
     out: Annotated[Path | None, flag("FILE", "the screen")] = None
     """Write the answers here as JSONL, which train.main reads."""

@@ -46,16 +46,11 @@ def answer_all(
 
     Args:
         decoder: the engine.
-        prompts: token ids.
+        prompts: token ids, as `decoder.encode` gives them.
         sampling: one per prompt.
         batch_size: rows per call.
         on_batch: called after each batch with the number of its prompts and its stats.
-
-    Raises:
-        UserError: for a prompt that cannot be answered, before any is.
     """
-    for prompt in prompts:
-        decoder.encode(prompt)
     answers: dict[int, Answer] = {}
     for batch in plan_batches([len(prompt) for prompt in prompts], batch_size):
         rows = [prompts[i] for i in batch.indices]

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, printable
+from s2d_jax.files import parse_json
 
 
 class Journal:
@@ -35,7 +36,7 @@ class Journal:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._lock()
-            self.batches = self._read(json.loads(json.dumps(settings)))
+            self.batches = self._read(parse_json(json.dumps(settings), "the settings"))
         except BaseException:
             os.close(self._file)
             raise
@@ -86,8 +87,8 @@ class Journal:
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_json(line.decode(), f"line {number}")
+        except ValueError:  # a UserError is one, and so is what is no UTF-8
             entry = None
         if not isinstance(entry, dict):
             raise UserError(
@@ -104,4 +105,4 @@ class Journal:
 
 def _brief(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")

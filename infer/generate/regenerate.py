@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, TaskID, TextColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from infer.generate.batching import Answer, PromptBatch, answer_batch, plan_batches
 from infer.generate.journal import Journal
 from infer.generate.talks import Talk, read_talks
-from s2d_jax.cli.command import check_writable
-from s2d_jax.cli.loading import load_drafting, load_target, tokenizer_of
+from s2d_jax.cli.loading import keep_programs, load_drafting, load_target, tokenizer_of
+from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.prompts import encode
-from s2d_jax.cli.screen import counting_bar, eta, screen
-from s2d_jax.decode.programs import use_compile_cache
+from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
 from s2d_jax.generation.decoder import SpeculativeDecoder
@@ -48,7 +47,7 @@ def regenerate(args: Args) -> None:
     _check(args)
     assert args.prompts is not None
     assert args.out is not None
-    use_compile_cache(args.loading.compile_cache)
+    keep_programs(args.loading.compile_cache)
     console, began = screen(), time.perf_counter()
     talks, left_out = read_talks(args.prompts)
     args.sampling.params()
@@ -142,7 +141,7 @@ def _answer(
 ) -> None:
     """Fills the answers of all talks: every first turn, then every second turn, and so on. The journal's answers come first."""
     known = iter(journal.batches)
-    with counting_bar(TextColumn("{task.fields[speed]}"), *eta()) as bar:
+    with counting_bar(PlainColumn("{task.fields[speed]}"), *eta()) as bar:
         task = bar.add_task("answering", total=sum(len(t.question.turns) for t in talks), speed="")
         bar.advance(task, sum(len(batch["answers"]) for batch in journal.batches))
         for turn in range(max(len(talk.question.turns) for talk in talks)):

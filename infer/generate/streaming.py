@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.rule import Rule
 
 from infer.generate.batching import Answer
 from s2d_jax.cli.loading import tokenizer_of
 from s2d_jax.cli.prompts import Question, encode
+from s2d_jax.cli.screen import rule_above
 from s2d_jax.cli.wrapping import WrappedText
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.generation.decoder import SpeculativeDecoder
@@ -40,13 +40,13 @@ def stream_answers(
     """
     tokenizer = tokenizer_of(decoder.target)
     for question in questions:
-        decoder.encode(encode(tokenizer, question.messages([]), raw=raw))
+        decoder.encode(encode(tokenizer, question.messages([]), raw=raw), question.name)
     conversations = []
     for question, params in zip(questions, sampling, strict=True):
         conversation, answers = decoder.conversation(), []
         for turn in question.turns:
             if len(questions) > 1 or len(question.turns) > 1:
-                console.print(Rule(turn.splitlines()[0][:90], align="left", style="dim"))
+                console.print(rule_above(turn))
             messages = question.messages([answer.text for answer in answers])
             prompt = encode(tokenizer, messages, raw=raw)
             text = WrappedText(console)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from s2d_jax.cli.prompts import Question, question_of, read_questions
+from s2d_jax.cli.prompts import Question, names_of, question_of, read_questions
 from s2d_jax.errors import UserError
-from s2d_jax.text.conversations import parse_messages, read_rows, usable_turns
-
-if TYPE_CHECKING:
-    pass
+from s2d_jax.text.conversations import read_rows
+from s2d_jax.text.messages import UnusableRow, parse_messages, turns_in, usable_turns
 
 
 @dataclasses.dataclass
@@ -40,33 +38,44 @@ class Talk:
 def read_talks(path: Path) -> tuple[list[Talk], collections.Counter[str]]:
     """The conversations of a file or saved dataset, and how many were left out, by reason.
 
-    Takes whatever training reads, rows of prompts (`prompt`, `turns`), and .txt with a prompt per line.
+    Takes whatever training reads, rows of prompts (`prompt`, `turns`), and .txt with a prompt per line. Rows that hold neither
+    are left out.
 
     Raises:
-        UserError: for what cannot be read, a corrupt row, or when nothing is left.
+        UserError: for what cannot be read, or when nothing is left.
     """
     left_out: collections.Counter[str] = collections.Counter()
     if path.suffix == ".txt":
         return [Talk(question) for question in read_questions(path)], left_out
-    talks = []
+    talks, first = [], ""
     for number, (where, row) in enumerate(read_rows(path), start=1):
-        if not isinstance(row, dict) or not {"messages", "conversations"} & row.keys():
-            talks.append(Talk(question_of(where, number, row)))
-            continue
-        messages, reason = usable_turns(parse_messages(row, where))
-        if reason:
-            left_out[_REASONS[reason]] += 1
-            continue
-        history = tuple(message for message in messages if message["role"] == "system")
-        turns = tuple(message["content"] for message in messages if message["role"] == "user")
-        name = row.get("question_id", row.get("id", number))
-        talks.append(Talk(Question(name, str(row.get("category", "")), turns, history)))
+        try:
+            talks.append(Talk(_question(where, number, row)))
+        except UnusableRow as error:
+            left_out[_REASONS[error.reason]] += 1
+            first = first or f" ({error})"
     if not talks:
-        raise UserError(f"{path}: holds no conversation with a user's turn; check it")
+        raise UserError(f"{path}: holds no conversation with a user's turn{first}; check it")
     return talks, left_out
 
 
+def _question(where: str, number: int, row: Any) -> Question:
+    """The user's turns of a row; UnusableRow for one that has none, or none that can be used."""
+    if turns_in(row) is None:
+        return question_of(where, number, row)
+    messages, reason = usable_turns(parse_messages(row, where))
+    if reason:
+        raise UnusableRow(f"{where}: {_REASONS[reason]}", reason)
+    history = tuple(message for message in messages if message["role"] == "system")
+    turns = tuple(message["content"] for message in messages if message["role"] == "user")
+    return Question(*names_of(row, number), turns, history)
+
+
 _REASONS = {
+    "no_conversation": "no prompt or conversation in the row",
+    "not_text": "a turn is not text",
+    "other_roles": "roles other than user, assistant and system",
+    "unclear_finished": "`finished` is no list of true and false",
     "no_answer": "no user's turn",  # here, conversations need no answers
     "roles_do_not_alternate": "roles do not alternate",
     "empty_turn": "the first turn is empty",

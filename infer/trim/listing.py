@@ -13,11 +13,13 @@ from rich.progress import track
 
 from infer.trim.args import Args
 from infer.trim.choose import FOLDS, choose_tokens, coverage
+from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
 from s2d_jax.cli.tables import print_table
-from s2d_jax.errors import UserError
-from s2d_jax.files import read_json, write_text
+from s2d_jax.errors import UserError, shown
+from s2d_jax.files import expanded, json_rows, local_path, read_json, read_text, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
+from s2d_jax.text.messages import read_turn, text_of, turns_in
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import read_description
 from s2d_jax.weights.vocabulary import DraftVocabulary
@@ -51,7 +53,8 @@ def trim(args: Args) -> None:
     counts_FV = _count(answers, tokenizer, config.vocab_size)
     counts_V, text_counts_V = counts_FV.sum(axis=0), np.zeros(config.vocab_size, np.int64)
     for path in track(args.text, "counting text", console=screen(stderr=True), transient=True):
-        text_counts_V += _count_text(_read_text(path), tokenizer, config.vocab_size)
+        text = read_text(local_path(path, "--text"), "give text files to --text")
+        text_counts_V += _count_text(text, tokenizer, config.vocab_size)
     special = {*tokenizer.special_token_ids(), *config.eos_token_ids}
     keep = [i for i in sorted(special) if i < config.vocab_size]
     ids_U = choose_tokens(counts_V, text_counts_V, keep, args.size)
@@ -70,7 +73,8 @@ def trim(args: Args) -> None:
 
 
 def _check_destination(args: Args) -> None:
-    if args.out is None and not (Path(args.draft).expanduser() / SORTED_DRAFT).is_file():
+    kept = expanded(args.draft) / SORTED_DRAFT
+    if args.out is None and not kept.is_file():
         raise UserError(
             f"{args.draft} holds no {SORTED_DRAFT} to keep the list in; "
             "give --out FILE.json, and that file to --draft-vocabulary"
@@ -79,43 +83,47 @@ def _check_destination(args: Args) -> None:
         raise UserError(
             f"--out {args.out} is no file for a list; name it like vocabulary.json, or leave --out away to change the draft"
         )
+    check_writable(
+        kept if args.out is None else args.out, "--draft" if args.out is None else "--out"
+    )
 
 
 def read_answers(path: Path) -> Iterator[Written]:
     """The answers in the rows of `path`: every assistant message, else `responses`, else `response`.
 
     Raises:
-        UserError: for a missing or empty file, or a row without an answer.
+        UserError: for a file that cannot be read or is empty, or a row without an answer.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a file that infer.generate --out wrote")
-    # Not splitlines: an answer may hold other characters that end a line.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        raise UserError(f"{path} holds no answers; give a file that infer.generate --out wrote")
-    for number, line in numbered:
-        try:
-            row = json.loads(line)
-            texts = _texts(row)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            row, texts = {}, []
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or not all(isinstance(text, str) for text in texts)
-        ):
+    remedy = "give a file that infer.generate --out wrote"
+    empty = True
+    for where, row in json_rows(local_path(path, "--answers"), remedy):
+        empty, texts = False, _texts(row)
+        if not texts or None in texts:
             raise UserError(
-                f"{path}, line {number}: no answer; expected an object with messages, responses or response"
+                f"{where}: {shown(row)} has no answer; expected an object with messages, responses or response"
             )
-        prompt = str(row.get("prompt") or row.get("messages") or f"{path}:{number}")
-        yield from (Written(prompt, text) for text in texts)
+        prompt = _prompt(row) or where
+        yield from (Written(prompt, text) for text in texts if text is not None)
+    if empty:
+        raise UserError(f"{path} holds no answers; {remedy}")
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
-    if "messages" in row:
-        return [m["content"] for m in row["messages"] if m["role"] == "assistant"]
-    return row["responses"] if "responses" in row else [row["response"]]
+def _texts(row: Any) -> list[str | None]:
+    """The answers of a row, with None for what is not text; none if it has no place for answers."""
+    if (turns := turns_in(row)) is not None:
+        return [text for role, text in map(read_turn, turns) if role == "assistant"]
+    if not isinstance(row, dict):
+        return []
+    several = row.get("responses")
+    return [text_of(a) for a in (several if isinstance(several, list) else [row.get("response")])]
+
+
+def _prompt(row: Any) -> str:
+    """What the answers of a row answer, so that answers to the same prompt are known; "" if the row does not say."""
+    if isinstance(row, dict) and (prompt := text_of(row.get("prompt"))):
+        return prompt
+    asked = [text for role, text in map(read_turn, turns_in(row) or []) if role != "assistant"]
+    return "\n".join(filter(None, asked))
 
 
 def _count(answers: Sequence[Written], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -138,13 +146,6 @@ def _count(answers: Sequence[Written], tokenizer: Tokenizer, vocab_size: int) ->
 def _count_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """int64 `[V]`: how often each token occurs. Tokens that the model has no rows for are left out."""
     return np.bincount(tokenizer.encode(text), minlength=vocab_size)[:vocab_size]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; give text files to --text") from None
 
 
 def _shown_sizes(size: int, num_kept: int, vocab_size: int) -> list[int]:
@@ -177,7 +178,7 @@ def _show(args: Args, covered: dict[int, float], vocab_size: int, provenance) ->
 def _write(args: Args, vocabulary: DraftVocabulary) -> None:
     value, path = vocabulary.to_json(), args.out
     if path is None:
-        path = Path(args.draft).expanduser() / SORTED_DRAFT
+        path = expanded(args.draft) / SORTED_DRAFT
         value = {**read_json(path), "vocabulary_subset": value}
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     screen().print(f"written to {path}", soft_wrap=True)

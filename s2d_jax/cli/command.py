@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 from s2d_jax.cli.parsing import parse
 from s2d_jax.cli.screen import screen
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, visible
 from s2d_jax.progress.activity import activity, show_lines_without_terminal
 
 Args = TypeVar("Args")
@@ -48,18 +46,7 @@ def told(error: BaseException, interrupted: str) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, f"interrupted; {interrupted}"
     remedy = "; check the path, its permissions and the disk" if isinstance(error, OSError) else ""
-    return 2, f"error: {' '.join(str(error).split())}{remedy}"
-
-
-def check_writable(path: Path) -> None:
-    """Raises UserError if no file can be written at `path`, so that it is known before hours of work."""
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"{path} cannot be written: {existing} is a file; choose another --out")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{path} cannot be written: no permission in {existing}")
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; give the name of a file")
+    return 2, f"error: {visible(' '.join(str(error).split()))}{remedy}"
 
 
 @contextlib.contextmanager
@@ -80,4 +67,4 @@ def say_devices() -> None:
     from s2d_jax.machine import device_notice  # imports JAX
 
     for line in device_notice():
-        screen(stderr=True).print(line, markup=False, soft_wrap=True)
+        screen(stderr=True).print(line, soft_wrap=True)

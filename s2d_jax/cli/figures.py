@@ -16,6 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from s2d_jax.files import written_whole
@@ -38,9 +39,12 @@ _FONTS = (
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a PNG, whole or not at all. Dollar signs in names are drawn as they are, they begin no formulas."""
     FigureCanvasAgg(figure)
-    with written_whole(path) as partial, warnings.catch_warnings():
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    plain = matplotlib.rc_context({"text.parse_math": False})  # for labels that are made now
+    with written_whole(path) as partial, warnings.catch_warnings(), plain:
         # Labels may hold any character, but fonts do not have all; a box is drawn instead.
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from font", category=UserWarning

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from s2d_jax.cli.command import say_devices
 from s2d_jax.cli.options import DraftingOptions, LoadingOptions
+from s2d_jax.cli.outputs import check_directory
 from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import load_draft, load_model
 from s2d_jax.weights.model import Draft, Model, with_trimmed_head
 from s2d_jax.weights.vocabulary import read_vocabulary
+
+
+def keep_programs(directory: Path | None) -> None:
+    """Keeps compiled programs in `directory`, or else where $JAX_COMPILATION_CACHE_DIR says, if at all.
+
+    Raises:
+        UserError: if nothing can be kept there. JAX itself would go on without a word.
+    """
+    variable = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if directory is not None:
+        directory = check_directory(directory, "--compile-cache")
+    elif variable and "://" not in variable:  # JAX keeps programs elsewhere, too
+        check_directory(Path(variable), "$JAX_COMPILATION_CACHE_DIR")
+    use_compile_cache(directory)
 
 
 def load_target(path: str, weight_format: str) -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +13,8 @@ from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, shown
+from s2d_jax.files import local_path, parse_json, read_text
 
 # Flags of trees, and flags of chains. A `+tree` method of infer.bench ignores the flags of chains.
 _OF_TREES = ("tree_depth", "tree_top_k", "tree_nodes", "tree_leaving", "tree_paths")
@@ -195,17 +195,13 @@ class LoadingOptions:
 def read_paths(file: str) -> list[list[int]]:
     """The paths of a static tree from a JSON file. Raises UserError if it holds none."""
     expected = "write a list of lists of ranks from 0, such as [[0], [1], [0, 0]]"
-    try:
-        paths = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--tree-paths {file} does not exist; {expected}") from None
-    except ValueError as error:
-        raise UserError(f"--tree-paths {file} is not JSON ({error}); {expected}") from None
+    place = local_path(file, "--tree-paths")
+    paths = parse_json(read_text(place, expected), f"--tree-paths {place}", expected)
     if not isinstance(paths, list) or not all(isinstance(path, list) for path in paths):
         raise UserError(f"--tree-paths {file} is not a list of paths; {expected}")
     for rank in (rank for path in paths for rank in path):
         if type(rank) is not int:
-            raise UserError(f"--tree-paths {file} has the rank {rank!r}; {expected}")
+            raise UserError(f"--tree-paths {file} has the rank {shown(rank)}; {expected}")
     return paths
 
 

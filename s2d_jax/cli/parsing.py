@@ -24,7 +24,9 @@ from typing import Any, TypeVar
 import tyro
 import tyro.constructors
 
+from s2d_jax.cli.outputs import check_cache_variable
 from s2d_jax.errors import UserError
+from s2d_jax.files import expanded
 
 _COLUMNS = 100
 _TRUTH = {"True": True, "true": True, "False": False, "false": False}
@@ -51,7 +53,7 @@ def parse(
         module: the command's module, which names the command if it was not started as one.
 
     Raises:
-        UserError: for anything wrong on the command line.
+        UserError: for anything wrong on the command line, and where $S2D_CACHE_DIR cannot be written.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--version" in words:
@@ -59,7 +61,7 @@ def parse(
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message), _at_most_columns():
-            return tyro.cli(
+            found = tyro.cli(
                 flags,
                 prog=program(module),
                 description=_wrapped(flags.__doc__ or ""),
@@ -71,6 +73,8 @@ def parse(
         if stop.code in (0, None):
             raise
         raise UserError(f"{one_line(message.getvalue())}; --help lists the flags") from None
+    check_cache_variable()
+    return found
 
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -99,6 +103,22 @@ def _optional(
             ["none"] if value is None else spec.str_from_instance(value)
         ),
         choices=None if spec.choices is None else (*spec.choices, "None"),
+    )
+
+
+@_REGISTRY.primitive_rule
+def _path(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Expands `~`: shells do so only at the beginning of a word, not in `--out=~/answers.jsonl`."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: expanded(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
     )
 
 

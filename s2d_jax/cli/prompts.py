@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from s2d_jax.errors import UserError
-from s2d_jax.files import here_or_shipped
+from s2d_jax.errors import UserError, printable, shown
+from s2d_jax.files import here_or_shipped, json_rows, local_path, read_text
+from s2d_jax.text.messages import Message, UnusableRow, read_turn, text_of, turns_in
 from s2d_jax.text.tokenizer import Tokenizer
 
-Message = dict[str, str]
+_REMEDY = "give a .jsonl or .txt file of prompts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Question:
     """User turns to be answered one after the other.
 
     Attributes:
-        question_id: its own id, else the line number.
+        question_id: its own id, else the number of its row or, in a .txt, its line.
         category: for tables by category; "" when the file names none.
         turns: what the user says; each later turn follows the model's own answer.
         history: messages that come before the first turn.
@@ -29,6 +29,11 @@ class Question:
     category: str
     turns: tuple[str, ...]
     history: tuple[Message, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"prompt {printable(self.question_id)}"
 
     def messages(self, answers: list[str]) -> list[Message]:
         """The conversation up to the user turn that follows `answers`."""
@@ -52,21 +57,24 @@ def encode(tokenizer: Tokenizer, messages: list[Message], *, raw: bool) -> list[
 def read_questions(
     path: Path, *, categories: tuple[str, ...] = (), max_questions: int | None = None
 ) -> list[Question]:
-    """Reads questions from JSONL rows with `prompt`, `turns` or `messages`, or from .txt lines.
+    """Reads questions from rows of JSON with `prompt`, `turns` or a conversation, or from .txt lines.
 
     Raises:
-        UserError: for a missing file, a row that has none of these, or when nothing is left.
+        UserError: for a file that cannot be read, a row that has none of these, or when nothing is left.
     """
-    path = here_or_shipped(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a .jsonl or .txt file of prompts")
-    parse = _parse_text if path.suffix == ".txt" else _parse_row
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-    found = [parse(path, number, line) for number, line in lines if line.strip()]
+    path = here_or_shipped(local_path(path, "the prompts at"))
+    if path.suffix == ".txt":
+        lines = enumerate(read_text(path, _REMEDY).split("\n"), start=1)
+        found = [Question(n, "", (line.removesuffix("\r"),)) for n, line in lines if line.strip()]
+    else:
+        rows = enumerate(json_rows(path, _REMEDY), start=1)
+        found = [question_of(where, number, row) for number, (where, row) in rows]
     if categories:
         known = sorted({question.category for question in found})
         if unknown := sorted(set(categories) - set(known)):
-            raise UserError(f"category {unknown[0]!r} is not in {path}; it has {', '.join(known)}")
+            raise UserError(
+                f"category {shown(unknown[0])} is not in {path}; it has {', '.join(map(printable, known))}"
+            )
         found = [question for question in found if question.category in categories]
     if max_questions is not None:
         if max_questions < 1:
@@ -77,50 +85,66 @@ def read_questions(
     return found
 
 
-def _parse_text(path: Path, number: int, line: str) -> Question:
-    del path
-    return Question(number, "", (line,))
-
-
-def _parse_row(path: Path, number: int, line: str) -> Question:
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); write one object per line") from None
-    return question_of(where, number, row)
-
-
-def question_of(where: str, number: int, row: Any) -> Question:
-    """The question of a row with `prompt`, `turns` or `messages`; UserError, beginning with `where`, for another."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: {type(row).__name__} instead of an object; write {{...}}")
-    question_id, category = row.get("question_id", number), str(row.get("category", ""))
-    if isinstance(row.get("prompt"), str):
-        return Question(question_id, category, (row["prompt"],))
-    if _is_texts(row.get("turns")):
-        return Question(question_id, category, tuple(row["turns"]))
-    if isinstance(row.get("messages"), list):
-        history, turn = _split_messages(where, row["messages"])
-        return Question(question_id, category, (turn,), history)
-    raise UserError(
-        f"{where}: has {', '.join(row) or 'no fields'}; expected prompt (text), turns (texts) or "
-        "messages (objects with role and content)"
+def names_of(row: Any, number: int) -> tuple[int | str, str]:
+    """The id of a row, `number` if it has none, and its category, "" if it has none."""
+    fields = row if isinstance(row, dict) else {}
+    ids = (fields.get(name) for name in ("question_id", "id"))
+    question_id = next((value for value in ids if value is not None), number)
+    category = fields.get("category", "")
+    return (
+        question_id if type(question_id) in (int, str) else shown(question_id),
+        "" if category is None else category if isinstance(category, str) else shown(category),
     )
 
 
-def _is_texts(value) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(x, str) for x in value)
+def question_of(where: str, number: int, row: Any) -> Question:
+    """The question of a row with `prompt`, `turns` or a conversation.
+
+    A conversation is what `turns_in` finds; its last answer is dropped, since it is asked for.
+
+    Args:
+        where: where the row stands.
+        number: its id if it has none of its own.
+        row: as `json_rows` gives it.
+
+    Raises:
+        UnusableRow: beginning with `where`, for another row.
+    """
+    names = names_of(row, number)
+    if isinstance(row, dict):
+        if (prompt := text_of(row.get("prompt"))) is not None:
+            return Question(*names, (prompt,))
+        turns = row.get("turns")
+        if isinstance(turns, list) and turns:
+            texts = tuple(text for turn in turns if (text := text_of(turn)) is not None)
+            if len(texts) == len(turns):
+                return Question(*names, texts)
+    turns = turns_in(row)
+    if turns is None:
+        held = f"an object of {shown(list(row))}" if isinstance(row, dict) else shown(row)
+        raise UnusableRow(
+            f"{where}: is {held}; expected prompt (text), turns (texts) or messages (objects with role and content)",
+            "no_conversation",
+        )
+    history, turn = _split_messages(where, turns)
+    return Question(*names, (turn,), history)
 
 
-def _split_messages(where: str, messages: list) -> tuple[tuple[Message, ...], str]:
+def _split_messages(where: str, turns: list[Any]) -> tuple[tuple[Message, ...], str]:
     """The messages before the last user message, and that message; a last answer is dropped."""
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise UserError(f"{where}: a message lacks role or content; give both")
-    kept = [{"role": m["role"], "content": m["content"]} for m in messages]
+    kept: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        role, content = read_turn(turn)
+        if not role or content is None:
+            raise UnusableRow(
+                f"{where}: message {number} lacks role or content as text, it is {shown(turn)}; give both",
+                "not_text",
+            )
+        kept.append({"role": role, "content": content})
     if kept and kept[-1]["role"] == "assistant":
         kept.pop()
     if not kept or kept[-1]["role"] != "user":
-        raise UserError(f"{where}: no user message at the end; end messages with a user's turn")
+        raise UnusableRow(
+            f"{where}: no user message at the end; end messages with a user's turn", "no_answer"
+        )
     return tuple(kept[:-1]), kept[-1]["content"]

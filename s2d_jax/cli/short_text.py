@@ -6,11 +6,13 @@ from pathlib import Path
 
 
 def shares(histogram: dict[int, int]) -> str:
-    """`{6: 80, 12: 20}` as "6: 80%  12: 20%"; "-" when it is empty."""
+    """`{6: 80, 12: 20}` as "6: 80%  12: 20%"; "-" when it is empty. No-break spaces keep each share in one piece."""
     total = sum(histogram.values())
     if total == 0:
         return "-"
-    return "  ".join(f"{key}: {count / total:.0%}" for key, count in sorted(histogram.items()))
+    return "  ".join(
+        f"{key}:\N{NO-BREAK SPACE}{count / total:.0%}" for key, count in sorted(histogram.items())
+    )
 
 
 def rates(values: tuple[float, ...] | list[float]) -> str:

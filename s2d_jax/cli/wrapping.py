@@ -8,6 +8,8 @@ from typing import IO
 from rich.cells import cell_len
 from rich.console import Console
 
+from s2d_jax.errors import without_controls
+
 # A word, the spaces before it, or one character of a script that is written without spaces.
 _PIECE = re.compile(r"[ \t]+|[^\s\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef]+|.", re.DOTALL)
 
@@ -15,7 +17,7 @@ _PIECE = re.compile(r"[ \t]+|[^\s\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef]+|.", r
 class WrappedText:
     """Writes text to a terminal so that no word is cut at its edge; anywhere else text goes through as it is.
 
-    A word is shown when its end is known.
+    A word is shown when its end is known. Terminals obey control characters, so they are not sent those that a model wrote.
 
     Args:
         console: whose width and file are used.
@@ -31,6 +33,7 @@ class WrappedText:
         if self._width is None:
             self._file.write(text)
         else:
+            text = without_controls(text)
             *whole, self._pending = _PIECE.findall(self._pending + text) or [""]
             self._show(whole)
         self._file.flush()

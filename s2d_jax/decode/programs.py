@@ -119,13 +119,14 @@ def use_compile_cache(directory: str | Path | None = None) -> None:
     """Keeps compiled programs on disk, so that later processes load them instead of compiling.
 
     Args:
-        directory: where; None takes the environment variable `JAX_COMPILATION_CACHE_DIR`, and does nothing if that is not set.
-            Programs are kept however quickly they compiled, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
+        directory: where, on this machine or, as JAX allows, at a place such as gs://bucket/programs. None takes the environment
+            variable `JAX_COMPILATION_CACHE_DIR`, and does nothing if that is not set. Programs are kept however quickly they
+            compiled, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
     """
     directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not directory:
         return
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

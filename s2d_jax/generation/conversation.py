@@ -10,7 +10,7 @@ from s2d_jax.generation.planner import Planner
 from s2d_jax.generation.result import GenerationResult
 from s2d_jax.generation.session import Session
 from s2d_jax.generation.stream import Delta, Stream
-from s2d_jax.text.conversations import Message
+from s2d_jax.text.messages import Message
 from s2d_jax.text.prompts import Prompts
 from s2d_jax.weights.describe import short_source
 

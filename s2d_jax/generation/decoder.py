@@ -167,9 +167,9 @@ class SpeculativeDecoder:
                         pass
         return time.perf_counter() - started
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of one prompt that can be answered; UserError as in `generate`."""
-        return self._planner.encode(prompt)
+    def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """The token ids of one prompt that can be answered; UserError as in `generate`, with `name` for the prompt."""
+        return self._planner.encode(prompt, name)
 
     def prepare(self, prompts: Prompts, sampling: Sampling = None) -> tuple[Decoder, int, tuple]:
         """What `generate` would run: static decoder, prompt width, and `(params, request, tokens_BC, length_B)`."""

@@ -22,8 +22,16 @@ from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.generation.policy import load_policy
 from s2d_jax.generation.room import check_room, check_width
 from s2d_jax.sampling import SamplingArrays, keys_of
-from s2d_jax.text.conversations import Message
-from s2d_jax.text.prompts import OnePrompt, Prompt, Prompts, check_ids, is_ids, split_prompts
+from s2d_jax.text.messages import Message
+from s2d_jax.text.prompts import (
+    OnePrompt,
+    Prompt,
+    Prompts,
+    check_ids,
+    is_ids,
+    names_of_prompts,
+    split_prompts,
+)
 from s2d_jax.weights.model import Model
 
 _STOP_SLOTS = 8
@@ -81,19 +89,21 @@ class Planner:
             return self.config.full_width
         return self.config.verify_width or 1
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of one prompt that can be answered; UserError as in `SpeculativeDecoder.generate`."""
-        found = split_prompts(prompt)
+    def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """The token ids of one prompt that can be answered; UserError, about `name`, as in `SpeculativeDecoder.generate`."""
+        # No ids are one prompt here, and an empty one.
+        found = split_prompts([prompt] if isinstance(prompt, list) and not prompt else prompt)
         if len(found) > 1:
             raise UserError(f"{len(found)} prompts to encode; give one at a time")
-        return self._ids(found[0])
+        return self._ids(found[0], name)
 
-    def _ids(self, prompt: OnePrompt) -> list[int]:
+    def _ids(self, prompt: OnePrompt, name: str) -> list[int]:
+        """The prompt's token ids; messages about it begin with `name`."""
         ids, context = self._encoded(prompt), self.target.config.max_context
-        check_ids(ids, self.target.config.vocab_size)
+        check_ids(ids, self.target.config.vocab_size, name)
         if len(ids) >= context:
             raise UserError(
-                f"a prompt has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
+                f"{name} has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
             )
         return ids
 
@@ -111,7 +121,9 @@ class Planner:
 
     def plan(self, prompts: Prompts, sampling: Sampling) -> Plan:
         """What a call for these prompts asks for; UserError as in `SpeculativeDecoder.generate`."""
-        prompt_ids = [self._ids(prompt) for prompt in split_prompts(prompts)]
+        found = split_prompts(prompts)
+        names = names_of_prompts(len(found))
+        prompt_ids = [self._ids(*each) for each in zip(found, names, strict=True)]
         rows = one_for_each(sampling, len(prompt_ids))
         settled = self.settled(_hottest(rows))
         if settled is not self:

@@ -18,7 +18,7 @@ from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError
-from s2d_jax.files import write_text
+from s2d_jax.files import expanded, local_path, read_json, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
 from s2d_jax.machine import cpu_name, usable_cores
 from s2d_jax.weights.fingerprint import Fingerprint
@@ -106,8 +106,8 @@ def policy_file_of(draft: Model, given: str | Path | None) -> Path:
         UserError: if there is neither.
     """
     if given is not None:
-        return Path(given).expanduser()
-    file = Path(draft.source).expanduser() / SORTED_DRAFT
+        return local_path(given, "policy_file")
+    file = expanded(draft.source) / SORTED_DRAFT
     if not file.is_file():
         raise UserError(
             f"{draft.source} has no {SORTED_DRAFT} to keep policies in; name a file of its own: policy_file (--policy-file)"
@@ -192,10 +192,7 @@ def _renamed(policy: Policy, prints: tuple[Fingerprint, Fingerprint], key: Polic
 def _read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON ({error.msg}); remove it or repair it") from error
+    return read_json(file, "remove it or repair it")
 
 
 def _to_json(policy: Policy) -> dict[str, Any]:

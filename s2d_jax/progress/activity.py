@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, visible
 from s2d_jax.progress import durations
 from s2d_jax.progress.displays import Lines, Notebook, Terminal, in_notebook, in_terminal
 from s2d_jax.progress.state import Activity, Board, Display
@@ -73,7 +73,7 @@ def activity(
     """Shows what goes on inside the block, if it takes long enough.
 
     Args:
-        text: what it is, such as "compiling the decoding loop".
+        text: what it is, such as "compiling the decoding loop". It may hold names that a user wrote.
         total: how much there is to do; the block calls `advance` of the yielded activity as it goes.
         unit: "B" shows bytes; otherwise amounts are not shown.
         key: its seconds (with a total: its amounts per second) are remembered and looked up under this key; "" for neither.
@@ -85,7 +85,7 @@ def activity(
     seconds = guess if display is None else _expected(expected, key, total)
     first_time = seconds is None and guess is not None
     told = Activity(
-        text=text,
+        text=visible(text),
         total=total,
         unit=unit,
         expected=guess if first_time else seconds,

@@ -10,7 +10,7 @@ import os
 import statistics
 from pathlib import Path
 
-from s2d_jax.files import write_text
+from s2d_jax.files import expanded, write_text
 
 CACHE_VARIABLE = "S2D_CACHE_DIR"
 # Each entry is a key of about 40 characters and a number, so the file stays below 20 kB.
@@ -21,8 +21,8 @@ def durations_file() -> Path:
     """`durations.json` in $S2D_CACHE_DIR, else in s2d-jax of the user's cache directory."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen) / "durations.json"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        return expanded(chosen) / "durations.json"
+    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return cache / "s2d-jax" / "durations.json"
 
 

@@ -1,87 +1,103 @@
-"""Conversations on disk: ShareGPT and `{"messages": [...]}` rows.
+"""Conversations on disk, as public chat files hold them; `text/messages.py` has what a row may look like.
 
-They come as JSON, JSON lines, parquet, Arrow, or a directory that `save_to_disk` of Hugging Face `datasets` wrote. The content
-tells which, never the name.
+They come as JSON, JSON lines, parquet, Arrow, a directory that `save_to_disk` of Hugging Face `datasets` wrote, or the folder
+of a dataset repository with its parquet files. The content of a file tells which it is, never the name.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
-import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from s2d_jax.errors import UserError
-
-# {"role": ..., "content": ...}, and "unfinished": "yes" for an answer that was cut off.
-Message = dict[str, str]
-
-_ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
-    "system": "system",
-}
+from s2d_jax.files import json_rows, local_path, regular_file
+from s2d_jax.text.messages import Message, UnusableRow, parse_messages
 
 _PARQUET, _ARROW_STREAM = b"PAR1", b"\xff\xff\xff\xff"
+_REMEDY = "give a conversation file or a saved dataset"
+# How the names of files and folders of a dataset repository tell which split they hold: `train`, `train_sft`.
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![A-Za-z])\w*")
 
 
-def read_conversations(path: str | Path) -> list[list[Message]]:
+def read_conversations(
+    path: str | Path, left_out: collections.Counter[str] | None = None
+) -> list[list[Message]]:
     """All conversations of a file or directory.
 
-    Each row is `{"conversations": [{"from", "value"}, ...]}` (ShareGPT) or `{"messages": [{"role", "content"}, ...]}`; other
-    columns are left alone. A row may say with `"finished": [true, false]` whether its last answers ended by themselves, as
-    `infer.generate` does.
+    A row is an object with a list `messages`, `conversations` or `conversation`, or with `prompt` and `completion` (texts or
+    lists). Turns of a list have `role` and `content`, or `from` and `value`; content is a text or a list of text parts. A list
+    may be written as JSON in a text. Other columns are left alone. A row may say with `"finished": [true, false]` whether its
+    last answers ended by themselves, as `infer.generate` does.
+
+    Args:
+        path: where they are.
+        left_out: counts the rows that hold no such conversation, by reason, as `UnusableRow` names it. None refuses them.
 
     Returns:
         Messages with the roles system, user and assistant.
 
     Raises:
-        UserError: for what cannot be read or a corrupt row, naming the file and the row.
+        UserError: for what cannot be read, naming the file and the row, and if no conversation is left.
     """
-    rows = [parse_messages(row, where) for where, row in read_rows(path)]
-    if not rows:
-        raise UserError(f"{path}: holds no conversation; give ShareGPT JSON or messages JSONL")
-    return rows
+    found, first = [], None
+    for where, row in read_rows(path):
+        try:
+            found.append(parse_messages(row, where))
+        except UnusableRow as error:
+            if left_out is None:
+                raise
+            left_out[error.reason] += 1
+            first = first or error
+    if not found:
+        reason = f" ({first})" if first else ""
+        raise UserError(
+            f"{path}: holds no conversation{reason}; give ShareGPT JSON or messages JSONL"
+        )
+    return found
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file or directory as they are, each with where it stands.
 
-    Takes a JSON list, one JSON object per line, parquet, an Arrow stream, and what `save_to_disk` of Hugging Face `datasets`
-    wrote: a `Dataset`, or a `DatasetDict` with a split `train`.
+    Takes what `json_rows` reads, packed by gzip or not, parquet, an Arrow stream, what `save_to_disk` of Hugging Face
+    `datasets` wrote (a `Dataset`, or a `DatasetDict` with a split `train`), and a folder of parquet files. If names of these
+    tell of splits, as `data/train-00000-of-00002.parquet` does, only `train` is read.
 
     Raises:
         UserError: for what cannot be read, naming the file and, in JSON, the line.
     """
-    path = Path(path)
+    path = local_path(path, "the conversations at")
     if path.is_dir():
-        yield from _saved_dataset(path)
+        yield from _directory(path)
         return
+    magic = _magic(path)
+    if magic in (_PARQUET, _ARROW_STREAM):
+        yield from _table([path], magic)
+        return
+    yield from json_rows(path)
+
+
+def _magic(path: Path) -> bytes:
+    """The four bytes that a file begins with."""
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic in (_PARQUET, _ARROW_STREAM):
-            yield from _table(path, magic)
-            return
-        text = path.read_text(encoding="utf-8")
+        with regular_file(path, _REMEDY).open("rb") as file:
+            return file.read(4)
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; give a conversation file or a saved dataset"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
-    yield from _json_rows(text, path)
+        raise UserError(f"{path}: {error.strerror}; {_REMEDY}") from None
 
 
 def content_hash(path: str | Path) -> str:
     """SHA-256 of what a file or a saved dataset holds, wherever it lies; UserError if it cannot be read."""
-    path = Path(path)
+    path = local_path(path, "the conversations at")
     try:
         if not path.is_dir():
-            return _file_hash(path)
+            return _file_hash(regular_file(path, _REMEDY))
         # `map` leaves its results beside a saved dataset, under names of their own.
         files = [f for f in path.rglob("*") if f.is_file() and not f.name.startswith("cache-")]
         whole = hashlib.sha256()
@@ -89,9 +105,7 @@ def content_hash(path: str | Path) -> str:
             whole.update(f"{name}\0{_file_hash(file)}\n".encode())
         return whole.hexdigest()
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; give a conversation file or a saved dataset"
-        ) from None
+        raise UserError(f"{path}: {error.strerror}; {_REMEDY}") from None
 
 
 def _file_hash(path: Path) -> str:
@@ -99,32 +113,55 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _json_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: line {error.lineno}: not valid JSON ({error.msg}); repair or remove it"
-            ) from None
-        yield from ((f"{path}: conversation {i}", row) for i, row in enumerate(rows, start=1))
+def _directory(path: Path) -> Iterator[tuple[str, Any]]:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        yield from _saved_dataset(path)
         return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}: line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: line {number}: not valid JSON ({error.msg}); repair or remove the line"
-            ) from None
+    files = _training_files(path)
+    magics = {file: _magic(file) for file in files}
+    if damaged := [file for file in files if magics[file] != _PARQUET]:
+        raise UserError(f"{damaged[0]}: is no parquet file in spite of its name; fetch it again")
+    yield from _table(files, _PARQUET)
+
+
+def _training_files(path: Path) -> list[Path]:
+    """The parquet files of a folder to train on: those of the split `train`, or all where names tell of no splits."""
+    files = sorted(
+        file
+        for file in path.rglob("*.parquet")
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        raise UserError(
+            f"{path}: is a directory without a saved dataset or parquet files; give what save_to_disk wrote, or a file"
+        )
+    splits = {file: _split_of(file.relative_to(path)) for file in files}
+    names = sorted(filter(None, set(splits.values())))
+    if not names:
+        return files
+    to_train = [name for name in names if name.startswith("train")]
+    if "train" in to_train:
+        to_train = ["train"]
+    if len(to_train) != 1:
+        raise UserError(f"{path}: has the splits {', '.join(names)}; give the files of one")
+    chosen = [file for file in files if splits[file] == to_train[0]]
+    folders = sorted({str(file.parent.relative_to(path)) for file in chosen})
+    if len(folders) > 1:
+        raise UserError(
+            f"{path}: has several data sets, in {', '.join(folders)}; give one of these"
+        )
+    return chosen
+
+
+def _split_of(file: Path) -> str:
+    """The split that the name of a file, or of the folder that it lies in, begins with; "" for none."""
+    for name in (file.name, file.parent.name):
+        if found := _SPLIT.match(name):
+            return found[0]
+    return ""
 
 
 def _saved_dataset(path: Path) -> Iterator[tuple[str, Any]]:
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise UserError(
-            f"{path}: is a directory without a saved dataset; give what save_to_disk wrote, or a file"
-        )
     import datasets  # takes a second, and most files are JSON
 
     with _damage(path):
@@ -138,18 +175,20 @@ def _saved_dataset(path: Path) -> Iterator[tuple[str, Any]]:
     yield from _dataset_rows(found, path)
 
 
-def _table(path: Path, magic: bytes) -> Iterator[tuple[str, Any]]:
+def _table(files: list[Path], magic: bytes) -> Iterator[tuple[str, Any]]:
+    """The rows of parquet files, one after another, or of one Arrow stream."""
     import datasets
 
-    with tempfile.TemporaryDirectory(prefix="s2d-parquet-") as cache:
-        with _damage(path):
-            if magic == _PARQUET:
-                found = datasets.Dataset.from_parquet(
-                    str(path), cache_dir=cache, keep_in_memory=True
-                )
-            else:
-                found = datasets.Dataset.from_file(str(path))
-        yield from _dataset_rows(found, path)
+    for path in files:
+        with tempfile.TemporaryDirectory(prefix="s2d-parquet-") as cache:
+            with _damage(path):
+                if magic == _PARQUET:
+                    found = datasets.Dataset.from_parquet(
+                        str(path), cache_dir=cache, keep_in_memory=True
+                    )
+                else:
+                    found = datasets.Dataset.from_file(str(path))
+            yield from _dataset_rows(found, path)
 
 
 def _dataset_rows(found: Any, path: Path) -> Iterator[tuple[str, Any]]:
@@ -170,83 +209,3 @@ def _damage(path: Path, where: str = "") -> Iterator[None]:
         raise UserError(
             f"{path}: {where}not readable as a dataset ({reason}); write or fetch it again"
         ) from None
-
-
-def parse_messages(row: Any, where: str) -> list[Message]:
-    """The messages of a row of `read_rows`.
-
-    Raises:
-        UserError: beginning with `where`, for a row of another form.
-    """
-    if isinstance(row, dict) and _is_turns(row.get("messages")):
-        turns, role_key, text_key = row["messages"], "role", "content"
-    elif isinstance(row, dict) and _is_turns(row.get("conversations")):
-        turns, role_key, text_key = row["conversations"], "from", "value"
-    else:
-        keys = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-        raise UserError(
-            f"{where}: expected a list `conversations` or `messages`, got {keys}; rename or remove it"
-        )
-    if isinstance(turns, dict):  # how `datasets` keeps a Sequence of structs
-        turns = [
-            dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)
-        ]
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not (isinstance(turn, dict) and isinstance(turn.get(text_key), str)):
-            raise UserError(
-                f"{where}: turn {number} needs `{role_key}` and `{text_key}` as text; "
-                "repair or remove the row"
-            )
-        role = _ROLES.get(turn.get(role_key, ""))
-        if role is None:
-            raise UserError(
-                f"{where}: turn {number} has {role_key}={turn.get(role_key)!r}; "
-                f"use one of {', '.join(_ROLES)}"
-            )
-        messages.append({"role": role, "content": turn[text_key]})
-    finished = row.get("finished")
-    _mark_unfinished(messages, [] if finished is None else finished, where)
-    return messages
-
-
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) or (
-        isinstance(value, dict) and all(isinstance(column, list) for column in value.values())
-    )
-
-
-def _mark_unfinished(messages: list[Message], finished: Any, where: str) -> None:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    flags = finished if isinstance(finished, list) else [None]
-    if len(flags) > len(answers) or not all(isinstance(flag, bool) for flag in flags):
-        raise UserError(
-            f"{where}: finished={finished!r} must be a list of true or false, one for each of the last answers"
-        )
-    for message, ended in zip(reversed(answers), reversed(flags), strict=False):
-        if not ended:
-            message["unfinished"] = "yes"
-
-
-def usable_turns(messages: list[Message]) -> tuple[list[Message], str]:
-    """An optional system message, then user and assistant in turn, as a chat template takes them.
-
-    Assistant turns before the first question are left out (half of ShareGPT's exports start in mid-conversation), and so is
-    everything from the first empty turn on.
-
-    Returns:
-        The turns and ""; a last question without an answer stays. If nothing is usable, no turns and the reason: the name of
-        a count of `train.data.report.SourceReport`.
-    """
-    system = messages[:1] if messages and messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
-    while turns and turns[0]["role"] == "assistant":
-        turns = turns[1:]
-    if any(turn["role"] != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
-        return [], "roles_do_not_alternate"
-    if not turns:
-        return [], "no_answer"
-    filled = next((i for i, turn in enumerate(turns) if not turn["content"].strip()), len(turns))
-    if filled == 0:
-        return [], "empty_turn"
-    return system + turns[:filled], ""

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from s2d_jax.errors import UserError, shown
-from s2d_jax.text.conversations import Message
+from s2d_jax.files import whole_characters
+from s2d_jax.text.messages import Message, text_of
 
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | jax.Array
 """Token ids of one text; arrays are 1-D, of any integer type."""
@@ -51,7 +52,7 @@ def split_prompts(prompts: Prompts) -> list[OnePrompt]:
 def one_prompt(value: Any) -> OnePrompt | None:
     """The value as one prompt, in plain Python; None if it is not one."""
     if isinstance(value, str):
-        return str(value)
+        return whole_characters(str(value))
     if _is_array(value):
         return value.tolist() if value.ndim == 1 and value.size and _has_integers(value) else None
     entries = _entries(value)
@@ -59,7 +60,7 @@ def one_prompt(value: Any) -> OnePrompt | None:
         return None
     if all(map(_is_id, entries)):
         return [int(entry) for entry in entries]
-    return [dict(entry) for entry in entries] if all(map(_is_message, entries)) else None
+    return list(map(_message, entries)) if all(map(_is_message, entries)) else None
 
 
 def is_ids(prompt: OnePrompt) -> TypeGuard[list[int]]:
@@ -67,15 +68,20 @@ def is_ids(prompt: OnePrompt) -> TypeGuard[list[int]]:
     return not isinstance(prompt, str) and not any(isinstance(entry, dict) for entry in prompt[:1])
 
 
-def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises UserError for no ids, or ids outside a model's vocabulary."""
+def check_ids(ids: Sequence[int], vocab_size: int, name: str = "a prompt") -> None:
+    """Raises UserError, beginning with `name`, for no ids, or ids outside a model's vocabulary."""
     if not ids:
-        raise UserError("a prompt is empty; give at least one token")
+        raise UserError(f"{name} is empty: it gives no token; give at least one")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         outside = next(token for token in ids if not 0 <= token < vocab_size)
         raise UserError(
-            f"a prompt has token id {outside}; the model's ids are 0 to {vocab_size - 1}"
+            f"{name} has token id {shown(outside)}; the model's ids are 0 to {vocab_size - 1}"
         )
+
+
+def names_of_prompts(count: int) -> list[str]:
+    """What messages call each of `count` prompts that were given together."""
+    return ["the prompt"] if count == 1 else [f"prompt {i} of {count}" for i in range(1, count + 1)]
 
 
 def _entries(value: Any) -> list[Any] | None:
@@ -105,9 +111,17 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("role"), str)
+        and text_of(value.get("content")) is not None
     )
+
+
+def _message(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A message in plain Python, with its content as one text."""
+    texts = {"role": value["role"], "content": text_of(value["content"]) or ""}
+    return {**value, **{key: whole_characters(str(text)) for key, text in texts.items()}}
 
 
 def _refused(value: Any) -> UserError:

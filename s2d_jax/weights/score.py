@@ -14,7 +14,15 @@ from jaxtyping import Array, Float, Int
 from s2d_jax.errors import UserError, shown
 from s2d_jax.model.kv_cache import KVCache, read_window
 from s2d_jax.model.transformer import Transformer, apply_model
-from s2d_jax.text.prompts import OnePrompt, Prompts, check_ids, is_ids, one_prompt, split_prompts
+from s2d_jax.text.prompts import (
+    OnePrompt,
+    Prompts,
+    check_ids,
+    is_ids,
+    names_of_prompts,
+    one_prompt,
+    split_prompts,
+)
 from s2d_jax.text.tokenizer import Tokenizer
 
 _SHORTEST = 32
@@ -71,7 +79,11 @@ def scores_of(
     model: Transformer, params: Any, tokenizer: Tokenizer | None, texts: Prompts
 ) -> list[TextScore]:
     """One score per text; raises as `Model.score` says."""
-    return [_score(model, params, _ids(tokenizer, text)) for text in split_prompts(texts)]
+    found = split_prompts(texts)
+    rows = [_ids(tokenizer, text) for text in found]
+    for ids, name in zip(rows, names_of_prompts(len(rows)), strict=True):
+        _check(model, ids, name)
+    return [_score(model, params, ids) for ids in rows]
 
 
 def _ids(tokenizer: Tokenizer | None, text: OnePrompt) -> list[int]:
@@ -94,16 +106,19 @@ def _checked(model: Transformer, ids: OnePrompt) -> list[int]:
         raise UserError(
             f"{shown(ids)} is no list of token ids; encode it: model.tokenizer.encode(text)"
         )
-    check_ids(ids, model.config.vocab_size)
-    if len(ids) > model.config.max_context:
-        raise UserError(
-            f"{len(ids)} tokens are more than the model's context of {model.config.max_context}; shorten them"
-        )
+    _check(model, ids, "the prompt")
     return ids
 
 
+def _check(model: Transformer, ids: list[int], name: str) -> None:
+    check_ids(ids, model.config.vocab_size, name)
+    if len(ids) > model.config.max_context:
+        raise UserError(
+            f"{name} has {len(ids)} tokens, more than the model's context of {model.config.max_context}; shorten it"
+        )
+
+
 def _score(model: Transformer, params: Any, ids: list[int]) -> TextScore:
-    _checked(model, ids)
     capacity = _capacity(len(ids))
     tokens_BC = np.zeros((1, capacity + 1), np.int32)
     tokens_BC[0, : len(ids)] = ids

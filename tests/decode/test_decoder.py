@@ -308,10 +308,12 @@ def test_the_host_is_asked_once_per_call(target, draft, monkeypatch):
 
 def test_bad_requests_say_what_is_wrong(target, draft):
     decoder = SpeculativeDecoder(target, draft)
-    with pytest.raises(UserError, match=r"a prompt is empty; give at least one token"):
+    with pytest.raises(
+        UserError, match=r"the prompt is empty: it gives no token; give at least one"
+    ):
         decoder.generate([[]], GREEDY)
     with pytest.raises(
-        UserError, match=r"a prompt has 300 tokens, the target's context is 256; shorten"
+        UserError, match=r"the prompt has 300 tokens, the target's context is 256; shorten"
     ):
         decoder.generate([[1] * 300], GREEDY)
     with pytest.raises(UserError, match=r"there are no prompts; give at least one"):

@@ -188,7 +188,7 @@ WRONG = {
     "python -m infer.generate --target DIR --drafft DIR": "--drafft, DIR; did you mean --draft?",
     "s2d-bench --target DIR --questions FILE.jsonl --methods fast": "method 'fast' is unknown",
     "python -m train.main --config FILE --optim.learning-rat 1e-4": "--optim.learning-rat",
-    "python -m train.plan --config configs/none.yaml --devices 8": "configs/none.yaml: No such file",
+    "python -m train.plan --config configs/none.yaml --devices 8": "configs/none.yaml does not exist",
     "s2d-generat --prompt x": "s2d-generat is no script",
     "python -m infer.nothing --prompt x": "No module named 'infer.nothing'",
     "pip install -e '.[gguf,cuda99]'": "no extra cuda99",

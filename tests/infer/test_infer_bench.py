@@ -110,7 +110,11 @@ def test_one_new_token_and_a_second_turn_beyond_the_context(models, tmp_path, mo
 @pytest.mark.parametrize(
     ("out", "turns", "message"),
     [
-        ("file/report", ["one"], "cannot be written: .*file is a file; choose another --out"),
+        (
+            "file/report",
+            ["one"],
+            "--out .*file/report cannot be written: .*file is a file; choose another place",
+        ),
         ("out", ["three " * 200], "the target's context is 256; shorten the prompt"),
     ],
 )
@@ -231,6 +235,6 @@ def test_the_baseline_comes_first_and_is_always_there():
 
 
 def test_numbers_as_text():
-    assert shares({9: 1, 6: 3}) == "6: 75%  9: 25%"
+    assert shares({9: 1, 6: 3}) == "6:\xa075%  9:\xa025%"
     assert shares({6: 0}) == shares({}) == "-"
     assert rates((0.8, 1.0)) == ".80 1.00"

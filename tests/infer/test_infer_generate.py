@@ -17,6 +17,7 @@ from infer.generate.args import Args
 from infer.generate.batching import Answer
 from s2d_jax.cli.prompts import Question
 from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.errors import UserError
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.stats import GenerationStats
 from s2d_jax.text.conversations import read_conversations
@@ -107,6 +108,52 @@ def test_raw_prompts_are_continued_without_a_template(models, tmp_path, monkeypa
     target = load_model(models.large)
     expected = SpeculativeDecoder(target).generate([PROMPTS[0]], SamplingParams(max_new_tokens=8))
     assert rows_of(out)[0]["response"] == expected.texts[0]
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_prompts_in_brackets_empty_ones_and_undecodable_bytes_are_answered(
+    models, tmp_path, monkeypatch, capsys, stream
+):
+    prompts = (
+        "--prompt",
+        "[/INST] hi",
+        "--prompt",
+        "",
+        "--prompt",
+        "a\udcff",
+        "--target",
+        models.small,
+    )
+    out = tmp_path / "[/out].jsonl"
+    run(generate.main, monkeypatch, *prompts, stream, "--batch-size", 1, "--max-new-tokens", 4)
+    shown = capsys.readouterr().out
+    assert "[/INST] hi ─" in shown
+    assert "a\ufffd ─" in shown
+    run(
+        generate.main,
+        monkeypatch,
+        *prompts,
+        stream,
+        *("--batch-size", 1, "--max-new-tokens", 4, "--out", out),
+    )
+    assert f"3 answers written to {out}" in capsys.readouterr().out
+    assert [row["prompt"] for row in rows_of(out)] == ["[/INST] hi", "", "a\ufffd"]
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_prompt_without_a_token_is_named(models, tmp_path, monkeypatch, capsys, stream):
+    """Without the chat template an empty text gives no token."""
+    flags = ("--target", models.small, "--raw", stream)
+    given = ("--prompt", "b", "--prompt", "")
+    told = failing_run(generate.main, monkeypatch, capsys, *flags, *given)
+    assert told == "error: prompt 2 is empty: it gives no token; give at least one"
+    path = prompts_file(tmp_path, {"prompt": "b"}, {"prompt": "", "id": "x\n1"})
+    told = failing_run(generate.main, monkeypatch, capsys, *flags, "--prompts", path)
+    assert told == r"error: prompt x\n1 is empty: it gives no token; give at least one"
+    with pytest.raises(UserError, match="prompt 1 of 2 is empty: it gives no token"):
+        SpeculativeDecoder(load_model(models.small)).generate(["", "b"])
+    with pytest.raises(UserError, match="prompt 2 of 2 is empty: it gives no token"):
+        load_model(models.small).score(["b", ""])
 
 
 def test_samples_do_not_depend_on_the_batch_size(models, tmp_path, monkeypatch):

@@ -61,11 +61,17 @@ def test_categories_and_the_maximum(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
-        ("[1]", "line 2: list instead of an object"),
-        ('{"question": "?"}', "line 2: has question; expected prompt"),
+        ("{", "line 2 is not valid JSON"),
+        ("[1]", r"line 2: is \[1\]; expected prompt"),
+        ('{"question": "?"}', r"line 2: is an object of \['question'\]; expected prompt"),
+        ('{"prompt": null}', "line 2: is an object of .*; expected prompt"),
+        ('{"prompt": 7}', "expected prompt"),
+        ('{"turns": ["a", null]}', "expected prompt"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 lacks"),
+        ('{"messages": [{"role": 5, "content": "a"}]}', "message 1 lacks role"),
+        ('{"messages": [3]}', "message 1 lacks role or content as text, it is 3"),
         ('{"turns": []}', "expected prompt"),
-        ('{"messages": [{"role": "user"}]}', "a message lacks role or content"),
+        ('{"messages": [{"role": "user"}]}', "message 1 lacks role or content"),
         ('{"messages": [{"role": "system", "content": "s"}]}', "no user message at the end"),
     ],
 )

@@ -107,7 +107,7 @@ def test_flags_become_a_shape(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[[0], [1", "is not JSON"),
+        ("[[0], [1", "is not valid JSON"),
         ({"paths": [[0]]}, "is not a list of paths; write a list of lists"),
         ([[0], 1], "is not a list of paths"),
         ([[0], ["1"]], "has the rank '1'"),

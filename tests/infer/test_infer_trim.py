@@ -165,10 +165,19 @@ def test_gguf_and_directories_are_described_without_their_weights(models, tmp_pa
         (("--draft", "{draft}", "--answers", "{empty}"), "holds no answers"),
         (("--draft", "{draft}", "--answers", "{blank}"), "the answers are all empty"),
         (("--draft", "{draft}", "--answers", "{one}"), "the answers are all to one prompt"),
-        (("--draft", "{draft}", "--answers", "{prompts}"), "line 1: no answer; expected"),
-        (("--draft", "{draft}", "--answers", "{junk}"), "line 1: no answer; expected"),
-        (("--draft", "{draft}", "--answers", "{answers}", "--text", "none.txt"), "No such file"),
-        (("--draft", "{draft}", "--answers", "{answers}", "--text", "{binary}"), "is not UTF-8"),
+        (
+            ("--draft", "{draft}", "--answers", "{prompts}"),
+            "line 1: {'prompt': 'a'} has no answer; expected",
+        ),
+        (("--draft", "{draft}", "--answers", "{junk}"), "junk.jsonl is not valid JSON"),
+        (
+            ("--draft", "{draft}", "--answers", "{answers}", "--text", "none.txt"),
+            "none.txt does not exist",
+        ),
+        (
+            ("--draft", "{draft}", "--answers", "{answers}", "--text", "{binary}"),
+            "is UTF-16; convert it",
+        ),
         (("--draft", "{draft}", "--answers", "{answers}", "--out", "dir"), "--out dir is no file"),
     ],
 )

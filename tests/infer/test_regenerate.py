@@ -233,10 +233,13 @@ def test_whatever_training_reads_is_read(tmp_path):
     talks, _ = read_talks(tmp_path / "lines.txt")
     assert [talk.question.turns for talk in talks] == [("one",), ("two",)]
     for text, message in (
-        ('{"text": 1}', "line 1: has text; expected prompt"),
-        ('{"messages": [{"role": "user"}]}', "line 1: turn 1 needs `role` and `content` as text"),
+        ('{"text": 1}', r"user's turn \(.*line 1: is an object of \['text'\]; expected prompt"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            r"user's turn \(.*line 1: turn 1 needs a role and text",
+        ),
         ('{"messages": []}', "holds no conversation with a user's turn"),
-        ("{", "line 1: not valid JSON"),
+        ("{", "not valid JSON"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         with expect_user_error(message):
@@ -252,7 +255,10 @@ def test_whatever_training_reads_is_read(tmp_path):
         (("--prompts", "{source}", "--out", "{out}", "--stream"), "--stream does not go with"),
         (("--prompts", "{source}", "--out", "{out}", "--prompt", "x"), "--prompt does not go"),
         (("--prompts", "{source}", "--out", "{source}"), "is there already; choose another --out"),
-        (("--prompts", "nowhere", "--out", "{out}"), "nowhere: No such file or directory"),
+        (
+            ("--prompts", "nowhere", "--out", "{out}"),
+            "nowhere does not exist; give a conversation file",
+        ),
         (("--prompts", "{source}", "--out", "{out}", "--exits", "1"), "need a draft"),
         (("--prompts", "{source}", "--out", "{out}", "--target", "b"), "has 2 targets; give one"),
     ],
@@ -263,6 +269,34 @@ def test_mistakes_get_one_line(models, source, tmp_path, monkeypatch, capsys, fl
     start = ("--as-conversations", "--target", models.small)
     assert message in failing_run(generate.main, monkeypatch, capsys, *start, *filled)
     assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_rows_that_hold_no_talk_are_left_out_by_reason(tmp_path):
+    tool = [turn("user", "a"), turn("tool", "b")]
+    rows = [{"text": 1}, {"messages": tool}, {"messages": [turn("user", None)]}, {"prompt": "c"}]
+    rows += [{"prompt": "d", "completion": "e"}, {"conversation": [turn("Human", "f")], "id": [1]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talks, left_out = read_talks(tmp_path / "rows.jsonl")
+    assert [(t.question.question_id, t.question.turns) for t in talks] == [
+        (4, ("c",)),
+        (5, ("d",)),
+        ("[1]", ("f",)),
+    ]
+    assert left_out == {
+        "no prompt or conversation in the row": 1,
+        "roles other than user, assistant and system": 1,
+        "a turn is not text": 1,
+    }
+
+
+def test_a_journal_keeps_names_with_bytes_that_are_no_text(tmp_path):
+    settings = {"target": "models/\udcff", "stop": ["\ud800"]}
+    for expected in ([], [{"text": "a\u2028b\x85"}]):
+        with Journal(tmp_path / "a.journal", settings) as journal:
+            assert journal.batches == expected
+            journal.add({"text": "a\u2028b\x85"})
+    with expect_user_error(r'was begun with target=.*, not "x.u001b"'):
+        Journal(tmp_path / "a.journal", {**settings, "target": "x\x1b"})
 
 
 def test_a_journal_is_for_one_process_and_tells_where_it_is_damaged(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from s2d_jax.errors import UserError
-from s2d_jax.text.prompts import is_ids, split_prompts
+from s2d_jax.text.prompts import check_ids, is_ids, names_of_prompts, split_prompts
 
 TALK = [{"role": "user", "content": "Why?"}]
 IDS = [5, 9, 2]
@@ -85,3 +85,22 @@ def test_long_values_are_shortened():
     with pytest.raises(UserError) as caught:
         split_prompts([list(range(1000)), [1.5] * 1000])
     assert len(str(caught.value)) < 200
+
+
+def test_contents_of_text_parts_are_joined_and_half_surrogate_pairs_replaced():
+    parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?\ud800"}]
+    assert split_prompts([{"role": "user", "content": parts}]) == [
+        [{"role": "user", "content": "Why?\ufffd"}]
+    ]
+    assert split_prompts(["a\udcff", "\U0001f600"]) == ["a\ufffd", "\U0001f600"]
+    for content in (7, [], [*parts, {"type": "image_url", "image_url": "x"}]):
+        with pytest.raises(UserError, match="is no prompt; a conversation is"):
+            split_prompts([{"role": "user", "content": content}])
+
+
+def test_an_empty_prompt_is_told_by_its_place():
+    assert names_of_prompts(1) == ["the prompt"]
+    with pytest.raises(
+        UserError, match="prompt 2 of 2 is empty: it gives no token; give at least one"
+    ):
+        check_ids([], 10, names_of_prompts(2)[1])

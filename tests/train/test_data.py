@@ -70,19 +70,22 @@ GOOD = json.dumps({"messages": MESSAGES})
     [
         (
             f"{GOOD}\n{GOOD[:30]}\n",
-            r"chat.json: line 2: not valid JSON \(.*\); repair or remove the line",
+            r"chat.json: line 2 is not valid JSON \(.*\); repair or remove it",
         ),
-        ('[\n{"messages": []},\n{]', r"chat.json: line 3: not valid JSON"),
-        (f"{GOOD}\n3\n", r"line 2: expected a list `conversations` or `messages`, got int"),
-        ('{"text": "a"}', r"line 1: expected a list .*, got keys \['text'\]"),
-        (f'[{GOOD}, {{"x": 1}}]', r"conversation 2: expected a list"),
+        (
+            '[\n{"messages": []},\n{]',
+            r"chat.json is not valid JSON \(.*: line 3 column 2\); repair or remove it",
+        ),
+        (f"{GOOD}\n3\n", r"line 2: expected a list `messages` or .*; it is 3"),
+        ('{"text": "a"}', r"line 1: expected a list .*; it is an object of \['text'\]"),
+        (f'[{GOOD}, {{"x": 1}}]', r"row 2: expected a list"),
         (
             '{"messages": [{"role": "user"}]}',
-            r"line 1: turn 1 needs `role` and `content` as text; repair or remove",
+            r"line 1: turn 1 needs a role and text, it is {'role': 'user'}; repair or remove the row",
         ),
         (
             '{"conversations": [{"from": "x", "value": ""}]}',
-            r"turn 1 has from='x'; use one of user",
+            r"turn 1 has the role 'x'; use one of user",
         ),
         ("\n", r"chat.json: holds no conversation; give ShareGPT JSON or messages JSONL"),
     ],
@@ -94,10 +97,10 @@ def test_a_corrupt_row_is_named_by_file_and_line(write, text, message):
 
 
 def test_unreadable_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.json: No such file or directory; give a conv"):
+    with pytest.raises(UserError, match=r"nowhere.json does not exist; give a conv"):
         read_conversations(tmp_path / "nowhere.json")
     (tmp_path / "bytes").write_bytes(b'{"messages": \xff}')
-    with pytest.raises(UserError, match="not UTF-8 at byte 13; convert the file"):
+    with pytest.raises(UserError, match="line 1: not UTF-8 at byte 13; convert the file"):
         read_conversations(tmp_path / "bytes")
 
 

@@ -80,14 +80,16 @@ def test_prompts_are_rows_too(tmp_path):
 
 def test_damage_is_told_with_the_file_and_the_row(saved, tmp_path):
     datasets.Dataset.from_list([{"text": "a", "id": 1}]).save_to_disk(str(tmp_path / "other"))
-    message = r"other: row 1: expected a list .*, got keys \['id', 'text'\]; rename or remove it"
+    message = r"other: row 1: expected a list .*; it is an object of \['text', 'id'\]"
     with expect_user_error(message):
         read_conversations(tmp_path / "other")
     bad = [*ROWS, {"messages": [{"role": "tool", "content": "x"}], "finished": [True]}]
     datasets.Dataset.from_list(bad).save_to_disk(str(tmp_path / "role"))
-    with expect_user_error("role: row 3: turn 1 has role='tool'; use one of user"):
+    with expect_user_error("role: row 3: turn 1 has the role 'tool'; use one of user"):
         read_conversations(tmp_path / "role")
-    with expect_user_error("is a directory without a saved dataset; give what save_to_disk wrote"):
+    with expect_user_error(
+        "is a directory without a saved dataset or parquet files; give what save_to_disk wrote"
+    ):
         read_conversations(tmp_path)
     table = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "dict"))
@@ -117,7 +119,7 @@ def test_hashes_follow_contents_not_names(saved, tmp_path):
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").write_text("x")
     assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b") != before
-    with expect_user_error("nowhere: No such file or directory"):
+    with expect_user_error("nowhere does not exist"):
         content_hash(tmp_path / "nowhere")
 
 
@@ -219,6 +221,24 @@ def test_what_was_left_out_is_counted_for_each_source_and_reason(tokenizer, tmp_
     assert json.loads(json.dumps(report.to_json()))["sources"][1]["weight"] == 2.5
 
 
+def test_rows_of_other_forms_are_left_out_and_counted(tokenizer, tmp_path):
+    user, answer = MESSAGES
+    rows = [
+        *({"messages": MESSAGES}, {"conversations": json.dumps(MESSAGES)}, {"text": "a"}, None),
+        *({"messages": [user, answer, {"role": "tool", "content": "5"}, answer]},),
+        *({"messages": [user, {"role": "assistant", "content": None, "tool_calls": []}]},),
+        {"messages": MESSAGES, "finished": 1.5},
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataSection(paths=(str(tmp_path / "chat.jsonl"),), max_length=64)
+    _, report = build_rows(config, tokenizer, vocab_size=VOCAB)
+    counts = report.sources[0].counts()
+    names = ("no_conversation", "other_roles", "not_text", "unclear_finished", "documents")
+    assert counts["conversations"] == 7
+    assert [counts[name] for name in names] == [2, 1, 1, 1, 2]
+    assert "left out: a turn is not text" in str(report)
+
+
 def test_conversations_that_the_template_refuses_are_left_out_and_told(tmp_path):
     tokenizer = tiny_tokenizer(VOCAB)
     tokenizer.chat_template = (
@@ -272,6 +292,6 @@ def test_a_corrupt_row_stops_a_run_in_one_line_and_leaves_nothing(tokenizer, tmp
     run_dir = tmp_path / "run"
     assert main(["--config", str(tmp_path / "run.yaml"), "--train.run-dir", str(run_dir)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"error: {chat}: line 41: not valid JSON (Unterminated string")
-    assert line.endswith("repair or remove the line")
+    assert line.startswith(f"error: {chat}: line 41 is not valid JSON (Unterminated string")
+    assert line.endswith("repair or remove it")
     assert not run_dir.exists()

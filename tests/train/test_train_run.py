@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_
         (("--train.batch-size", "64"), "train.batch_size=64 exceeds the"),
         (("--mesh.fsdp", "4", "--mesh.data", "4", "--train.batch-size", "16"), "needs 16 devices"),
         (("--mesh.tensor", "4"), "num_kv_heads=2 does not divide by mesh axis tensor=4"),
-        (("--data.paths", "nowhere.json"), "nowhere.json: No such file or directory"),
+        (("--data.paths", "nowhere.json"), "nowhere.json does not exist"),
         (("--train.resume",), "holds no checkpoint; train first"),
     ],
 )

@@ -19,7 +19,7 @@ import yaml
 from s2d_jax.cli.flags import flag
 from s2d_jax.cli.parsing import parse
 from s2d_jax.errors import UserError, require
-from s2d_jax.files import SHIPPED, here_or_shipped
+from s2d_jax.files import SHIPPED, here_or_shipped, read_text
 from train.config.sections import Config
 
 
@@ -40,11 +40,14 @@ def load_config(path: str | Path) -> Config:
     Raises:
         UserError: for a file that cannot be read, an unknown key, a wrong type or a bad value.
     """
+    text = read_text(here_or_shipped(path), "give --config an existing YAML file")
     try:
-        values = yaml.load(here_or_shipped(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give --config an existing YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(text, Loader=_Loader)
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+    ) as error:  # ValueError: dates such as 2026-13-01
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return _build(Config, {} if values is None else values, "")

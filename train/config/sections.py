@@ -13,6 +13,7 @@ from s2d_jax.config.draft import DraftConfig, ExitParts
 from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import require
+from s2d_jax.files import local_path
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
 # Fields of `train` that must be 1 or more.
@@ -181,7 +182,8 @@ class DataSection:
     """Conversations, and how they become rows."""
 
     paths: Annotated[tuple[str, ...], flag("FILE ...")]
-    """ShareGPT or {"messages": [...]} as JSON, JSONL, parquet, Arrow or what save_to_disk wrote; the content tells which."""
+    """ShareGPT, {"messages": [...]} or prompt and completion, as JSON, JSONL, parquet, Arrow, what save_to_disk wrote, or a
+    folder of parquet files; the content tells which."""
     weights: Annotated[tuple[float, ...], flag("FLOAT ...", "once")] = ()
     """How often the rows of each source are seen per epoch: 2.5 is all rows twice, and half of them once more."""
     cache_dir: Annotated[str | None, flag("DIR", "$S2D_DATA_CACHE, else ~/.cache/s2d-jax/data")] = (
@@ -256,7 +258,7 @@ class TrainSection:
     """How long to train, how large the steps are, and what is written when. The defaults are the paper's."""
 
     run_dir: Annotated[str, flag("DIR")] = "runs/soft"
-    """Receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
+    """A directory on this machine. It receives config.yaml, draft description, tokenizer, metrics.jsonl and checkpoints/."""
     resume: Switch = False
     """Go on from the newest checkpoint of run_dir."""
     batch_size: int = 128
@@ -290,6 +292,7 @@ class TrainSection:
     def __post_init__(self):
         plain_fields(self, "train.")
         require(bool(self.run_dir), "train.run_dir is empty; give a directory")
+        local_path(self.run_dir, "train.run_dir")
         for name in _COUNTS:
             value = getattr(self, name)
             require(value >= 1, f"train.{name}={value} must be at least 1")

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from s2d_jax.errors import UserError
-from s2d_jax.text.conversations import Message, usable_turns
+from s2d_jax.text.messages import Message, usable_turns
 from s2d_jax.text.tokenizer import Tokenizer
 
 # Stands in for an answer, to see what a template writes around one.

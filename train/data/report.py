@@ -7,12 +7,17 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from s2d_jax.cli.screen import PlainConsole
 
 # Counts and their names in the table, in its order: those of conversations first, then those of documents and rows.
 _WORDS = {
     "conversations": "conversations read",
+    "no_conversation": "left out: no list of turns, nor prompt and completion",
+    "not_text": "left out: a turn is not text, such as a call of a tool",
+    "other_roles": "left out: roles other than user, assistant and system",
+    "unclear_finished": "left out: `finished` is no list of true and false",
     "no_answer": "left out: no answer",
     "roles_do_not_alternate": "left out: roles do not alternate",
     "empty_turn": "left out: the first turn or answer is empty",
@@ -35,7 +40,11 @@ class SourceReport:
     Attributes:
         path: where the source is.
         weight: how often each of its rows is seen per epoch.
-        conversations: conversations read.
+        conversations: rows read.
+        no_conversation: left out: rows that hold neither a list of turns nor prompt and completion.
+        not_text: left out: a turn has no content, or one that is not text.
+        other_roles: left out: a turn of another role than user, assistant and system, such as tool.
+        unclear_finished: left out: `finished` fits no answers.
         no_answer: left out: no user turn followed by an answer.
         roles_do_not_alternate: left out: two turns of one role in a row, or a system message in the middle.
         empty_turn: left out: nothing but white space in the first question or answer.
@@ -52,6 +61,10 @@ class SourceReport:
     path: str
     weight: float
     conversations: int = 0
+    no_conversation: int = 0
+    not_text: int = 0
+    other_roles: int = 0
+    unclear_finished: int = 0
     no_answer: int = 0
     roles_do_not_alternate: int = 0
     empty_turn: int = 0
@@ -94,9 +107,12 @@ class DataReport:
         return {**dataclasses.asdict(self), "total": self.total}
 
     def __str__(self) -> str:
-        """A table of at most 100 columns: what was read, left out (unless 0) and packed of each source."""
+        return self.table()
+
+    def table(self, width: int = 100) -> str:
+        """A table of at most `width` columns: what was read, left out (unless 0) and packed of each source."""
         table = Table(title="data", title_justify="left")
-        table.add_column("source", overflow="fold", max_width=36)
+        table.add_column("source", overflow="fold", max_width=36 * width // 100)
         table.add_column("what")
         table.add_column("count", justify="right")
         blocks = [(_title(source), source.counts()) for source in self.sources]
@@ -108,11 +124,11 @@ class DataReport:
                 table.add_row("" if line else title, _WORDS[name], f"{counts[name]:,}")
             table.add_section()
         text = io.StringIO()
-        Console(file=text, width=100, highlight=False, markup=False).print(table)
-        notes = (
-            [f"the chat template refused a conversation: {self.refusal}"] if self.refusal else []
-        )
-        return text.getvalue() + "\n".join([*notes, self.cache])
+        PlainConsole(file=text, width=width).print(table)
+        notes = [self.cache]
+        if self.refusal:
+            notes.insert(0, f"the chat template refused a conversation: {self.refusal}")
+        return text.getvalue() + "\n".join(notes)
 
 
 def _title(source: SourceReport) -> str:

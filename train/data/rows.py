@@ -17,7 +17,8 @@ import numpy as np
 
 from s2d_jax.errors import UserError
 from s2d_jax.progress.activity import activity
-from s2d_jax.text.conversations import Message, read_conversations
+from s2d_jax.text.conversations import read_conversations
+from s2d_jax.text.messages import Message
 from s2d_jax.text.tokenizer import Tokenizer
 from train.config.sections import DataSection
 from train.data.cache import (
@@ -89,7 +90,8 @@ def _make_rows(
     for number, path in enumerate(config.paths):
         on_progress(f"reading {Path(path).name}", 0, 1)
         with activity(f"reading {Path(path).name}"):
-            kept, left_out = _usable(read_conversations(path))
+            unusable: collections.Counter[str] = collections.Counter()
+            kept, left_out = _usable(read_conversations(path, unusable), unusable)
         if not kept:
             raise UserError(f"{path}: no conversation has a user turn and an answer; check it")
         documents = tokenize_all(
@@ -129,9 +131,12 @@ def _make_rows(
     return datasets.Dataset.from_dict(joined), facts
 
 
-def _usable(conversations: list[list[Message]]) -> tuple[list[list[Message]], dict[str, int]]:
-    """The parts of conversations to train on, and counts of what was left out."""
-    counts = collections.Counter({"conversations": len(conversations), "shortened": 0})
+def _usable(
+    conversations: list[list[Message]], unusable: collections.Counter[str]
+) -> tuple[list[list[Message]], dict[str, int]]:
+    """The parts of conversations to train on, and counts of what was left out; `unusable` counts the rows without any."""
+    read = len(conversations) + unusable.total()
+    counts = collections.Counter({"conversations": read, "shortened": 0, **unusable})
     kept = []
     for messages in conversations:
         turns, reason = training_turns(messages)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from s2d_jax.errors import UserError
-from s2d_jax.text.conversations import Message
+from s2d_jax.text.messages import Message
 from s2d_jax.text.tokenizer import Tokenizer
 from train.data.documents import documents_of
 

@@ -21,13 +21,14 @@ import tyro
 from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from s2d_jax.cli.command import status_of
 from s2d_jax.cli.flags import Switch, flag
+from s2d_jax.cli.outputs import check_directory
 from s2d_jax.cli.parsing import parse
-from s2d_jax.cli.screen import screen
+from s2d_jax.cli.screen import PlainColumn, screen
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.files import read_json, write_text
@@ -126,8 +127,8 @@ def run(args: Args) -> list[StepMemory]:
     Raises:
         UserError: for an unknown model or topology, or values that do not go together.
     """
-    if args.out is not None and args.out.is_file():
-        raise UserError(f"--out {args.out} is a file; give a directory")
+    if args.out is not None:
+        check_directory(args.out)
     topology = args.topology
     if topology == "auto":
         topology = _TPU if importlib.util.find_spec("libtpu") else "cpu"
@@ -223,10 +224,10 @@ def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> 
     """Measures steps under a bar, or with a line for each step if there is no terminal."""
     rows: list[StepMemory] = []
     with Progress(
-        TextColumn("{task.description}"),
+        PlainColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("ETA"),
+        PlainColumn("ETA"),
         TimeRemainingColumn(),
         console=console,
         transient=True,
@@ -242,7 +243,7 @@ def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> 
             rows.append(measure_step(step, devices))
             bar.advance(task, amount)
             done = f"{label}: {rows[-1].compile_seconds:.0f} s"
-            console.print(done, markup=False, highlight=False)
+            console.print(done)
     return rows
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from s2d_jax.cli.command import status_of
 from s2d_jax.cli.flags import flag
+from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
@@ -230,6 +231,8 @@ def run(args: Args) -> None:
     """
     if (args.topology is None) == (args.devices is None):
         raise UserError("give --topology v5p:2x2x2 or --devices 8: one of them")
+    if args.json is not None:
+        check_writable(args.json, "--json")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
     # A cached program for chips that this machine lacks cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import traceback
-from pathlib import Path
 
 import datasets
 import jax
 
 from s2d_jax.cli.command import told
 from s2d_jax.cli.parsing import other_command
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, visible
+from s2d_jax.files import expanded
 from s2d_jax.weights.runs import CHECKPOINTS
 from train.config.sections import Config
 from train.run.preemption import PREEMPTED_STATUS, Preempted
@@ -50,13 +50,14 @@ def run(config: Config) -> int:
         return _failed(1, f"error: {type(error).__name__}, see the lines above")
     if is_main_process():
         export = other_command("infer.export")
-        print(f"trained: {run_dir}\nexport with: {export} --run {run_dir} --out {run_dir}/export")
+        words = f"{export} --run {run_dir} --out {run_dir}/export"
+        print(visible(f"trained: {run_dir}\nexport with: {words}"))
     return 0
 
 
 def _after_interrupt(config: Config) -> str:
     """What is true after Ctrl-C: there may be no checkpoint yet."""
-    found = (Path(config.train.run_dir) / CHECKPOINTS).glob("*")
+    found = (expanded(config.train.run_dir) / CHECKPOINTS).glob("*")
     if any(path.name.isdigit() for path in found):
         return "go on from the last checkpoint with --train.resume"
     return f"no checkpoint was due yet (--train.checkpoint-every {config.train.checkpoint_every}), so nothing was saved"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from rich.console import Console
 
+from s2d_jax.cli.outputs import check_directory
+from s2d_jax.cli.screen import PlainConsole
 from s2d_jax.errors import UserError
-from s2d_jax.files import write_text
+from s2d_jax.files import expanded, write_text
 from s2d_jax.machine import device_notice
 from s2d_jax.model.lora import lora_of
 from s2d_jax.sharding import make_mesh
@@ -52,10 +53,10 @@ def train(config: Config) -> Path:
     Raises:
         UserError: for anything that the user can repair; the last good checkpoint stays intact.
     """
-    run_dir = Path(config.train.run_dir)
+    run_dir = expanded(config.train.run_dir)
     _check_run_dir(run_dir, config)
     wait_for_all("run directory checked")
-    console = None if is_main_process() else Console(quiet=True)
+    console = None if is_main_process() else PlainConsole(quiet=True)
     with ProgressReport(console) as report, contextlib.ExitStack() as stack:
         undo = stack.enter_context(contextlib.ExitStack())
         if is_main_process():
@@ -99,7 +100,12 @@ def _remove_all_but(before: set[Path] | None, run_dir: Path) -> None:
 
 
 def _check_run_dir(run_dir: Path, config: Config) -> None:
-    """Refuses to train over an earlier run by accident; one that never reached a checkpoint may be started again."""
+    """Refuses to train over an earlier run by accident; one that never reached a checkpoint may be started again.
+
+    A directory that cannot be written is refused, too, before anything is loaded.
+    """
+    if is_main_process():
+        check_directory(run_dir, "train.run_dir")
     with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS)) as checkpoints:
         if config.train.resume:
             checkpoints.find(None)
@@ -134,7 +140,7 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
             vocab_size=start.config.vocab_size,
             on_progress=report.working,
         )
-        report.say(str(summary))
+        report.say(summary.table(report.width))
         _split(config, rows)
         description = (start.config, config.draft.draft_config(), start.tokenizer)
         write_run(run_dir, *description, lora_of(start.params), start.vocabulary)

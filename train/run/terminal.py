@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from s2d_jax.cli.screen import SharedProgress
+from s2d_jax.cli.screen import PlainColumn, PlainConsole, SharedProgress, width_of
 from train.run.metrics import losses
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -22,22 +21,22 @@ class ProgressReport:
     Use as a context manager.
     """
 
-    def __init__(self, console: Console | None = None):
-        self._console = console or Console()
+    def __init__(self, console: PlainConsole | None = None):
+        self._console = console or PlainConsole()
         self._bar: SharedProgress | None = None
         self._last_line = 0.0
 
     def __enter__(self) -> ProgressReport:
         if self._console.is_terminal:
             self._bar = SharedProgress(
-                TextColumn("{task.description}"),
+                PlainColumn("{task.description}"),
                 BarColumn(bar_width=8),
-                TextColumn("{task.percentage:>3.0f}%"),
+                PlainColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(table_column=Column(min_width=_TIME_WIDTH)),
                 TimeRemainingColumn(
                     elapsed_when_finished=True, table_column=Column(min_width=_TIME_WIDTH)
                 ),
-                TextColumn("{task.fields[numbers]}", table_column=Column(overflow="fold")),
+                PlainColumn("{task.fields[numbers]}", table_column=Column(overflow="fold")),
                 console=self._console,
                 speed_estimate_period=600.0,  # seconds; lines may come minutes apart
             )
@@ -49,11 +48,16 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.stop()
 
+    @property
+    def width(self) -> int:
+        """The columns that a table may take."""
+        return width_of(self._console)
+
     def say(self, text: str) -> None:
         """Prints one line, which stays."""
         # A terminal would cut words at its edge; tables, and lines of a log, stay as they are.
         as_it_is = not self._console.is_terminal or "\n" in text
-        self._console.print(text, markup=False, highlight=False, soft_wrap=as_it_is)
+        self._console.print(text, soft_wrap=as_it_is)
 
     def working(self, what: str, done: int, total: int) -> None:
         """Shows how far some work before training is; ends at `done == total`."""
