@@ -379,17 +379,21 @@ TEXT = [
     Fault(
         "words-taken-for-padding",
         "whatever one vocabulary has more than the other is taken for padding",
-        "s2d_jax/text/tokenizer.py",
+        "s2d_jax/text/pairing.py",
         "if i > shared and extra is not None and _PADDING.fullmatch(extra):",
         "if i > shared and extra is not None:",
-        "text/test_tokenizer.py -k more_entries",
+        "text/test_pairing.py -k more_entries",
     ),
     Fault(
         "damaged-tokenizer-believed",
         "a damaged tokenizer.model is left to transformers, which takes it for tiktoken's",
-        "s2d_jax/text/tokenizer.py",
-        'if (directory / "tokenizer.json").exists() or not file.exists():',
-        'if (directory / "config.json").exists() or not file.exists():',
+        "s2d_jax/text/tokenizer_files.py",
+        """    if not file.exists():
+        return
+    check_no_lfs""",
+        """    if file.exists():
+        return
+    check_no_lfs""",
         "text/test_sentencepiece.py -k not_sentencepieces",
     ),
 ]

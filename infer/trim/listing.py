@@ -18,6 +18,7 @@ from s2d_jax.cli.tables import print_table
 from s2d_jax.errors import UserError
 from s2d_jax.files import read_json, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
+from s2d_jax.text.prompts import check_ids
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import read_description
 from s2d_jax.weights.vocabulary import DraftVocabulary
@@ -136,8 +137,11 @@ def _count(answers: Sequence[Written], tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def _count_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """int64 `[V]`: how often each token occurs. Tokens that the model has no rows for are left out."""
-    return np.bincount(tokenizer.encode(text), minlength=vocab_size)[:vocab_size]
+    """int64 `[V]`: how often each token occurs. Raises UserError for a token that the model has no row for."""
+    ids = tokenizer.encode(text)
+    if ids:
+        check_ids(ids, vocab_size, tokenizer, what="the text to count")
+    return np.bincount(ids, minlength=vocab_size)
 
 
 def _read_text(path: Path) -> str:

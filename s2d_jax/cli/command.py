@@ -76,3 +76,9 @@ def say_devices() -> None:
 
     for line in device_notice():
         screen(stderr=True).print(line, markup=False, soft_wrap=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Says on stderr what a user should know about what was given; nothing if it was said before."""
+    screen(stderr=True).print(f"note: {line}", markup=False, soft_wrap=True)

@@ -89,7 +89,7 @@ class Planner:
 
     def _ids(self, prompt: OnePrompt) -> list[int]:
         ids, context = self._encoded(prompt), self.target.config.max_context
-        check_ids(ids, self.target.config.vocab_size)
+        check_ids(ids, self.target.config.vocab_size, self.target.tokenizer)
         if len(ids) >= context:
             raise UserError(
                 f"a prompt has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
@@ -105,7 +105,7 @@ class Planner:
                 f"prompt {str(prompt)[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
             )
         if isinstance(prompt, str):
-            return tokenizer.encode(prompt)
+            return tokenizer.encode_text(prompt)
         return tokenizer.encode_chat(cast("list[Message]", prompt))
 
     def plan(self, prompts: Prompts, sampling: Sampling) -> Plan:

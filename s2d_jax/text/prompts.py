@@ -10,6 +10,7 @@ import numpy as np
 
 from s2d_jax.errors import UserError, shown
 from s2d_jax.text.conversations import Message
+from s2d_jax.text.tokenizer import Tokenizer
 
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | jax.Array
 """Token ids of one text; arrays are 1-D, of any integer type."""
@@ -67,14 +68,28 @@ def is_ids(prompt: OnePrompt) -> TypeGuard[list[int]]:
     return not isinstance(prompt, str) and not any(isinstance(entry, dict) for entry in prompt[:1])
 
 
-def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises UserError for no ids, or ids outside a model's vocabulary."""
+def check_ids(
+    ids: Sequence[int],
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    what: str = "a prompt",
+) -> None:
+    """Raises UserError for no ids, or ids outside a model's vocabulary.
+
+    Args:
+        ids: the token ids.
+        vocab_size: the model's, and so the rows of its embedding.
+        tokenizer: gives the name of a token outside.
+        what: has the ids; messages begin with it.
+    """
     if not ids:
-        raise UserError("a prompt is empty; give at least one token")
+        raise UserError(f"{what} is empty; give at least one token")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         outside = next(token for token in ids if not 0 <= token < vocab_size)
+        name = None if tokenizer is None or outside < 0 else tokenizer.token(outside)
+        named = "" if name is None else f" ({shown(name)})"
         raise UserError(
-            f"a prompt has token id {outside}; the model's ids are 0 to {vocab_size - 1}"
+            f"{what} has token id {outside}{named}; the model's ids are 0 to {vocab_size - 1}"
         )
 
 

@@ -70,10 +70,10 @@ def scores_of(
     model: Transformer, params: Any, tokenizer: Tokenizer | None, texts: Prompts
 ) -> list[TextScore]:
     """One score per text; raises as `Model.score` says."""
-    return [_score(model, params, _ids(tokenizer, text)) for text in split_prompts(texts)]
+    return [_score(model, params, _ids(model, tokenizer, text)) for text in split_prompts(texts)]
 
 
-def _ids(tokenizer: Tokenizer | None, text: OnePrompt) -> list[int]:
+def _ids(model: Transformer, tokenizer: Tokenizer | None, text: OnePrompt) -> list[int]:
     if is_ids(text):
         return text
     if not isinstance(text, str):
@@ -84,7 +84,9 @@ def _ids(tokenizer: Tokenizer | None, text: OnePrompt) -> list[int]:
         raise UserError(
             f"{shown(text)} is text, but the model has no tokenizer; give lists of token ids"
         )
-    return tokenizer.encode(text, add_special_tokens=True)
+    ids = tokenizer.encode_text(text)
+    check_ids(ids, model.config.vocab_size, tokenizer)
+    return ids
 
 
 def _checked(model: Transformer, ids: OnePrompt) -> list[int]:
