@@ -43,7 +43,9 @@ def test_every_exit_equals_torch(name, tmp_path):
         theirs = hf_logits(hf_load(directory), tokens_BT)
         assert np.abs(theirs).max() > 0.5
         assert np.abs(ours[depth] - theirs).max() <= MAX_ABS
-    shortened = transformers.AutoModelForCausalLM.from_pretrained(out, num_hidden_layers=2).eval()
+    shortened = transformers.AutoModelForCausalLM.from_pretrained(
+        out, num_hidden_layers=2, trust_remote_code=False
+    ).eval()
     assert np.abs(hf_logits(shortened, tokens_BT) - ours[2]).max() <= MAX_ABS
 
 
@@ -118,7 +120,7 @@ def test_each_directory_assists_huggingface_generation(name, tmp_path):
     draft, out = make_draft(name), tmp_path / "out"
     export_draft(draft, out, {})
     target = hf_model(dataclasses.replace(tiny_config(num_layers=2), vocab_size=VOCABULARY), seed=3)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     prompt = tokenizer("the quick brown", return_tensors="pt")
     limits = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = target.generate(**prompt, **limits)
