@@ -21,6 +21,7 @@ from s2d_jax.errors import UserError, printable
 SHIPPED = Path(__file__).parent / "shipped"
 
 _GZIP, _UTF_16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 _MOST_UNPACKED = 2**31
 # A scheme has two letters or more, unlike a drive. `Path` makes one slash of two.
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -103,6 +104,22 @@ def regular_file(path: Path, remedy: str) -> Path:
     return path
 
 
+def check_no_lfs_pointer(path: Path) -> None:
+    """Raises UserError if a file is only the pointer that git leaves where git-lfs did not fetch the file itself.
+
+    What cannot be opened is left to the reader of the file.
+    """
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return
+    if is_pointer:
+        raise UserError(
+            f"{path} is a git-lfs pointer, not the file itself; fetch it: git lfs pull (in the repository's directory)"
+        )
+
+
 def read_text(path: Path, remedy: str = "give another file") -> str:
     """The text of a file in UTF-8, with or without a byte order mark, as it is or packed by gzip.
 
@@ -111,8 +128,9 @@ def read_text(path: Path, remedy: str = "give another file") -> str:
     Raises:
         UserError: if there is no such file, it cannot be read, or holds something else; the message names the line.
     """
+    check_no_lfs_pointer(regular_file(path, remedy))
     try:
-        data = regular_file(path, remedy).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); {remedy}") from None
     if data.startswith(_GZIP):

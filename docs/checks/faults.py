@@ -403,18 +403,72 @@ TEXT = [
     Fault(
         "words-taken-for-padding",
         "whatever one vocabulary has more than the other is taken for padding",
-        "s2d_jax/text/tokenizer.py",
+        "s2d_jax/text/pairing.py",
         "if i > shared and extra is not None and _PADDING.fullmatch(extra):",
         "if i > shared and extra is not None:",
-        "text/test_tokenizer.py -k more_entries",
+        "text/test_pairing.py -k more_entries",
     ),
     Fault(
         "damaged-tokenizer-believed",
         "a damaged tokenizer.model is left to transformers, which takes it for tiktoken's",
-        "s2d_jax/text/tokenizer.py",
-        'if (directory / "tokenizer.json").exists() or not file.exists():',
-        'if (directory / "config.json").exists() or not file.exists():',
+        "s2d_jax/text/tokenizer_files.py",
+        """    if not file.exists():
+        return
+    check_no_lfs""",
+        """    if file.exists():
+        return
+    check_no_lfs""",
         "text/test_sentencepiece.py -k not_sentencepieces",
+    ),
+    Fault(
+        "class-over-tokenizer-json",
+        "a directory's tokenizer is rebuilt from the class that tokenizer_config.json names",
+        "s2d_jax/text/tokenizer_files.py",
+        """    if (directory / "tokenizer.json").exists():
+        rebuilt""",
+        """    if not (directory / "tokenizer_config.json").exists():
+        rebuilt""",
+        "text/test_directories.py -k counts_and_not_the_class",
+    ),
+    Fault(
+        "code-of-a-directory",
+        "Python code in a model's directory is run",
+        "s2d_jax/text/tokenizer_files.py",
+        "trust_remote_code=False",
+        "trust_remote_code=True",
+        "text/test_directories.py -k never_run",
+    ),
+    Fault(
+        "pairs-by-entries-only",
+        "tokenizers of equal entries pass, whatever they make of texts",
+        "s2d_jax/text/pairing.py",
+        "if ours != theirs:",
+        "if len(ours) > 0 and not theirs:",
+        "text/test_pairing.py -k another_pipeline",
+    ),
+    Fault(
+        "two-beginnings",
+        "a text that begins with BOS gets a second one",
+        "s2d_jax/text/tokenizer.py",
+        "return ids if ids[: len(before)] == before else [*before, *ids]",
+        "return [*before, *ids]",
+        "text/test_beginnings.py -k one_bos",
+    ),
+    Fault(
+        "teachers-read-what-they-lack",
+        "rows with tokens that a teacher has no embedding for are taken",
+        "train/run/teachers.py",
+        "    check_rows(rows, model.config.vocab_size, tokenizer, path)\n",
+        "",
+        "infer/test_commands_and_tokenizers.py -k beyond_an_embedding",
+    ),
+    Fault(
+        "lists-of-other-rules",
+        "a list is taken that was counted with a tokenizer of other rules",
+        "s2d_jax/weights/vocabulary.py",
+        "if self.behaviour_sha256 not in (None, behaviour_hash(tokenizer)):",
+        "if self.behaviour_sha256 == '':",
+        "infer/test_commands_and_tokenizers.py -k other_rules",
     ),
 ]
 

@@ -26,7 +26,7 @@ from infer.bench.methods import build_methods, check_trees, parse_methods
 from s2d_jax import DecodeConfig, Model, SamplingParams, SpeculativeDecoder, use_compile_cache
 from s2d_jax.cli.command import run_command_line
 from s2d_jax.cli.loading import load_listed_draft, load_target
-from s2d_jax.cli.options import DraftingOptions
+from s2d_jax.cli.options import DraftingOptions, LoadingOptions
 from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
 from s2d_jax.files import write_text
@@ -135,7 +135,7 @@ def main(args: Args) -> None:
     names = parse_methods(args.methods)
     check_trees(names, args.drafting)
     use_compile_cache()
-    target = load_target(args.target, "f32")
+    target = load_target(args.target, LoadingOptions())
     draft, independent = (
         load_listed_draft(path, args.draft_vocabulary if path else None, "f32")
         for path in (args.draft, args.independent_draft)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 path, report = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 model = AutoModelForCausalLM.from_pretrained(
-    str(path.parent), gguf_file=path.name, dtype=torch.float32
+    str(path.parent), gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
 ).eval()
 
 total, divergences = 0, []

@@ -21,10 +21,12 @@ def source(path):
 
 
 def load(path):
-    return AutoModelForCausalLM.from_pretrained(**source(path), dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        **source(path), dtype=torch.bfloat16, trust_remote_code=False
+    ).eval()
 
 
-tokenizer = AutoTokenizer.from_pretrained(**source(target_path))
+tokenizer = AutoTokenizer.from_pretrained(**source(target_path), trust_remote_code=False)
 target, draft = load(target_path), load(draft_path)
 rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()[:count]]
 

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path, new_tokens = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(2)
 source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-tokenizer = AutoTokenizer.from_pretrained(**source)
-model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(
+    **source, dtype=torch.float32, trust_remote_code=False
+).eval()
 
 
 def generate(prompt):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 path, steps, dtype = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(2)
 model = AutoModelForCausalLM.from_pretrained(
-    str(path.parent), gguf_file=path.name, dtype=torch.float32
+    str(path.parent), gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
 ).train()
 model.model.layers = model.model.layers[: row.EXITS[-1]]
 model.config.num_hidden_layers = row.EXITS[-1]

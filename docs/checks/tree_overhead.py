@@ -330,7 +330,7 @@ def main(args: Args) -> None:
     if path is None:
         raise UserError("there is nothing to draft with; give --draft or --independent-draft")
     use_compile_cache(args.loading.compile_cache)
-    target = load_target(args.target, args.loading.target_format)
+    target = load_target(args.target, args.loading)
     draft = load_listed_draft(path, args.loading.draft_vocabulary, args.loading.draft_format)
     prompt = target.tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
     found = [

@@ -106,7 +106,7 @@ def main(args: Args) -> None:
         load_listed_draft(path, loading.draft_vocabulary if path else None, loading.draft_format)
         for path in (args.draft, args.independent_draft)
     )
-    target = load_target(args.target, loading.target_format)
+    target = load_target(args.target, loading)
     methods = sweep_methods(args, target, draft, independent)
     with counting_bar(PlainColumn("{task.fields[last]}"), *eta()) as progress:
         total = len(questions) * len(methods) * args.repeats

@@ -53,7 +53,7 @@ def bench(args: Args) -> None:
     )
     rows, samples, dtype = [], [], ""
     for path in args.target:
-        target = load_target(path, args.loading.target_format)
+        target = load_target(path, args.loading, [draft, independent], raw=args.measuring.raw)
         dtype = target.dtype.name
         methods = build_methods(names, target, draft, independent, args.drafting)
         for method in methods:  # reports a missing policy before anything is measured

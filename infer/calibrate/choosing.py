@@ -49,7 +49,7 @@ def calibrate(args: Args) -> None:
     temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
     for path in args.target:
         started = time.perf_counter()
-        target = load_target(path, args.loading.target_format)
+        target = load_target(path, args.loading, [draft], raw=args.effort.raw)
         # Prompts from all over the file.
         chosen = questions[:: max(1, len(questions) // args.effort.prompts)][: args.effort.prompts]
         prompts = [_prompt(target, question, raw=args.effort.raw) for question in chosen]

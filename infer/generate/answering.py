@@ -41,7 +41,7 @@ def generate(args: Args) -> None:
     draft, config = load_drafting(args.draft, args.loading, args.drafting)
     rows = []
     for path in args.target:
-        target = load_target(path, args.loading.target_format)
+        target = load_target(path, args.loading, [draft], raw=args.answering.raw)
         decoder = SpeculativeDecoder(target, draft, config)
         if args.looking.explain:  # reports what cannot be shown before anything is answered
             drafting_trees(decoder, args.sampling.temperature)

@@ -79,11 +79,19 @@ class Journal:
         for key in sorted(begun.keys() | settings.keys()):
             before, now = begun.get(key), settings.get(key)
             if before != now:
-                raise UserError(
-                    f"{self.path} was begun with {key}={_brief(before)}, not {_brief(now)}; go on with the same, choose "
-                    "another --out, or remove it to start again"
-                )
+                raise self._begun_otherwise(key, before, now)
         return entries[1:]
+
+    def _begun_otherwise(self, key: str, before: Any, now: Any) -> UserError:
+        if key == "tokenizer":
+            return UserError(
+                f"{self.path} was begun with another tokenizer or chat template (earlier versions read some directories by "
+                "their tokenizer_class, and made other ids); choose another --out, or remove it to start again"
+            )
+        return UserError(
+            f"{self.path} was begun with {key}={_brief(before)}, not {_brief(now)}; go on with the same, choose "
+            "another --out, or remove it to start again"
+        )
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:

@@ -52,7 +52,7 @@ def regenerate(args: Args) -> None:
     talks, left_out = read_talks(args.prompts)
     args.sampling.params()
     draft, config = load_drafting(args.draft, args.loading, args.drafting)
-    target = load_target(args.target[0], args.loading.target_format)
+    target = load_target(args.target[0], args.loading, [draft])
     decoder = SpeculativeDecoder(target, draft, config)
     with Journal(journal_of(args.out), _settings(args, target, draft)) as journal:
         if args.out.exists():  # another process finished it while this one loaded

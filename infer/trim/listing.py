@@ -20,6 +20,7 @@ from s2d_jax.errors import UserError, shown
 from s2d_jax.files import expanded, json_rows, local_path, read_json, read_text, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
 from s2d_jax.text.messages import read_turn, text_of, turns_in
+from s2d_jax.text.prompts import check_ids
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import read_description
 from s2d_jax.weights.vocabulary import DraftVocabulary
@@ -144,8 +145,11 @@ def _count(answers: Sequence[Written], tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def _count_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """int64 `[V]`: how often each token occurs. Tokens that the model has no rows for are left out."""
-    return np.bincount(tokenizer.encode(text), minlength=vocab_size)[:vocab_size]
+    """int64 `[V]`: how often each token occurs. Raises UserError for a token that the model has no row for."""
+    ids = tokenizer.encode(text)
+    if ids:
+        check_ids(ids, vocab_size, "the text to count", tokenizer)
+    return np.bincount(ids, minlength=vocab_size)
 
 
 def _shown_sizes(size: int, num_kept: int, vocab_size: int) -> list[int]:

@@ -68,3 +68,9 @@ def say_devices() -> None:
 
     for line in device_notice():
         screen(stderr=True).print(line, soft_wrap=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Says on stderr what a user should know about what was given; nothing if it was said before."""
+    screen(stderr=True).print(f"note: {line}", soft_wrap=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from s2d_jax.cli.command import say_devices
+from s2d_jax.cli.command import say_devices, say_once
 from s2d_jax.cli.options import DraftingOptions, LoadingOptions
 from s2d_jax.cli.outputs import check_directory
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
+from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import load_draft, load_model
 from s2d_jax.weights.model import Draft, Model, with_trimmed_head
@@ -31,11 +33,36 @@ def keep_programs(directory: Path | None) -> None:
     use_compile_cache(directory)
 
 
-def load_target(path: str, weight_format: str) -> Model:
-    """A model with a tokenizer. Raises UserError if it has none."""
-    model = load_model(path, weight_format=weight_format)
-    tokenizer_of(model)
+def load_target(
+    path: str, loading: LoadingOptions, drafts: Sequence[Draft | None] = (), *, raw: bool = False
+) -> Model:
+    """A model with a tokenizer; says what a user should know about its chat template, and beside the drafts.
+
+    Args:
+        path: where the model is.
+        loading: its format and chat template.
+        drafts: what drafts for it, if anything does.
+        raw: prompts do not go through the chat template.
+
+    Raises:
+        UserError: if it has no tokenizer, drafts have another one, or a chat template was chosen and is not used.
+    """
+    if raw and loading.chat_template is not None:
+        raise UserError(
+            "--raw leaves the chat template out, and --chat-template chooses one; leave one of them out"
+        )
+    model = load_model(
+        path, weight_format=loading.target_format, chat_template=loading.chat_template
+    )
+    tokenizer = tokenizer_of(model)
     say_devices()
+    notices = [] if raw else [tokenizer.template_notice]
+    for draft in drafts:
+        if draft is not None and draft.tokenizer is not None:
+            notices += check_same_tokenizer(tokenizer, draft.tokenizer)
+    for line in notices:
+        if line is not None:
+            say_once(line)
     return model
 
 
@@ -57,7 +84,11 @@ def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: s
     listed = None if vocabulary in (None, "full") else read_vocabulary(vocabulary)
     draft = load_draft(path, weight_format=weight_format)
     say_devices()
-    return draft if vocabulary is None else with_trimmed_head(draft, listed)
+    draft = draft if vocabulary is None else with_trimmed_head(draft, listed)
+    line = draft.vocabulary.notice(draft.tokenizer) if draft.vocabulary is not None else None
+    if line is not None:
+        say_once(line)
+    return draft
 
 
 def load_drafting(

@@ -188,6 +188,8 @@ class LoadingOptions:
         str | None, flag("FILE", "the list in the draft's sorted_draft.json, if any")
     ] = None
     """List of tokens that the draft's head is read over, from infer.trim; full: all tokens."""
+    chat_template: Annotated[str | None, flag("NAME_OR_FILE", "the model's default")] = None
+    """Chat template of the targets: one that the model has under this name, a file with one, or vicuna."""
     compile_cache: Annotated[Path | None, flag("DIR", "$JAX_COMPILATION_CACHE_DIR, if set")] = None
     """Keep compiled programs here, so that the next start is quick."""
 

@@ -47,11 +47,11 @@ class Question:
 
 
 def encode(tokenizer: Tokenizer, messages: list[Message], *, raw: bool) -> list[int]:
-    """Token ids of a prompt: through the chat template, or as the bare text of all messages."""
+    """Token ids of a prompt: through the chat template, or as the bare text of all messages, with the tokenizer's BOS."""
     if not raw:
         return tokenizer.encode_chat(messages)
     text = "".join(message["content"] for message in messages)
-    return tokenizer.encode(text, add_special_tokens=True)
+    return tokenizer.encode_text(text)
 
 
 def read_questions(

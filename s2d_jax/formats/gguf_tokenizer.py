@@ -1,92 +1,112 @@
 """The tokenizer that a GGUF file describes, built with `tokenizers`.
 
-A GGUF file stores the vocabulary, the merges (or scores) and the *name* of the rule that splits text into words; the rules
-themselves are copied here from the models' own `tokenizer.json`.
+A GGUF file stores the vocabulary, the merges (or scores) and the *name* of the rule that splits text into words, which stands
+in `gguf_words.py`.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import re
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, require, shown
+from s2d_jax.fields import Fields
+from s2d_jax.formats.eos_ids import merged_ids
 from s2d_jax.formats.gguf import GGUFFile
+from s2d_jax.formats.gguf_words import WORD_RULES
 
 # Values of `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 _SPACE = "▁"  # SentencePiece's visible space
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PREFIX = "tokenizer.ggml."
 
 
-def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+@dataclasses.dataclass(frozen=True)
+class GGUFTokenizer:
+    """What a GGUF file describes.
 
+    Attributes:
+        backend: the tokenizer.
+        special_tokens: its special tokens under Hugging Face's names (`bos_token`, ...).
+        stop_token_ids: ids that end an answer.
+    """
 
-def _gpt2_words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm_words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
-
-
-# `tokenizer.ggml.pre` -> how text is split into words before merging.
-_WORD_SPLITS = {
-    "gpt-2": _gpt2_words,
-    "smollm": _smollm_words,
-    "qwen2": lambda: _split_by(rf"{_WORDS}|\p{{N}}|{_OTHERS}"),
-    "llama-bpe": lambda: _split_by(rf"{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}"),
-}
+    backend: Tokenizer
+    special_tokens: dict[str, str]
+    stop_token_ids: tuple[int, ...]
 
 
 class _Vocabulary:
-    """What a GGUF file says about its tokens, without the ids that only pad the embedding."""
+    """What a GGUF file says about its tokens, without the ids that only pad the embedding.
+
+    Raises:
+        UserError: for fields of another type, lists of another length, and a token with two ids.
+    """
 
     def __init__(self, file: GGUFFile):
-        self.path, self._metadata = file.path, file.metadata
-        tokens = self.require("tokens")
-        types = self.get("token_type") or [NORMAL] * len(tokens)
+        self.path = file.path
+        self._fields = Fields(file.metadata, file.path, "use a file with its tokenizer")
+        # llama.cpp's name for a token without a text.
+        self._tokens = [
+            token or f"[EMPTY_{i}]"
+            for i, token in enumerate(self._fields.texts(f"{_PREFIX}tokens"))
+        ]
+        types = self._fields.integers(f"{_PREFIX}token_type", default=None) or [NORMAL] * len(
+            self._tokens
+        )
+        self.check_length("token_type", types)
         self.entries = [
             (i, token, kind)
-            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            for i, (token, kind) in enumerate(zip(self._tokens, types, strict=True))
             if not (kind == UNUSED and re.fullmatch(r"\[PAD\d+\]", token))
         ]
         self.ids = {token: i for i, token, _ in self.entries}
-        self._tokens = tokens
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._metadata.get(f"tokenizer.ggml.{key}", default)
-
-    def require(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
+        if len(self.ids) < len(self.entries):
+            counted = collections.Counter(token for _, token, _ in self.entries)
+            (token, count), *_ = counted.most_common(1)
             raise UserError(
-                f"{self.path} lacks tokenizer.ggml.{key}; use a file with its tokenizer"
+                f"{self.path}: {_PREFIX}tokens lists {shown(token)} {count} times; a token has one id, so fetch the file again"
             )
-        return value
+
+    def check_length(self, key: str, values: tuple | list) -> None:
+        """Raises UserError unless there is one value for each token."""
+        require(
+            len(values) == len(self._tokens),
+            f"{self.path}: {_PREFIX}{key} has {len(values)} entries for {len(self._tokens)} tokens; fetch the file again",
+        )
+
+    def text(self, key: str) -> str:
+        return self._fields.text(_PREFIX + key)
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens that merge, the first ones first."""
+        # A token may begin with a space itself.
+        cuts = ((merge, merge.find(" ", 1)) for merge in self._fields.texts(f"{_PREFIX}merges"))
+        return [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
+
+    def scores(self) -> list[float]:
+        """One score for each token."""
+        scores = self._fields.numbers(f"{_PREFIX}scores")
+        self.check_length("scores", scores)
+        return list(scores)
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._fields.flag(_PREFIX + key, default)
+
+    def id(self, key: str) -> int | None:
+        """The id under `key`, such as `eos_token_id`; None where there is none, or one that no token has."""
+        index = self._fields.integer(_PREFIX + key, 0, default=None)
+        return None if index is None or index >= len(self._tokens) else index
 
     def named(self, key: str) -> str | None:
-        """The token whose id stands under `key`, such as `eos_token_id`."""
-        index = self.get(key)
-        return None if index is None or index >= len(self._tokens) else self._tokens[index]
+        """The token whose id stands under `key`."""
+        index = self.id(key)
+        return None if index is None else self._tokens[index]
 
 
 def _bpe(vocabulary: _Vocabulary, merges: list[tuple[str, str]], **options: Any) -> models.BPE:
@@ -99,19 +119,18 @@ def _bpe(vocabulary: _Vocabulary, merges: list[tuple[str, str]], **options: Any)
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
-    pre = vocabulary.require("pre")
-    if pre not in _WORD_SPLITS:
+    pre = vocabulary.text("pre")
+    if pre not in WORD_RULES:
         raise UserError(
-            f"{vocabulary.path}: pre-tokenizer {pre!r} is not supported; use one of {', '.join(_WORD_SPLITS)}"
+            f"{vocabulary.path}: pre-tokenizer {shown(pre)} is not supported; use one of {', '.join(WORD_RULES)}"
         )
-    merges = [
-        (left, right) for left, _, right in (m.partition(" ") for m in vocabulary.require("merges"))
-    ]
-    # Llama-3 keeps a word whole if it is a token, even where no merges lead to it.
-    tokenizer = Tokenizer(_bpe(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    if pre == "qwen2":
+    rule = WORD_RULES[pre]
+    tokenizer = Tokenizer(
+        _bpe(vocabulary, vocabulary.merges(), ignore_merges=rule.takes_whole_words)
+    )
+    if rule.composes:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _WORD_SPLITS[pre]()
+    tokenizer.pre_tokenizer = rule.split()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -119,7 +138,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     model = _bpe(
         vocabulary,
-        merges_of_scores(vocabulary.entries, vocabulary.require("scores")),
+        merges_of_scores(vocabulary.entries, vocabulary.scores()),
         unk_token=vocabulary.named("unknown_token_id"),
         fuse_unk=True,
         byte_fallback=True,
@@ -127,7 +146,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(model)
     visible_spaces = normalizers.Replace(" ", _SPACE)
     decode = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if vocabulary.get("add_space_prefix", True):
+    if vocabulary.flag("add_space_prefix", True):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), visible_spaces])
         decode.append(decoders.Strip(" ", 1, 0))
     else:
@@ -164,7 +183,7 @@ def _add_post_processor(tokenizer: Tokenizer, vocabulary: _Vocabulary, default_b
         ("add_eos_token", "eos_token_id", False, 1),
     ):
         token = vocabulary.named(key)
-        if token is not None and vocabulary.get(flag, default):
+        if vocabulary.flag(flag, default) and token is not None:
             template.insert(0 if place == 0 else len(template), token)
             used.append((token, vocabulary.ids[token]))
     if used:
@@ -173,19 +192,19 @@ def _add_post_processor(tokenizer: Tokenizer, vocabulary: _Vocabulary, default_b
         )
 
 
-def tokenizer_from_gguf(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer, and its special tokens under Hugging Face's names (`bos_token`, ...).
+def tokenizer_from_gguf(file: GGUFFile) -> GGUFTokenizer:
+    """The tokenizer, its special tokens, and the ids that end an answer.
 
     Raises:
         UserError: for a kind of tokenizer other than byte-level BPE ("gpt2") and SentencePiece BPE ("llama"), an unknown
-            pre-tokenizer, or missing metadata.
+            pre-tokenizer, or metadata that are missing or of another type.
     """
     vocabulary = _Vocabulary(file)
-    kind = vocabulary.require("model")
+    kind = vocabulary.text("model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise UserError(
-            f"{file.path}: tokenizer {kind!r} is not supported; use one of {', '.join(builders)}"
+            f"{file.path}: tokenizer {shown(kind)} is not supported; use one of {', '.join(builders)}"
         )
     tokenizer = builders[kind](vocabulary)
     # Control tokens are cut out of the text whole and left out of decoded text; user-defined ones are cut out only.
@@ -199,7 +218,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False) for _, t, k in vocabulary.entries if k == USER_DEFINED]
     )
-    default_bos = kind == "llama" or vocabulary.get("pre") == "llama-bpe"
+    default_bos = kind == "llama" or WORD_RULES[vocabulary.text("pre")].adds_bos
     _add_post_processor(tokenizer, vocabulary, default_bos)
     names = {
         "bos_token": "bos_token_id",
@@ -208,4 +227,8 @@ def tokenizer_from_gguf(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
         "pad_token": "padding_token_id",
     }
     named = {name: vocabulary.named(key) for name, key in names.items()}
-    return tokenizer, {name: token for name, token in named.items() if token is not None}
+    return GGUFTokenizer(
+        tokenizer,
+        {name: token for name, token in named.items() if token is not None},
+        merged_ids(vocabulary.id("eos_token_id"), vocabulary.id("eot_token_id")),
+    )

@@ -16,7 +16,7 @@ HUB_PATTERNS = (
     "config.json", "generation_config.json", SORTED_DRAFT, EXIT_PARTS, PEFT_CONFIG, PEFT_WEIGHTS,
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json",
     "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*",
-    "special_tokens_map.json", "added_tokens.json",
+    "special_tokens_map.json", "added_tokens.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import check_thresholds
 from s2d_jax.errors import UserError, shown
-from s2d_jax.text.tokenizer import check_same_tokenizer
+from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.weights.model import Draft, Model
 from s2d_jax.weights.vocabulary import DraftVocabulary
 

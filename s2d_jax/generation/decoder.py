@@ -101,9 +101,10 @@ class SpeculativeDecoder:
         """Generates for all prompts in one batch.
 
         Args:
-            prompts: one prompt, or a sequence of them. A prompt is a text, taken as it is; a conversation (a list of messages
-                with role and content), which goes through the chat template; or token ids (a list, or a 1-D array). A 2-D array
-                of integers has a prompt in each row.
+            prompts: one prompt, or a sequence of them. A prompt is a text, which gets a BOS where the tokenizer puts one before
+                texts and the text does not begin with it; a conversation (a list of messages with role and content), which goes
+                through the chat template; or token ids (a list, or a 1-D array), taken as they are. A 2-D array of integers has
+                a prompt in each row.
             sampling: one for each prompt; or one for all, and then row i uses `seed + i`. None is greedy.
             time_phases: wait between prefill and decoding, to time them apart.
             time_rounds: time drafting, verification and the rest apart, by running each as its own program and waiting for it.

@@ -100,7 +100,7 @@ class Planner:
     def _ids(self, prompt: OnePrompt, name: str) -> list[int]:
         """The prompt's token ids; messages about it begin with `name`."""
         ids, context = self._encoded(prompt), self.target.config.max_context
-        check_ids(ids, self.target.config.vocab_size, name)
+        check_ids(ids, self.target.config.vocab_size, name, self.target.tokenizer)
         if len(ids) >= context:
             raise UserError(
                 f"{name} has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
@@ -116,7 +116,7 @@ class Planner:
                 f"prompt {str(prompt)[:40]!r} is text, but {self.target.source} has no tokenizer; give token ids"
             )
         if isinstance(prompt, str):
-            return tokenizer.encode(prompt)
+            return tokenizer.encode_text(prompt)
         return tokenizer.encode_chat(cast("list[Message]", prompt))
 
     def plan(self, prompts: Prompts, sampling: Sampling) -> Plan:

@@ -11,6 +11,7 @@ import numpy as np
 from s2d_jax.errors import UserError, shown
 from s2d_jax.files import whole_characters
 from s2d_jax.text.messages import Message, text_of
+from s2d_jax.text.tokenizer import Tokenizer
 
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | jax.Array
 """Token ids of one text; arrays are 1-D, of any integer type."""
@@ -68,14 +69,28 @@ def is_ids(prompt: OnePrompt) -> TypeGuard[list[int]]:
     return not isinstance(prompt, str) and not any(isinstance(entry, dict) for entry in prompt[:1])
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, name: str = "a prompt") -> None:
-    """Raises UserError, beginning with `name`, for no ids, or ids outside a model's vocabulary."""
+def check_ids(
+    ids: Sequence[int],
+    vocab_size: int,
+    name: str = "a prompt",
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Raises UserError for no ids, or ids outside a model's vocabulary.
+
+    Args:
+        ids: the token ids.
+        vocab_size: the model's, and so the rows of its embedding.
+        name: has the ids; messages begin with it.
+        tokenizer: gives the text of a token outside.
+    """
     if not ids:
         raise UserError(f"{name} is empty: it gives no token; give at least one")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         outside = next(token for token in ids if not 0 <= token < vocab_size)
+        token = None if tokenizer is None or outside < 0 else tokenizer.token(outside)
+        named = "" if token is None else f" ({shown(token)})"
         raise UserError(
-            f"{name} has token id {shown(outside)}; the model's ids are 0 to {vocab_size - 1}"
+            f"{name} has token id {shown(outside)}{named}; the model's ids are 0 to {vocab_size - 1}"
         )
 
 

@@ -1,23 +1,18 @@
-"""Text to tokens and back, chat templates, and whether two models use the same tokens.
-
-The only place that touches Hugging Face tokenizers.
-"""
+"""Text to tokens and back, and conversations through the chat template."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jinja2
-import sentencepiece
 
 from s2d_jax.errors import UserError, shown
 from s2d_jax.formats.eos_ids import merged_ids, saved_eos_token_ids
@@ -25,46 +20,25 @@ from s2d_jax.formats.gguf import GGUFFile
 from s2d_jax.formats.gguf_tokenizer import tokenizer_from_gguf
 from s2d_jax.progress.activity import activity
 from s2d_jax.progress.state import Activity
+from s2d_jax.text.templates import (
+    DEFAULT,
+    VICUNA_TEMPLATE,
+    chosen_template,
+    default_template,
+    named_templates,
+    templates_in_gguf,
+)
+from s2d_jax.text.tokenizer_files import find_tokenizer
 
 # transformers advises to install PyTorch when it is imported; nothing here needs it. Importing it takes seconds, so it is
 # imported when a tokenizer is made.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
 # Special tokens that end an answer in the supported families, beside the tokenizer's own EOS.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 
-# Names of entries that only pad a vocabulary, as in `[PAD151665]` or `<|reserved_special_token_3|>`; in brackets, because
-# `padding` and `extra` are also parts of words.
-_PADDING = re.compile(
-    r"[<\[]\|?(pad|padding|unused|dummy|reserved|extra|placeholder)([_ -]?(special|token|id))*[_ -]?\d*\|?[>\]]",
-    re.IGNORECASE,
-)
-
 # Tokens of a single byte in vocabularies with byte fallback.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-
-# FastChat's `SeparatorStyle.ADD_COLON_TWO` with the separators " " and "</s>": a space after the system text and after each
-# user's turn, the EOS right after each answer. Source: `Conversation.get_prompt` in fastchat/conversation.py.
-VICUNA_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
-    "{% else %}"
-    '{% set system = "A chat between a curious user and an artificial intelligence assistant. " ~ '
-    '"The assistant gives helpful, detailed, and polite answers to the user\'s questions." %}'
-    "{% set turns = messages %}"
-    "{% endif %}"
-    "{{ system ~ ' ' }}"
-    "{% for message in turns %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' ~ message['content'] ~ ' ' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ 'ASSISTANT: ' ~ message['content'] ~ eos_token }}"
-    "{% else %}{{ raise_exception('role ' ~ message['role'] ~ ' is unknown') }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 class Tokenizer:
@@ -73,43 +47,51 @@ class Tokenizer:
     Args:
         fast: a tokenizer of transformers.
         stop_token_ids: ids that end an answer, beside its EOS and the usual end-of-turn tokens.
+        templates: chat templates by name; None takes those of `fast`.
 
     Attributes:
-        chat_template: the tokenizer's own Jinja template, else Vicuna's.
+        templates: the chat templates that came with the tokenizer, by name.
+        chat_template: the Jinja template in use: the default one of `templates`, else Vicuna's.
         stop_token_ids: all ids that end an answer.
+        rebuilt_as: the class as which earlier versions of this library rebuilt the tokenizer, and may have made other ids; None
+            where they took it as it stands, too.
     """
 
-    def __init__(self, fast: Any, stop_token_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        fast: Any,
+        stop_token_ids: Sequence[int] = (),
+        templates: Mapping[str, str] | None = None,
+    ):
         self._fast = fast
-        self.chat_template: str = fast.chat_template or VICUNA_TEMPLATE
+        if templates is None:
+            templates = named_templates(fast.chat_template, "the tokenizer")
+        self.templates = dict(templates)
+        self.chat_template = default_template(self.templates)
+        self._is_chosen = False
+        self.rebuilt_as: str | None = None
         special = {str(t): i for i, t in fast.added_tokens_decoder.items() if t.special}
         end_of_turn = [special[token] for token in END_OF_TURN if token in special]
         self.stop_token_ids = merged_ids(fast.eos_token_id, stop_token_ids, end_of_turn)
 
     def __repr__(self) -> str:
         ends = shown(self._fast.convert_ids_to_tokens(list(self.stop_token_ids)), 40)
-        template = "its own" if self._fast.chat_template else "Vicuna's"
+        template = "Vicuna's" if self.chat_template == VICUNA_TEMPLATE else "its own"
         return f"Tokenizer: {len(self._fast)} tokens, answers end with {ends}, chat template {template}"
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Reads the tokenizer of a Hugging Face directory, or what `save` wrote.
+        """Reads the tokenizer of a Hugging Face directory, or what `save` wrote: tokenizer.json as it stands, if there is one.
 
         Raises:
-            UserError: if transformers cannot read one.
+            UserError: if there is none that can be read.
         """
-        _check_sentencepiece(Path(directory))
-        try:
-            with _reading():
-                from transformers import AutoTokenizer
-
-                fast = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"{directory} holds no readable tokenizer ({reason}); add its tokenizer.json"
-            ) from error
-        return cls(fast, saved_eos_token_ids(Path(directory)))
+        directory = Path(directory)
+        with _reading():
+            found = find_tokenizer(directory)
+        tokenizer = cls(found.fast, saved_eos_token_ids(directory), found.templates)
+        tokenizer.rebuilt_as = found.rebuilt_as
+        return tokenizer
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
@@ -121,19 +103,58 @@ class Tokenizer:
         with _reading():
             from transformers import PreTrainedTokenizerFast
 
-            backend, special_tokens = tokenizer_from_gguf(file)
+            found = tokenizer_from_gguf(file)
             fast = PreTrainedTokenizerFast(
-                tokenizer_object=backend,
+                tokenizer_object=found.backend,
                 clean_up_tokenization_spaces=False,
-                chat_template=file.metadata.get("tokenizer.chat_template"),
-                **special_tokens,
+                **found.special_tokens,
             )
-        ids = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
-        return cls(fast, merged_ids(*ids))
+        return cls(fast, found.stop_token_ids, templates_in_gguf(file.metadata, file.path))
+
+    def with_chat_template(self, choice: str | None) -> Tokenizer:
+        """The tokenizer with another chat template in use; None gives it as it is.
+
+        Args:
+            choice: the name of one of `templates`, `vicuna`, or a file that holds a Jinja template.
+
+        Raises:
+            UserError: if it is none of these.
+        """
+        if choice is None:
+            return self
+        chosen = copy.copy(self)
+        chosen.chat_template = chosen_template(self.templates, choice)
+        chosen._is_chosen = True
+        return chosen
+
+    @property
+    def template_notice(self) -> str | None:
+        """The line that a command says, once, where Vicuna's template stands in for one that the model lacks."""
+        if self.templates or self._is_chosen or self.chat_template != VICUNA_TEMPLATE:
+            return None
+        return (
+            "the model has no chat template, so conversations are written as Vicuna's; --chat-template NAME_OR_FILE "
+            "(--data.chat-template in training) chooses another"
+        )
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised."""
         return self._fast.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text with nothing before it: what the tokenizer puts before every text (BOS), and then the text.
+
+        A text that begins with it already gets no second one. Nothing is put behind the text.
+        """
+        ids, before = self.encode(text), self._put_before
+        return ids if ids[: len(before)] == before else [*before, *ids]
+
+    @functools.cached_property
+    def _put_before(self) -> list[int]:
+        """The special tokens that the tokenizer puts before every text."""
+        bare, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
+        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[: next(starts, 0)]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """What `encode` gives, and for each token the index in `text` at which its characters end."""
@@ -197,9 +218,12 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 chat_template=self.chat_template,
             )
-        except (jinja2.TemplateError, TypeError, IndexError) as error:
+        except (
+            Exception
+        ) as error:  # a template comes with a model, and may do anything that its sandbox allows
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"the chat template refuses the conversation ({error}); give messages with role and content"
+                f"the chat template refuses the conversation ({reason}); give messages with role and content"
             ) from error
 
     def encode_chat(
@@ -212,6 +236,10 @@ class Tokenizer:
         """Every token's string -> its id."""
         return self._fast.get_vocab()
 
+    def token(self, token_id: int) -> str | None:
+        """The string of a token; None for an id that the tokenizer does not have."""
+        return self._fast.backend_tokenizer.id_to_token(token_id)
+
     def special_token_ids(self) -> tuple[int, ...]:
         """Ascending ids of all tokens that plain text never becomes: control tokens, tags, and those that end an answer."""
         return tuple(sorted({*self._fast.added_tokens_decoder, *self.stop_token_ids}))
@@ -219,14 +247,12 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes what `from_directory` reads.
 
-        That is tokenizer.json, tokenizer_config.json (with the chat template) and, for the stop tokens, generation_config.json.
+        That is tokenizer.json, tokenizer_config.json with the chat templates, and generation_config.json with the stop tokens.
 
         Raises:
             OSError: if the disk is full or not writable.
         """
         directory = Path(directory)
-        own_template = self._fast.chat_template
-        self._fast.chat_template = self.chat_template
         try:
             self._fast.save_pretrained(str(directory), save_jinja_files=False)
         except Exception as error:
@@ -236,59 +262,33 @@ class Tokenizer:
                 raise
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(directory)) from error
-        finally:
-            self._fast.chat_template = own_template
         file = directory / "tokenizer_config.json"
         saved = json.loads(file.read_text(encoding="utf-8"))
         # Readable by transformers 4 and 5 alike, and both then take tokenizer.json as it stands.
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+        saved.pop("auto_map", None)  # names Python files that are not written
+        saved.pop("chat_template", None)
+        saved |= self._templates_to_save()
         file.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         generation = {"eos_token_id": list(self.stop_token_ids)}
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+    def _templates_to_save(self) -> dict[str, Any]:
+        """The field `chat_template`: every template of the model, and the one in use as the default; none where it had none."""
+        templates = dict(self.templates)
+        if self._is_chosen or self.chat_template != default_template(templates):
+            if DEFAULT in templates and templates[DEFAULT] != self.chat_template:
+                templates["replaced_default"] = templates[DEFAULT]
+            templates[DEFAULT] = self.chat_template
+        if not templates:
+            return {}
+        if list(templates) == [DEFAULT]:
+            return {"chat_template": templates[DEFAULT]}
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        return {"chat_template": named}
 
 
 def _reading() -> contextlib.AbstractContextManager[Activity]:
     """Shows that a tokenizer is read; the first in a process takes longest, because it imports transformers."""
     key = "" if "transformers.tokenization_utils_base" in sys.modules else "tokenizer"
     return activity("reading the tokenizer", key=key)
-
-
-def _check_sentencepiece(directory: Path) -> None:
-    """Raises UserError for an unreadable tokenizer.model; transformers would take it for tiktoken's, and ask for tiktoken."""
-    file = directory / "tokenizer.model"
-    if (directory / "tokenizer.json").exists() or not file.exists():
-        return
-    try:
-        sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{file} is no readable SentencePiece model ({' '.join(str(error).split())[:120]}); fetch it again, or "
-            "add the model's tokenizer.json"
-        ) from error
-
-
-def check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
-    """Makes sure that an id means the same token to both models.
-
-    One vocabulary may have more entries at its end when they are padding.
-
-    Raises:
-        UserError: showing the first id whose tokens differ.
-    """
-    target_tokens, draft_tokens = (
-        {i: token for token, i in tokenizer.vocabulary().items()} for tokenizer in (target, draft)
-    )
-    if target_tokens == draft_tokens:
-        return
-    shared = min(max(target_tokens, default=0), max(draft_tokens, default=0))
-    for i in sorted(target_tokens.keys() | draft_tokens.keys()):
-        ours, theirs = target_tokens.get(i), draft_tokens.get(i)
-        if ours == theirs:
-            continue
-        extra = ours if theirs is None else theirs
-        if i > shared and extra is not None and _PADDING.fullmatch(extra):
-            continue
-        raise UserError(
-            f"target and draft have different tokenizers: id {i} is {ours!r} to the target and {theirs!r} to the draft; "
-            "use a draft trained for this target's vocabulary"
-        )

@@ -36,7 +36,11 @@ from s2d_jax.weights.stored import (
 
 
 def load_model(
-    path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    *,
+    weight_format: str = "f32",
+    mesh: jax.sharding.Mesh | None = None,
+    chat_template: str | None = None,
 ) -> Model:
     """Reads a Llama or Qwen2 model.
 
@@ -44,21 +48,35 @@ def load_model(
         path: a directory with config.json and safetensors, a hub id such as `org/name`, or a `.gguf` file.
         weight_format: "f32", "bf16" or "int8"; each tensor is converted as it is read, so memory stays near the final size.
         mesh: places every tensor by `s2d_jax.sharding`; None leaves them on the default device.
+        chat_template: the name of one of the model's chat templates, `vicuna`, or a file that holds one; None is its default.
 
     Raises:
-        UserError: if the path holds no supported, complete model, or the format is unknown.
+        UserError: if the path holds no supported, complete model, the format is unknown, or there is no such chat template.
     """
     check_weight_format(weight_format)
     check_mesh(mesh)
-    return _load(locate(path), str(path), weight_format, mesh)
+    return _load(locate(path), str(path), weight_format, mesh, chat_template)
 
 
-def _load(local: Path, source: str, weight_format: str, mesh: jax.sharding.Mesh | None) -> Model:
+def _load(
+    local: Path,
+    source: str,
+    weight_format: str,
+    mesh: jax.sharding.Mesh | None,
+    chat_template: str | None = None,
+) -> Model:
     with activity(f"opening {Path(source).name}"):
         stored = open_model(local)
+    tokenizer = stored.tokenizer
+    if chat_template is not None:
+        if tokenizer is None:
+            raise UserError(
+                f"{source} has no tokenizer, so chat_template={chat_template!r} serves nothing; leave it out"
+            )
+        tokenizer = tokenizer.with_chat_template(chat_template)
     with _loading(stored, source, weight_format) as told:
         params = _read_params(stored.config, stored.tensors(), weight_format, mesh, told=told)
-    return Model(stored.config, params, stored.tokenizer, source)
+    return Model(stored.config, params, tokenizer, source)
 
 
 def load_draft(

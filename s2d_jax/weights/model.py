@@ -82,8 +82,8 @@ class Model:
     def score(self, texts: Prompts) -> list[TextScore]:
         """How likely each text is: the log-probability of every token after those before it.
 
-        The first token has none, since nothing comes before it, and is left out. A text (not token ids) is encoded with the
-        special tokens that the tokenizer adds: where it adds a BOS, that is the first token, and all of the text is scored.
+        The first token has none, since nothing comes before it, and is left out. Where the tokenizer puts a BOS before
+        texts, a text (not token ids) begins with one, as in `generate`, and all of it is scored.
         Logits of at most 256 positions are held at once.
 
         Args:

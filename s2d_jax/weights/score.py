@@ -82,7 +82,7 @@ def scores_of(
     found = split_prompts(texts)
     rows = [_ids(tokenizer, text) for text in found]
     for ids, name in zip(rows, names_of_prompts(len(rows)), strict=True):
-        _check(model, ids, name)
+        _check(model, ids, name, tokenizer)
     return [_score(model, params, ids) for ids in rows]
 
 
@@ -97,7 +97,7 @@ def _ids(tokenizer: Tokenizer | None, text: OnePrompt) -> list[int]:
         raise UserError(
             f"{shown(text)} is text, but the model has no tokenizer; give lists of token ids"
         )
-    return tokenizer.encode(text, add_special_tokens=True)
+    return tokenizer.encode_text(text)
 
 
 def _checked(model: Transformer, ids: OnePrompt) -> list[int]:
@@ -110,8 +110,10 @@ def _checked(model: Transformer, ids: OnePrompt) -> list[int]:
     return ids
 
 
-def _check(model: Transformer, ids: list[int], name: str) -> None:
-    check_ids(ids, model.config.vocab_size, name)
+def _check(
+    model: Transformer, ids: list[int], name: str, tokenizer: Tokenizer | None = None
+) -> None:
+    check_ids(ids, model.config.vocab_size, name, tokenizer)
     if len(ids) > model.config.max_context:
         raise UserError(
             f"{name} has {len(ids)} tokens, more than the model's context of {model.config.max_context}; shorten it"

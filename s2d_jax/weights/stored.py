@@ -21,7 +21,8 @@ from s2d_jax.formats.hub import SORTED_DRAFT
 from s2d_jax.formats.names import EMBEDDING, LM_HEAD, WeightName, get_weight, weight_names
 from s2d_jax.formats.safetensors import SafetensorsFiles
 from s2d_jax.model.params import Params, abstract_params
-from s2d_jax.text.tokenizer import TOKENIZER_FILES, Tokenizer
+from s2d_jax.text.tokenizer import Tokenizer
+from s2d_jax.text.tokenizer_files import TOKENIZER_FILES
 
 
 class WeightSource(Protocol):

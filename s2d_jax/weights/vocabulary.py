@@ -24,6 +24,7 @@ from s2d_jax.formats.names import EXIT_HEADS, get_weight, shared_head
 from s2d_jax.model.params import Params
 from s2d_jax.model.products.weight_formats import take_rows
 from s2d_jax.sharding import mesh_of, replicated
+from s2d_jax.text.pairing import behaviour_hash
 from s2d_jax.text.tokenizer import Tokenizer
 
 TRIMMED_HEAD = "trimmed_head"
@@ -40,6 +41,8 @@ class DraftVocabulary:
         ids_U: int32, ascending.
         tokens_sha256: hash of the listed tokens' strings, to refuse the list of another tokenizer; None where it is not known.
         provenance: JSON-able facts: what the list was made from, and what it covers.
+        behaviour_sha256: `behaviour_hash` of the tokenizer that the list was counted with, to refuse one of the same entries
+            and other rules; None in lists of earlier versions.
 
     Raises:
         UserError: for an empty list, ids below 0, or ids that do not ascend.
@@ -48,6 +51,7 @@ class DraftVocabulary:
     ids_U: np.ndarray
     tokens_sha256: str | None = None
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    behaviour_sha256: str | None = None
 
     def __post_init__(self):
         ids_U = np.asarray(self.ids_U, np.int64).reshape(-1)
@@ -69,7 +73,8 @@ class DraftVocabulary:
     ) -> DraftVocabulary:
         """The list of these ids, bound to the tokens that they stand for."""
         listed = cls(np.array(sorted(ids), np.int64))
-        return cls(listed.ids_U, _hash_of_tokens(listed.ids_U, tokenizer), provenance)
+        tokens = _hash_of_tokens(listed.ids_U, tokenizer)
+        return cls(listed.ids_U, tokens, provenance, behaviour_hash(tokenizer))
 
     @property
     def size(self) -> int:
@@ -88,6 +93,21 @@ class DraftVocabulary:
             raise UserError(
                 f"the draft vocabulary of {self.size} tokens was made for another tokenizer; make the list with this draft"
             )
+        if self.behaviour_sha256 not in (None, behaviour_hash(tokenizer)):
+            raise UserError(
+                f"the draft vocabulary of {self.size} tokens was counted with a tokenizer that splits texts otherwise, "
+                "although its tokens are the same; make the list again with this draft"
+            )
+
+    def notice(self, tokenizer: Tokenizer | None) -> str | None:
+        """The line that a command says, once, where it cannot be known whether the list was counted with the right ids."""
+        if self.behaviour_sha256 is not None or tokenizer is None or tokenizer.rebuilt_as is None:
+            return None
+        return (
+            f"the draft vocabulary of {self.size} tokens was made by an earlier version, which read this tokenizer as a "
+            f"{tokenizer.rebuilt_as} and perhaps counted other ids; the output is exact all the same, and infer.trim makes the "
+            "list again"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads. Ids are written as ranges, at most seven bytes each below a million."""
@@ -95,6 +115,7 @@ class DraftVocabulary:
             "size": self.size,
             "ids": _to_ranges(self.ids_U),
             "tokens_sha256": self.tokens_sha256,
+            "behaviour_sha256": self.behaviour_sha256,
             "provenance": dict(self.provenance),
         }
 
@@ -107,7 +128,8 @@ class DraftVocabulary:
         """
         try:
             ids_U = _from_ranges(raw["ids"], raw["size"])
-            return cls(ids_U, raw.get("tokens_sha256"), raw.get("provenance", {}))
+            known = raw.get("tokens_sha256"), raw.get("provenance", {}), raw.get("behaviour_sha256")
+            return cls(ids_U, *known)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:

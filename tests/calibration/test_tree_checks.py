@@ -12,7 +12,7 @@ from extreme_plots import TARGETS, metrics_rows
 from figure_checks import faults
 from infer_tiny import save_tiny_models
 
-from s2d_jax.cli.options import DraftingOptions, SamplingOptions
+from s2d_jax.cli.options import DraftingOptions, LoadingOptions, SamplingOptions
 from s2d_jax.errors import UserError
 
 CHECKS = Path(__file__).parents[2] / "docs" / "checks"
@@ -158,7 +158,7 @@ def test_identity(models, questions, tmp_path, capsys):
 
 def test_where_answers_part(models):
     check = script("greedy_identity")
-    target = check.load_target(models.large, "f32")
+    target = check.load_target(models.large, LoadingOptions())
     prompts, reference = [[1, 2], [3, 4]], [[5, 6, 7], [8, 9]]
     found = check.divergences_of(target, prompts, [[5, 9, 7], [8, 9]], reference)
     assert [(one["prompt"], one["position"]) for one in found] == [(0, 1)]

@@ -8,7 +8,13 @@ import pytest
 
 import s2d_jax.files
 from s2d_jax.errors import UserError
-from s2d_jax.files import parse_json, read_json, read_text, regular_file
+from s2d_jax.files import (
+    check_no_lfs_pointer,
+    parse_json,
+    read_json,
+    read_text,
+    regular_file,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +89,15 @@ def test_an_object_is_expected(tmp_path):
     (tmp_path / "f").write_text("[1]")
     with pytest.raises(UserError, match="holds a JSON list, an object is expected"):
         read_json(tmp_path / "f")
+
+
+def test_git_lfs_pointers_are_named_with_the_command_that_fetches(tmp_path):
+    pointer, other = tmp_path / "tokenizer.json", tmp_path / "other.json"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    other.write_text("{}")
+    for read in (check_no_lfs_pointer, read_text, read_json):
+        with pytest.raises(UserError, match=r"is a git-lfs pointer, .*: git lfs pull") as refused:
+            read(pointer)
+        assert str(refused.value).isprintable()
+        read(other)
+    check_no_lfs_pointer(tmp_path / "absent")

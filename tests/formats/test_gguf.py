@@ -94,7 +94,7 @@ def test_quantised_tiny_model_equals_huggingface_reader(family, tmp_path):
 
 def hf_from_gguf(path):
     return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
     ).eval()
 
 

@@ -42,7 +42,7 @@ def test_hub_id_loads_the_snapshot(monkeypatch, tmp_path):
             "added_tokens.json",
         ),
         *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
-        "pytorch_model.bin.index.json",
+        *("pytorch_model.bin.index.json", "additional_chat_templates/tool_use.jinja"),
     }
     unwanted = {
         *(f"exit_06/{file}" for file in files),

@@ -11,7 +11,8 @@ import dataclasses
 import tokenizers
 import transformers
 
-from s2d_jax.text.tokenizer import VICUNA_TEMPLATE, Tokenizer
+from s2d_jax.text.templates import VICUNA_TEMPLATE
+from s2d_jax.text.tokenizer import Tokenizer
 
 _ROLES = "{% for m in messages %}"
 _CHATML = (

@@ -38,7 +38,9 @@ def make_draft(name: str = "llama", dtype=jnp.float32) -> Draft:
 
 
 def hf_load(directory: Path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", trust_remote_code=False
+    )
     return model.eval()
 
 

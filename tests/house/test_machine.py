@@ -12,6 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 from s2d_jax import machine
 from s2d_jax.cli import command as cli
 from s2d_jax.cli.loading import load_target
+from s2d_jax.cli.options import LoadingOptions
 from s2d_jax.machine import devices_in_use, unused_accelerator
 from s2d_jax.weights.export import save_model
 
@@ -87,7 +88,7 @@ def test_who_loads_models_says_it_once_on_stderr(installed, tmp_path, capsys):
     installed["jax-cuda13-plugin"] = "0.12.0"
     cli.say_devices.cache_clear()
     for _ in range(2):
-        load_target(str(tmp_path / "model"), "f32")
+        load_target(str(tmp_path / "model"), LoadingOptions())
     said = capsys.readouterr()
     devices, warning = said.err.splitlines()
     assert devices == f"devices: {devices_in_use()}"

@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF files against Hugging Face's reader, chat templates, saving, and comparing vocabularies."""
+"""Tokenizers from GGUF files against Hugging Face's reader, chat templates, and saving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hf_tiny import expect_user_error, tiny_gguf_vocabulary, write_gguf
 from tiny import tiny_config, tiny_params, tiny_tokenizer
 
 from s2d_jax.formats.gguf import GGUFFile
-from s2d_jax.text.tokenizer import Tokenizer, check_same_tokenizer
+from s2d_jax.text.pairing import check_same_tokenizer
+from s2d_jax.text.tokenizer import Tokenizer
 
 WITHOUT_DIGITS = [text for text in TEXTS if not any(c.isnumeric() for c in text)]
 
@@ -22,7 +23,9 @@ def huggingface_reader(path, *, split_digits: bool = False):
 
     SmolLM's own tokenizer.json splits off every digit before it looks for words, and so does llama.cpp.
     """
-    fast = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    fast = transformers.AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False
+    )
     if split_digits:
         backend = fast.backend_tokenizer
         digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
@@ -43,13 +46,14 @@ def assert_same_ids(ours: Tokenizer, theirs, texts=TEXTS):
 def assert_survives_saving(tokenizer: Tokenizer, directory, texts=TEXTS):
     tokenizer.save(directory)
     reloaded = Tokenizer.from_directory(directory)
-    plain = transformers.AutoTokenizer.from_pretrained(directory)
+    plain = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     for text in texts:
         ids = tokenizer.encode(text)
         assert reloaded.encode(text) == plain.encode(text, add_special_tokens=False) == ids, text
         assert reloaded.decode(ids) == tokenizer.decode(ids)
     assert reloaded.stop_token_ids == tokenizer.stop_token_ids
-    assert reloaded.chat_template == plain.chat_template == tokenizer.chat_template
+    assert reloaded.chat_template == tokenizer.chat_template
+    assert plain.chat_template == tokenizer.templates.get("default")
     assert reloaded.vocabulary() == tokenizer.vocabulary()
     check_same_tokenizer(tokenizer, reloaded)
 
@@ -198,8 +202,8 @@ def test_sentencepiece_without_space_prefix(gguf_with):
     [
         ({"ggml.model": "t5"}, "tokenizer 't5' is not supported; use one of gpt2, llama"),
         (
-            {"ggml.pre": "tekken"},
-            "pre-tokenizer 'tekken' is not supported; use one of gpt-2, smollm",
+            {"ggml.pre": "jina-v1-en"},
+            "pre-tokenizer 'jina-v1-en' is not supported; use one of gpt-2, phi-2",
         ),
         ({"ggml.merges": None}, "lacks tokenizer.ggml.merges; use a file with its tokenizer"),
         ({"ggml.tokens": None}, "lacks tokenizer.ggml.tokens"),
@@ -214,7 +218,7 @@ def test_unsupported_gguf_tokenizers(changes, message, gguf_with):
 
 def test_unreadable_directory(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with expect_user_error(r"holds no readable tokenizer \(.*\); add its tokenizer.json"):
+    with expect_user_error(r"tokenizer.json is no readable tokenizer \(Model missing.*; fetch it"):
         Tokenizer.from_directory(tmp_path)
 
 
@@ -264,58 +268,3 @@ def test_own_template_refuses_a_conversation():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with expect_user_error("refuses the conversation .roles must alternate.; give messages with"):
         tokenizer.render_chat([{"role": "user", "content": "x"}], False)
-
-
-def word_tokenizer(words) -> Tokenizer:
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a")
-    return Tokenizer(
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
-    )
-
-
-def test_same_tokenizer():
-    base = word_tokenizer(["a", "b", "c"])
-    check_same_tokenizer(base, word_tokenizer(["a", "b", "c"]))
-    padded = word_tokenizer(["a", "b", "c", "[PAD3]", "<|reserved_special_token_0|>"])
-    check_same_tokenizer(padded, base)
-    check_same_tokenizer(base, padded)
-
-
-PADDING = (
-    *("<pad>", "[PAD]", "[PAD151665]", "<|pad|>", "<|padding|>", "[unused12]", "<unused3>"),
-    *("<|dummy_85|>", "<dummy32000>", "<|reserved_special_token_3|>", "<|reserved_token_id_7|>"),
-    *("<|extra_0|>", "<extra_id_0>", "<|placeholder1|>"),
-)
-WORDS = (
-    *("Ġextraordinary", "Ġpadding", "pad", "extra", "▁unused", "Ġdummy", "reserved", "[padding"),
-    *("<|im_pad_end|>", "<paddle>", "[extra words]", "<|fim_pad|>"),
-)
-
-
-@pytest.mark.parametrize("name", PADDING)
-def test_more_entries_that_are_padding_are_no_difference(name):
-    base, longer = word_tokenizer(["a", "b"]), word_tokenizer(["a", "b", name])
-    check_same_tokenizer(base, longer)
-    check_same_tokenizer(longer, base)
-
-
-@pytest.mark.parametrize("name", WORDS)
-def test_more_entries_that_are_words_are_a_difference(name):
-    base, longer = word_tokenizer(["a", "b"]), word_tokenizer(["a", "b", name])
-    with expect_user_error("different tokenizers: id 2 is None to the target"):
-        check_same_tokenizer(base, longer)
-    with expect_user_error("different tokenizers: id 2 is .* to the target and None to the draft"):
-        check_same_tokenizer(longer, base)
-
-
-@pytest.mark.parametrize(
-    ("target", "draft", "message"),
-    [
-        ("abc", "axc", "id 1 is 'b' to the target and 'x' to the draft; use a draft trained for"),
-        ("abcd", "abc", "id 3 is 'd' to the target and None to the draft"),
-        ("ab", "abc", "id 2 is None to the target and 'c' to the draft"),
-    ],
-)
-def test_different_tokenizers_show_the_first_difference(target, draft, message):
-    with expect_user_error(message):
-        check_same_tokenizer(word_tokenizer(target), word_tokenizer(draft))

@@ -43,7 +43,9 @@ def test_every_exit_equals_torch(name, tmp_path):
         theirs = hf_logits(hf_load(directory), tokens_BT)
         assert np.abs(theirs).max() > 0.5
         assert np.abs(ours[depth] - theirs).max() <= MAX_ABS
-    shortened = transformers.AutoModelForCausalLM.from_pretrained(out, num_hidden_layers=2).eval()
+    shortened = transformers.AutoModelForCausalLM.from_pretrained(
+        out, num_hidden_layers=2, trust_remote_code=False
+    ).eval()
     assert np.abs(hf_logits(shortened, tokens_BT) - ours[2]).max() <= MAX_ABS
 
 
@@ -118,7 +120,7 @@ def test_each_directory_assists_huggingface_generation(name, tmp_path):
     draft, out = make_draft(name), tmp_path / "out"
     export_draft(draft, out, {})
     target = hf_model(dataclasses.replace(tiny_config(num_layers=2), vocab_size=VOCABULARY), seed=3)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     prompt = tokenizer("the quick brown", return_tensors="pt")
     limits = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = target.generate(**prompt, **limits)
@@ -130,6 +132,25 @@ def test_each_directory_assists_huggingface_generation(name, tmp_path):
         assisted = target.generate(**prompt, **limits, assistant_model=assistant)
         assert torch.equal(assisted, plain)
         assert assistant.generate(**prompt, **limits).shape[1] > prompt.input_ids.shape[1]
+
+
+def test_a_target_with_a_padded_vocabulary_takes_both_tokenizers(tmp_path):
+    """transformers takes unequal sizes for other tokenizers, so it wants to have both."""
+    draft, out = make_draft("llama tied"), tmp_path / "out"
+    export_draft(draft, out, {})
+    target = hf_model(tiny_config(VOCABULARY + 16, num_layers=2), seed=3)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    prompt = tokenizer("the quick brown", return_tensors="pt")
+    limits = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    limits["suppress_tokens"] = list(
+        range(VOCABULARY, VOCABULARY + 16)
+    )  # a trained model never writes padding
+    assistant = hf_load(out / "exit_01")
+    with pytest.raises(ValueError, match="assistant_tokenizer"):
+        target.generate(**prompt, **limits, assistant_model=assistant)
+    both = {"tokenizer": tokenizer, "assistant_tokenizer": tokenizer}
+    assisted = target.generate(**prompt, **limits, assistant_model=assistant, **both)
+    assert torch.equal(assisted, target.generate(**prompt, **limits))
 
 
 def test_stop_tokens_are_exported(tmp_path):

@@ -100,7 +100,9 @@ def test_first_divergent_layer_finds_a_planted_fault(weight, where):
 
 
 def test_sharded_safetensors(llama_directory, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama_directory, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        llama_directory, dtype=torch.float32, trust_remote_code=False
+    )
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     whole, sharded = load_model(llama_directory), load_model(tmp_path)
@@ -110,7 +112,9 @@ def test_sharded_safetensors(llama_directory, tmp_path):
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("weight_format", "dtype"), [("f32", jnp.float32), ("bf16", jnp.bfloat16)])
 def test_dtypes(llama_directory, tmp_path, stored, weight_format, dtype):
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama_directory, dtype=stored)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        llama_directory, dtype=stored, trust_remote_code=False
+    )
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, weight_format=weight_format)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(dtype)}

@@ -186,6 +186,8 @@ class DataSection:
     folder of parquet files; the content tells which."""
     weights: Annotated[tuple[float, ...], flag("FLOAT ...", "once")] = ()
     """How often the rows of each source are seen per epoch: 2.5 is all rows twice, and half of them once more."""
+    chat_template: Annotated[str | None, flag("NAME_OR_FILE", "the model's default")] = None
+    """Chat template that writes the conversations: one that the model has under this name, a file with one, or vicuna."""
     cache_dir: Annotated[str | None, flag("DIR", "$S2D_DATA_CACHE, else ~/.cache/s2d-jax/data")] = (
         None
     )

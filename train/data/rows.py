@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, shown
 from s2d_jax.progress.activity import activity
 from s2d_jax.text.conversations import read_conversations
 from s2d_jax.text.messages import Message
@@ -74,12 +74,36 @@ def build_rows(
             told = f"not kept for later runs: {error.strerror} in {cache.directory}"
     else:
         (rows, facts), told = found, f"read from the cache, {cache.directory / key / ROWS}"
-    if facts["highest_id"] >= vocab_size:
-        raise UserError(
-            f"the tokenizer wrote id {facts['highest_id']}, the model has {vocab_size}; give the model its own tokenizer"
-        )
+    _check_highest(facts["highest_id"], vocab_size, tokenizer, "the model")
     sources = source_reports(config.paths, config.source_weights, facts["counts"])
     return rows, DataReport(sources, told, facts["refusal"])
+
+
+def check_rows(rows: datasets.Dataset, vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
+    """Refuses rows with tokens that a model has no embedding for, which would silently be read as its last one.
+
+    Args:
+        rows: as `build_rows` gives them.
+        vocab_size: rows of the model's embedding.
+        tokenizer: that the rows were made with.
+        what: the model; messages name it.
+
+    Raises:
+        UserError: naming the highest such token.
+    """
+    chunks = rows.data.column("tokens").chunks
+    _check_highest(
+        max(int(chunk.flatten().to_numpy().max()) for chunk in chunks), vocab_size, tokenizer, what
+    )
+
+
+def _check_highest(highest: int, vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
+    if highest >= vocab_size:
+        raise UserError(
+            f"the tokenizer wrote id {highest} ({shown(tokenizer.token(highest))}) in the rows, {what} has "
+            f"{vocab_size} tokens, so no embedding for it; give the model its own tokenizer, or take the token out of the "
+            "conversations or the chat template"
+        )
 
 
 def _make_rows(

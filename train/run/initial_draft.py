@@ -36,6 +36,12 @@ class Start:
     tokenizer: Tokenizer
     vocabulary: DraftVocabulary | None
 
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know about the tokenizer and the list; a line each."""
+        listed = None if self.vocabulary is None else self.vocabulary.notice(self.tokenizer)
+        return [line for line in (self.tokenizer.template_notice, listed) if line is not None]
+
 
 def load_start(config: Config, mesh: Mesh) -> Start:
     """Reads the model that the draft starts from, and makes the draft from it.
@@ -45,7 +51,7 @@ def load_start(config: Config, mesh: Mesh) -> Start:
             is no tokenizer.
     """
     section = config.model
-    model = load_model(section.path, mesh=mesh)
+    model = load_model(section.path, mesh=mesh, chat_template=config.data.chat_template)
     if section.layers:
         model_config, params = selected(model.config, model.params, section.layers)
     else:

@@ -18,14 +18,16 @@ from s2d_jax.files import expanded, write_text
 from s2d_jax.machine import device_notice
 from s2d_jax.model.lora import lora_of
 from s2d_jax.sharding import make_mesh
+from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.checkpoints import Checkpoints, placed
+from s2d_jax.weights.load import read_description
 from s2d_jax.weights.runs import CHECKPOINTS, read_run, read_run_vocabulary, write_run
 from s2d_jax.weights.vocabulary import DraftVocabulary
 from train.config.files import load_config
 from train.config.sections import Config
 from train.data.batches import split_rows, weighted_rows
-from train.data.rows import build_rows, load_rows, save_rows
+from train.data.rows import build_rows, check_rows, load_rows, save_rows
 from train.run.initial_draft import load_start
 from train.run.loop import Run
 from train.run.metrics import METRICS, TENSORBOARD, MetricsFile
@@ -40,7 +42,7 @@ _ROWS = "rows"
 _KEPT = (
     "model.path", "model.num_layers", "model.layers", "model.lora_rank", "draft.exit_layers", "draft.parts",
     "draft.vocabulary", "objective.teachers", "objective.teacher_top_k", "watch.target", "train.learn", "data.paths",
-    "data.weights", "data.max_length", "data.held_out_fraction", "train.seed", "train.batch_size",
+    "data.weights", "data.chat_template", "data.max_length", "data.held_out_fraction", "train.seed", "train.batch_size",
 )  # fmt: skip
 
 
@@ -128,10 +130,32 @@ def _check_resume(run_dir: Path, config: Config) -> None:
             )
 
 
+def _check_tokenizer(config: Config, run_dir: Path, tokenizer: Tokenizer) -> None:
+    """Refuses to go on with rows that an earlier version made with other ids, where the model is still there to compare.
+
+    A run resumes without the model that it started from, and then nothing can be compared.
+    """
+    path = config.model.path
+    if not Path(path).expanduser().exists():
+        return
+    _, own = read_description(path)
+    if own is None:
+        return
+    try:
+        check_same_tokenizer(own, tokenizer)
+    except UserError as error:
+        raise UserError(
+            f"the rows of {run_dir} were made with another tokenizer than {path} has, as earlier versions read it; start "
+            f"another run ({error})"
+        ) from None
+
+
 def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """Begins a new run; nothing is written before model and data are known to be good."""
     mesh = make_mesh(config.mesh)
     start = load_start(config, mesh)
+    for line in start.notices:
+        report.say(f"note: {line}")
     wait_for_all("draft loaded")
     if is_main_process():
         rows, summary = build_rows(
@@ -182,7 +206,10 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, rows)
     mesh = make_mesh(config.mesh)
-    teachers = resume_teachers(config, run_dir, Tokenizer.from_directory(run_dir), mesh)
+    tokenizer = Tokenizer.from_directory(run_dir)
+    _check_tokenizer(config, run_dir, tokenizer)
+    check_rows(rows, model_config.vocab_size, tokenizer, str(run_dir))
+    teachers = resume_teachers(config, run_dir, tokenizer, mesh, rows)
     vocabulary = read_run_vocabulary(run_dir)
     trainer = Trainer(config, model_config, mesh, teachers.shapes, _listed(vocabulary))
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints)

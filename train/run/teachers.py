@@ -19,12 +19,14 @@ from s2d_jax.files import written_whole
 from s2d_jax.model.params import Params, logical_axes
 from s2d_jax.progress.compiling import compiling
 from s2d_jax.sharding import batch_sharding, params_sharding, replicated
-from s2d_jax.text.tokenizer import Tokenizer, check_same_tokenizer
+from s2d_jax.text.pairing import check_same_tokenizer
+from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import load_model
 from s2d_jax.weights.model import Model
 from train.config.sections import Config
 from train.data.batch import Batch, TopK
 from train.data.batches import batches_of, make_batch
+from train.data.rows import check_rows
 from train.objective.exit_reader import Reading
 from train.objective.labels import Labels, TokenFunction
 from train.objective.sorted_loss import values_of_positions
@@ -36,15 +38,19 @@ _STORED = "teacher_{}"
 _FORMATS = {"float32": "f32", "bfloat16": "bf16"}
 
 
-def load_teacher(path: str, config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Model:
+def load_teacher(
+    path: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, rows: datasets.Dataset
+) -> Model:
     """A target of the draft's vocabulary, placed on the mesh in `objective.teacher_dtype`.
 
     Raises:
-        UserError: if it cannot be loaded, has another tokenizer, or a shorter context than the rows.
+        UserError: if it cannot be loaded, has another tokenizer, a shorter context than the rows, or no embedding for one of
+            their tokens.
     """
     model = load_model(path, weight_format=_FORMATS[config.objective.teacher_dtype], mesh=mesh)
     if model.tokenizer is not None:
         check_same_tokenizer(model.tokenizer, tokenizer)
+    check_rows(rows, model.config.vocab_size, tokenizer, path)
     if config.data.max_length > model.config.max_context:
         raise UserError(
             f"data.max_length={config.data.max_length} exceeds the context of {model.config.max_context} of {path}; lower it"
@@ -219,7 +225,7 @@ def prepare_teachers(
     models, read = [], _reader(config, mesh, rows, report)
     paths = (*objective.teachers, watched) if watched else objective.teachers
     for path in dict.fromkeys(paths):
-        model = load_teacher(path, config, tokenizer, mesh)
+        model = load_teacher(path, config, tokenizer, mesh, rows)
         if path == watched and len(held_out):
             batches = read(f"what {path} writes on held-out rows", held_out)
             shape = (len(held_out), config.data.max_length)
@@ -237,7 +243,9 @@ def prepare_teachers(
     return _found(config, run_dir, tuple(models))
 
 
-def resume_teachers(config: Config, run_dir: Path, tokenizer: Tokenizer, mesh: Mesh) -> Teachers:
+def resume_teachers(
+    config: Config, run_dir: Path, tokenizer: Tokenizer, mesh: Mesh, rows: datasets.Dataset
+) -> Teachers:
     """The targets of a resumed run.
 
     Raises:
@@ -245,7 +253,7 @@ def resume_teachers(config: Config, run_dir: Path, tokenizer: Tokenizer, mesh: M
     """
     objective = config.objective
     running = () if objective.teacher_top_k else objective.teachers
-    models = tuple(load_teacher(path, config, tokenizer, mesh) for path in running)
+    models = tuple(load_teacher(path, config, tokenizer, mesh, rows) for path in running)
     return _found(config, run_dir, models)
 
 
