@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -16,6 +18,15 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def told_of(where: object) -> Iterator[None]:
+    """Puts `where`, such as the path of a file, before the message of a UserError that the block raises."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{printable(where)}: {error}") from None
 
 
 def shown(value: object, longest: int = 60) -> str:

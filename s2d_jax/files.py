@@ -21,6 +21,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 _GZIP, _UTF_16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
 _MOST_UNPACKED = 2**31
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SURROGATE = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
 
 
@@ -70,6 +71,15 @@ def regular_file(path: Path, remedy: str) -> Path:
         kind = "a directory" if stat.S_ISDIR(mode) else "a device or a pipe"
         raise UserError(f"{printable(path)} is {kind}, a file is expected; {remedy}")
     return path
+
+
+def check_no_lfs_pointer(path: Path) -> None:
+    """Raises UserError if a file holds what git-lfs leaves in its place until it is fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"{path} is a git-lfs pointer, not the file itself; fetch it: git lfs pull (in the repository's directory)"
+            )
 
 
 def read_text(path: Path, remedy: str = "give another file") -> str:

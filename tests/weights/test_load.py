@@ -217,7 +217,7 @@ def llama3(**changes):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*gptq.* is not"),
         ({"rope_theta": "1e4", "rope_parameters": None}, "rope_theta='1e4' must be a number"),
         ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta=\[1\] must be a number; correct"),
-        ({"rope_scaling": "llama3"}, "rope_scaling='llama3' must be an object"),
+        ({"rope_scaling": "llama3"}, "rope_scaling: 'llama3' must be an object"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a number"),
         (
             {"rope_scaling": llama3(high_freq_factor=1.0)},
@@ -225,10 +225,10 @@ def llama3(**changes):
         ),
         ({"rope_scaling": llama3(factor=0)}, "llama3 with factor=0, .* is impossible; positive"),
         ({"rope_scaling": llama3(low_freq_factor="1")}, "low_freq_factor='1' must be a number"),
-        ({"hidden_size": None}, "hidden_size=None must be an integer; complete the config"),
-        ({"num_hidden_layers": "4"}, "num_hidden_layers='4' must be an integer"),
-        ({"num_attention_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads=2"),
-        ({"num_attention_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"hidden_size": None}, "config.json lacks hidden_size; correct the config"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers='4' must be a whole number"),
+        ({"num_attention_heads": 5}, "hidden_size=32 must be a multiple of num_attention_heads=5"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number from 1"),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(directory, changes, message):
@@ -287,6 +287,7 @@ def test_quantised_tensor(directory):
 
 
 def test_missing_shard(directory):
+    (directory / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with expect_user_error("lacks model-00001-of-00002.safetensors, named in"):
@@ -330,6 +331,7 @@ def test_damaged_config(directory):
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": None}])
 def test_an_index_without_files(directory, index):
+    (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with expect_user_error("index.json lacks weight_map, which names the files; fetch it again"):
         load_model(directory)
