@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,6 +67,12 @@ def starting() -> Iterator[None]:
     """Wraps the imports of JAX and what uses it. They take a second or two, so flags are read before."""
     with activity("starting", key="starting", guess=2.0, quiet=0.0):
         yield
+
+
+def say_notices(lines: Iterable[str]) -> None:
+    """Says on stderr what the library noticed about a model, such as a choice among its files."""
+    for line in lines:
+        screen(stderr=True).print(f"note: {line}", markup=False, soft_wrap=True)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from s2d_jax.cli.command import say_devices
+from s2d_jax.cli.command import say_devices, say_notices
 from s2d_jax.cli.options import DraftingOptions, LoadingOptions
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.errors import UserError
@@ -15,6 +15,7 @@ from s2d_jax.weights.vocabulary import read_vocabulary
 def load_target(path: str, weight_format: str) -> Model:
     """A model with a tokenizer. Raises UserError if it has none."""
     model = load_model(path, weight_format=weight_format)
+    say_notices(model.notices)
     tokenizer_of(model)
     say_devices()
     return model
@@ -37,6 +38,7 @@ def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: s
         return None
     listed = None if vocabulary in (None, "full") else read_vocabulary(vocabulary)
     draft = load_draft(path, weight_format=weight_format)
+    say_notices(draft.notices)
     say_devices()
     return draft if vocabulary is None else with_trimmed_head(draft, listed)
 

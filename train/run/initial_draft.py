@@ -28,12 +28,14 @@ class Start:
         params: f32, with the small parts that the configuration asks for, which change nothing yet.
         tokenizer: that of the model that it starts from.
         vocabulary: the list of tokens that its heads are read over; None for all.
+        notices: what a user should see about how that model was read.
     """
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
     vocabulary: DraftVocabulary | None
+    notices: tuple[str, ...]
 
 
 def load_start(config: Config, mesh: Mesh) -> Start:
@@ -66,4 +68,4 @@ def load_start(config: Config, mesh: Mesh) -> Start:
     params = init_exit_parts(model_config, params, config.draft.parts, parts_key)
     if section.lora_rank:
         params = init_lora(params, LoraConfig(section.lora_rank), lora_key)
-    return Start(model_config, params, model.tokenizer, vocabulary)
+    return Start(model_config, params, model.tokenizer, vocabulary, model.notices)
