@@ -144,7 +144,7 @@ def test_a_bad_command_line_exits_2_with_one_line(write, capsys, tmp_path, overr
     [
         ([], "--config is missing; give a YAML file"),
         (["--config"], "--config is the last word; give it a YAML file"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory; give --config"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist; give a YAML file"),
     ],
 )
 def test_without_a_config_file(capsys, arguments, message):
