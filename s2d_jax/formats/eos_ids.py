@@ -27,12 +27,13 @@ def checked_ids(fields: Fields, name: str, vocab_size: int | None = None) -> tup
     Raises:
         UserError: for another type, ids below 0, or ids that a vocabulary of `vocab_size` lacks (None: not known).
     """
-    ids = _ids(fields.raw.get(name))
+    value = fields.raw.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     fits = all(type(i) is int and i >= 0 and (vocab_size is None or i < vocab_size) for i in ids)
     if not fits:
         known = "" if vocab_size is None else f" of the vocabulary, 0 to {vocab_size - 1}"
         raise fields.wrong(name, f"a token id{known}, or a list of such ids")
-    return ids
+    return tuple(ids)
 
 
 def saved_eos_token_ids(directory: Path, vocab_size: int | None = None) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ def read_peft(
                 f"{directory} has no {name}; give a directory that PEFT saved a LoRA in"
             )
     raw = read_json(directory / PEFT_CONFIG)
-    rank, scale = _peft_scale(raw, directory / PEFT_CONFIG)
+    rank, scale = peft_scale(raw, directory / PEFT_CONFIG)
     source = SafetensorsFiles([directory / PEFT_WEIGHTS])
     factors, known = {}, set()
     shapes = abstract_params(config)
@@ -134,7 +134,7 @@ def read_peft(
     return factors
 
 
-def _peft_scale(raw: Any, file: Path) -> tuple[int, float]:
+def peft_scale(raw: Any, file: Path) -> tuple[int, float]:
     """Rank, and what PEFT multiplies `lora_b @ lora_a` by."""
     fields = Fields(raw, file, "give a LoRA that PEFT saved")
     for key, wanted in _PEFT_REQUIRED.items():
