@@ -55,28 +55,28 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         fields.integer(f"tokenizer.ggml.{key}_token_id", 0, most, None)
         for key, most in (("bos", math.inf), ("eos", vocab_size - 1), ("eot", vocab_size - 1))
     ]
+    epsilon = fields.positive(f"{family}.attention.layer_norm_rms_epsilon")
+    values = {
+        "family": family,
+        "vocab_size": vocab_size,
+        "embed_dim": embed_dim,
+        "ffw_dim": size("feed_forward_length"),
+        "num_layers": fields.integer(f"{family}.block_count", 1, MOST_LAYERS),
+        "num_heads": num_heads,
+        "num_kv_heads": size("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        # Stored as f32; the shortest decimal that rounds to it is what the model was made with.
+        "norm_eps": float(str(np.float32(epsilon))),
+        "rope_theta": theta,
+        "max_context": size("context_length"),
+        "rope_scaling": _rope_scaling_from_gguf(file, head_dim, theta),
+        "qkv_bias": family == "qwen2",
+        "tie_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": ids[0],
+        "eos_token_ids": merged_ids(*ids[1:]),
+    }
     with told_of(file.path):
-        return ModelConfig(
-            family=family,
-            vocab_size=vocab_size,
-            embed_dim=embed_dim,
-            ffw_dim=size("feed_forward_length"),
-            num_layers=fields.integer(f"{family}.block_count", 1, MOST_LAYERS),
-            num_heads=num_heads,
-            num_kv_heads=size("attention.head_count_kv", num_heads),
-            head_dim=head_dim,
-            # Stored as f32; the shortest decimal that rounds to it is what the model was made with.
-            norm_eps=float(
-                str(np.float32(fields.positive(f"{family}.attention.layer_norm_rms_epsilon")))
-            ),
-            rope_theta=theta,
-            max_context=size("context_length"),
-            rope_scaling=_rope_scaling_from_gguf(file, head_dim, theta),
-            qkv_bias=family == "qwen2",
-            tie_embeddings="output.weight" not in file.tensors,
-            bos_token_id=ids[0],
-            eos_token_ids=merged_ids(*ids[1:]),
-        )
+        return ModelConfig(**values)
 
 
 def _vocab_size(file: GGUFFile) -> int:

@@ -53,25 +53,26 @@ def config_from_hf(raw: Mapping[str, Any], where: str | Path = "config.json") ->
         if whole % parts:
             raise fields.wrong(name, f"a multiple of {part}={parts}")
     theta, scaling = _rope_from_hf(fields)
+    values = {
+        "family": family,
+        "vocab_size": vocab_size,
+        "embed_dim": embed_dim,
+        "ffw_dim": size("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers", 1, MOST_LAYERS),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": size("head_dim", embed_dim // num_heads),
+        "norm_eps": fields.positive("rms_norm_eps", DEFAULT_NORM_EPS),
+        "rope_theta": theta,
+        "max_context": size("max_position_embeddings", DEFAULT_CONTEXT),
+        "rope_scaling": scaling,
+        "qkv_bias": family == "qwen2",
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "bos_token_id": next(iter(checked_ids(fields, "bos_token_id")), None),
+        "eos_token_ids": checked_ids(fields, "eos_token_id", vocab_size),
+    }
     with told_of(where):
-        return ModelConfig(
-            family=family,
-            vocab_size=vocab_size,
-            embed_dim=embed_dim,
-            ffw_dim=size("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers", 1, MOST_LAYERS),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=size("head_dim", embed_dim // num_heads),
-            norm_eps=fields.positive("rms_norm_eps", DEFAULT_NORM_EPS),
-            rope_theta=theta,
-            max_context=size("max_position_embeddings", DEFAULT_CONTEXT),
-            rope_scaling=scaling,
-            qkv_bias=family == "qwen2",
-            tie_embeddings=fields.flag("tie_word_embeddings", False),
-            bos_token_id=next(iter(checked_ids(fields, "bos_token_id")), None),
-            eos_token_ids=checked_ids(fields, "eos_token_id", vocab_size),
-        )
+        return ModelConfig(**values)
 
 
 def _family(fields: Fields) -> str:

@@ -124,9 +124,7 @@ def read_policies(file: Path) -> list[Policy]:
     Raises:
         UserError: for a file that is not JSON, or a policy that cannot be read.
     """
-    content = _read(file)
-    _text_of(content, file)  # so that calibration knows before it measures that it can add to the file
-    entries = Fields(content, file, _AGAIN).list("policies", [])
+    entries = Fields(_read(file), file, _AGAIN).list("policies", [])
     return [
         _from_json(Fields(entry, f"{file}: policies[{number}]", _AGAIN))
         for number, entry in enumerate(entries)
@@ -138,11 +136,11 @@ def write_policies(file: Path, new: Sequence[Policy]) -> None:
 
     The file is replaced whole or not at all.
     """
-    content = dict(_read(file))
+    content = _read(file)
     keys = {policy.key for policy in new}
     kept = [policy for policy in read_policies(file) if policy.key not in keys]
     content["policies"] = [_to_json(policy) for policy in (*kept, *new)]
-    write_text(file, _text_of(content, file))
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_policy(policies: Sequence[Policy], key: PolicyKey) -> Policy | None:
@@ -194,16 +192,6 @@ def _renamed(policy: Policy, prints: tuple[Fingerprint, Fingerprint], key: Polic
 
 def _read(file: Path) -> dict[str, Any]:
     return read_json(file, "remove it or repair it") if file.exists() else {}
-
-
-def _text_of(content: dict[str, Any], file: Path) -> str:
-    """What is written; UserError if the file that it was read from holds values nested too deeply to be written again."""
-    try:
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    except RecursionError:
-        raise UserError(
-            f"{file} is nested too deeply to be written again; name another file"
-        ) from None
 
 
 def _to_json(policy: Policy) -> dict[str, Any]:

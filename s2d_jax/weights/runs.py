@@ -103,8 +103,9 @@ def read_lora(run_dir: Path) -> LoraConfig | None:
     lora = _read(run_dir, _DRAFT_CONFIG).fields("lora", None)
     if lora is None:
         return None
+    rank, targets = lora.integer("rank", 1, MOST_SIZE), lora.texts("targets")
     with told_of(lora.where):
-        return LoraConfig(lora.integer("rank", 1, MOST_SIZE), lora.texts("targets"))
+        return LoraConfig(rank, targets)
 
 
 def read_run_vocabulary(run_dir: Path) -> DraftVocabulary | None:

@@ -101,12 +101,10 @@ def parts_from_json(fields: Fields, name: str) -> ExitParts:
     described = fields.fields(name, None)
     if described is None:
         return NO_PARTS
-    with told_of(f"{fields.where}: {name}"):
-        return ExitParts(
-            described.integers("heads"),
-            described.integers("adapters"),
-            described.integer("adapter_rank", 0, MOST_SIZE),
-        )
+    heads, adapters = described.integers("heads"), described.integers("adapters")
+    rank = described.integer("adapter_rank", 0, MOST_SIZE)
+    with told_of(described.where):
+        return ExitParts(heads, adapters, rank)
 
 
 def _base_from_json(fields: Fields) -> Base | None:

@@ -176,8 +176,9 @@ def test_an_adapter_with_nan(tmp_path):
 def test_a_config_is_judged_field_by_field(directory, changes, message):
     edit(directory / "config.json", **changes)
     for load in (load_model, load_draft):
-        with expect_user_error(rf"{directory}\S* ?.*{message}"):
+        with expect_user_error(message) as found:
             load(directory)
+        assert str(found.value).count(str(directory)) == 1
 
 
 def test_architectures_may_be_left_out(directory):
@@ -351,12 +352,14 @@ def test_commands_say_the_same(models, tmp_path, monkeypatch, capsys):
         load_model(spoiled)
     except UserError as error:
         expected = f"error: {error}"
-    out = tmp_path / "out.json"
+    out, text = tmp_path / "out.json", tmp_path / "answers.jsonl"
+    text.write_text(json.dumps({"response": "one two"}) + "\n")
+    answers = ("--answers", text)
     for main, *arguments in (
         (generate, "--target", spoiled, "--prompt", "one"),
         (generate, "--target", models.large, "--draft", spoiled, "--prompt", "one"),
         (calibrate, "--target", models.large, "--draft", spoiled, "--out", out),
-        (trim, "--draft", spoiled, "--out", out),
+        (trim, "--draft", spoiled, "--out", out, *answers),
     ):
         assert failing_run(main, monkeypatch, capsys, *arguments) == expected
     assert not out.exists()
@@ -373,7 +376,6 @@ def test_commands_say_the_same(models, tmp_path, monkeypatch, capsys):
         (b'{"policies": {}}', "policies={} must be a list; calibrate the target again"),
         (b'{"policies": [null]}', r"policies\[0\]: None must be an object"),
         (b'{"policies": [{"key": {"target": 1}}]}', r"policies\[0\]: key: target=1 must be a text"),
-        (b'{"a": ' + b"[" * 600 + b"]" * 600 + b"}", "is nested too deeply to be written again"),
     ],
 )
 def test_policies_that_cannot_be_added_to(models, tmp_path, monkeypatch, capsys, content, message):
