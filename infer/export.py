@@ -96,7 +96,10 @@ def _config_of(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read, or does not name the model that the draft was made from.
     """
-    file, remedy = run_dir / "config.yaml", "give the directory of a training run, as it was written"
+    file, remedy = (
+        run_dir / "config.yaml",
+        "give the directory of a training run, as it was written",
+    )
     fields = Fields(read_yaml(file, remedy), file, remedy)
     model = fields.fields("model")
     model.text("path")

@@ -50,9 +50,7 @@ class GGUFFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._gguf = _gguf_package()
-        self._block_sizes = {
-            kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()
-        }
+        self._block_sizes = {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()}
         given = GGUFPart(self.path, self._block_sizes)
         split = Fields(given.metadata, given.path, _FETCH_ALL)
         count = split.integer("split.count", 0, _MOST_PARTS, 0)
@@ -127,4 +125,3 @@ class GGUFFile:
             ) from error
         # An unquantised tensor is a view of the file; JAX on CPU might keep that view.
         return np.require(values, np.float32, ["W"]).reshape(info.shape)
-

@@ -26,7 +26,9 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         UserError: for another architecture, an option that changes the arithmetic, a missing key, or a value of another type or
             out of bounds. The message names the file and the key.
     """
-    fields = Fields(file.metadata, file.path, "use a file that a converter wrote, or fetch it again")
+    fields = Fields(
+        file.metadata, file.path, "use a file that a converter wrote, or fetch it again"
+    )
     family = fields.text("general.architecture")
     if family not in GGUF_ARCHITECTURES:
         raise UserError(
@@ -86,7 +88,7 @@ def _vocab_size(file: GGUFFile) -> int:
         raise UserError(f"{file.path} lacks tensor {EMBEDDING.gguf}; fetch the complete file")
     if len(embedding.shape) != 2 or not 1 <= embedding.shape[0] <= MOST_SIZE:
         raise UserError(
-            f"{file.path}: tensor {EMBEDDING.gguf} has shape {embedding.shape}, a row for each token is expected; fetch it again"
+            f"{file.path}: tensor {EMBEDDING.gguf} has shape {embedding.shape}, a row for each token is expected; fetch it anew"
         )
     return embedding.shape[0]
 

@@ -47,7 +47,8 @@ class SafetensorsFiles:
                 tensor = handle.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES.values():
                     raise UserError(
-                        f"{path}: tensor {printable(name)} has dtype {tensor.get_dtype()}; only F32, F16 and BF16 weights can be read"
+                        f"{path}: tensor {printable(name)} has dtype {tensor.get_dtype()}; only F32, F16 and BF16 weights "
+                        "can be read"
                     )
                 if name in self.shapes:
                     raise UserError(

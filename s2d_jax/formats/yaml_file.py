@@ -20,8 +20,8 @@ def read_yaml(path: Path, remedy: str, loader: type[yaml.SafeLoader] = yaml.Safe
         loader: a safe loader.
 
     Raises:
-        UserError: as `read_text`, and if it is not valid YAML, is nested too deeply, or holds a number of thousands of digits or
-            a date that is none.
+        UserError: as `read_text`, and if it is not valid YAML, is nested too deeply, or holds a number of thousands of digits
+            or a date that is none.
     """
     text = read_text(path, remedy)
     try:

@@ -210,10 +210,10 @@ def _to_json(policy: Policy) -> dict[str, Any]:
 def _from_json(entry: Fields) -> Policy:
     key = entry.fields("key")
     key.only([field.name for field in dataclasses.fields(PolicyKey)])
-    names = [key.text(name) for name in ("target", "draft", "formats", "device")]
+    texts = {name: key.text(name) for name in ("target", "draft", "formats", "device")}
     config = entry.fields("config", None)
     return Policy(
-        PolicyKey(*names, key.number("temperature", 0)),
+        PolicyKey(**texts, temperature=key.number("temperature", 0)),
         None if config is None else _config_from_json(config),
         entry.fields("evidence").raw,
     )

@@ -152,8 +152,8 @@ class Checkpoints:
         stored = sum(name.startswith("layers_") for name in params)
         if stored != num_layers:
             raise UserError(
-                f"checkpoint {step} in {self._directory} is of a draft of {stored} layers, the run's description has num_layers="
-                f"{num_layers}; put back the model_config.json that training wrote"
+                f"checkpoint {step} in {self._directory} is of a draft of {stored} layers, the run's description has "
+                f"num_layers={num_layers}; put back the model_config.json that training wrote"
             )
 
     def damaged(
@@ -248,7 +248,7 @@ def _check_finite(trees: dict[str, Any]) -> None:
 
 
 def _check_scores(directory: Path) -> None:
-    """Raises UserError for a score that cannot be read: Orbax, which reads all of them first, would raise what it stumbles on."""
+    """Raises UserError for a score that cannot be read. Orbax, which reads all of them first, would raise what it meets."""
     for file in sorted(directory.glob("[0-9]*/metrics/metrics")):
         remedy = "delete it, and the checkpoint stays without its score"
         Fields(read_json(file, remedy), file, remedy).number(_SCORE)

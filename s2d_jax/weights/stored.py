@@ -101,8 +101,8 @@ def _check_depth(config: ModelConfig, source: WeightSource, where: str) -> None:
     """Raises UserError for more layers than there are tensors, before anything is made for each layer."""
     if config.num_layers > len(source.shapes):
         raise UserError(
-            f"{where}: its config asks for {config.num_layers} layers, its files hold {len(source.shapes)} tensors; correct the "
-            "config, or fetch the complete model"
+            f"{where}: its config asks for {config.num_layers} layers, its files hold {len(source.shapes)} tensors; correct "
+            "the config, or fetch the complete model"
         )
 
 

@@ -327,7 +327,10 @@ def test_a_base_that_is_missing_or_another(base, draft, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("there", "sorted_draft.json: base: 'there' must be an object with fields; export the draft again"),
+        (
+            "there",
+            "sorted_draft.json: base: 'there' must be an object with fields; export the draft again",
+        ),
         ({"path": "x"}, "base lacks fingerprint; export the draft again"),
     ],
 )

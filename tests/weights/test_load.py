@@ -352,15 +352,24 @@ def test_any_model_is_a_draft_with_one_exit(llama_directory):
     [
         ({"format": 1, "exit_layers": [2, 5]}, r"exit_layers=\(2, 5\) exceeds num_layers=4"),
         ({"format": 2, "exit_layers": [2, 4]}, "format 2 is unknown, 1 is expected"),
-        ({"format": 1, "exit_layers": "6"}, "exit_layers='6' must be a list; export the draft again"),
+        (
+            {"format": 1, "exit_layers": "6"},
+            "exit_layers='6' must be a list; export the draft again",
+        ),
         ({"format": 1, "exit_layers": 4}, "exit_layers=4 must be a list"),
-        ({"format": 1, "exit_layers": ["6"]}, r"exit_layers=\['6'\] must be a list of whole numbers"),
+        (
+            {"format": 1, "exit_layers": ["6"]},
+            r"exit_layers=\['6'\] must be a list of whole numbers",
+        ),
         (
             {"format": 1, "exit_layers": [4], "exit_thresholds": "0"},
             "exit_thresholds='0' must be a list",
         ),
         ({"format": 1}, "lacks exit_layers; export the draft again"),
-        ({"format": 1, "exit_layers": [4], "vocabulary_subset": [1]}, r"the draft vocabulary: \[1\] must be an object"),
+        (
+            {"format": 1, "exit_layers": [4], "vocabulary_subset": [1]},
+            r"the draft vocabulary: \[1\] must be an object",
+        ),
         ({"format": 1, "exit_layers": [2, 4], "exit_thresholds": [0.5]}, "1 values for 2 exits"),
     ],
 )

@@ -56,7 +56,9 @@ def _build(section: type, values: Any, prefix: str) -> Any:
         if key not in hints:
             close = difflib.get_close_matches(str(key)[:100], hints, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise UserError(f"unknown key {prefix}{_named(key)}; {hint}known keys: {', '.join(hints)}")
+            raise UserError(
+                f"unknown key {prefix}{_named(key)}; {hint}known keys: {', '.join(hints)}"
+            )
     for field in dataclasses.fields(section):
         required = field.default is dataclasses.MISSING
         require(
@@ -81,11 +83,15 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         require(value in args, f"{name}={shown(value)} is unknown; use one of {', '.join(args)}")
         return value
     if origin is tuple:
-        require(isinstance(value, list), f"{name}={shown(value)} must be a list, not {_kind(value)}")
+        require(
+            isinstance(value, list), f"{name}={shown(value)} must be a list, not {_kind(value)}"
+        )
         return tuple(_typed(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
-    require(type(value) is hint, f"{name}={shown(value)} must be {_NAMES[hint]}, not {_kind(value)}")
+    require(
+        type(value) is hint, f"{name}={shown(value)} must be {_NAMES[hint]}, not {_kind(value)}"
+    )
     return value
 
 
