@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import reprlib
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -17,6 +19,15 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def told_of(where: object) -> Iterator[None]:
+    """Puts `where`, such as the path of a file, before the message of a UserError that the block raises."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{printable(where)}: {error}") from None
 
 
 def shown(value: object, longest: int = 60) -> str:
@@ -55,5 +66,6 @@ _HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud
 
 # Reads no further into long or deeply nested values than a message shows.
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 8, 4000, 4000, 100
-_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxarray = 100
+# YAML may name one list many times in another: a few hundred bytes would be read billions of times.
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, 4000, 4000, 100
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxarray = 20

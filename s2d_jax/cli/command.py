@@ -56,9 +56,8 @@ def starting() -> Iterator[None]:
         yield
     import jax
 
-    jax.config.update(
-        "jax_enable_x64", False
-    )  # whatever the environment says: nothing here needs 64 bits
+    # Whatever the environment says: nothing here needs 64 bits.
+    jax.config.update("jax_enable_x64", False)
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def load_target(
     )
     tokenizer = tokenizer_of(model)
     say_devices()
-    notices = [] if raw else [tokenizer.template_notice]
+    notices = [*model.notices, *([] if raw else [tokenizer.template_notice])]
     for draft in drafts:
         if draft is not None and draft.tokenizer is not None:
             notices += check_same_tokenizer(tokenizer, draft.tokenizer)
@@ -86,8 +86,8 @@ def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: s
     say_devices()
     draft = draft if vocabulary is None else with_trimmed_head(draft, listed)
     line = draft.vocabulary.notice(draft.tokenizer) if draft.vocabulary is not None else None
-    if line is not None:
-        say_once(line)
+    for notice in (*draft.notices, *([] if line is None else [line])):
+        say_once(notice)
     return draft
 
 

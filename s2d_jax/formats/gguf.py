@@ -1,84 +1,24 @@
-"""Reading GGUF files: metadata, and tensors dequantised one at a time.
+"""Reading GGUF files, whole or in parts: metadata, and tensors dequantised one at a time.
 
-The header is parsed here because the `gguf` package's own reader takes ten seconds for a vocabulary of 150,000 strings, and
-maps a truncated file without complaint; its block formats (`gguf.quants`) are used as they are.
-
-Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The block formats of the `gguf` package (`gguf.quants`) are used as they are.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import mmap
-import struct
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from s2d_jax.errors import UserError
+from s2d_jax.fields import Fields
+from s2d_jax.formats.gguf_header import GGUFPart, TensorInfo
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-DEFAULT_ALIGNMENT = 32
-
-# GGUF value types of fixed size: id -> struct format.
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies in the file. `shape` is in NumPy's order: rows first."""
-
-    shape: tuple[int, ...]
-    ggml_type: int
-    offset: int
-    num_bytes: int
-
-
-class _Header:
-    """A cursor over the head of a GGUF file."""
-
-    def __init__(self, buffer: mmap.mmap):
-        self.buffer, self.position = buffer, len(MAGIC)
-
-    def take(self, form: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{form}", self.buffer, self.position)
-        self.position += struct.calcsize(f"<{form}")
-        return values
-
-    def string(self) -> str:
-        (length,) = self.take("Q")
-        start, self.position = self.position, self.position + length
-        if self.position > len(self.buffer):
-            raise struct.error("string beyond the end of the file")
-        return self.buffer[start : self.position].decode("utf-8", errors="replace")
-
-    def value(self, value_type: int) -> Any:
-        if value_type in _SCALARS:
-            return self.take(_SCALARS[value_type])[0]
-        if value_type == _STRING:
-            return self.string()
-        if value_type != _ARRAY:
-            raise struct.error(f"unknown value type {value_type}")
-        item_type, count = self.take("IQ")
-        if item_type in _SCALARS:
-            return list(self.take(f"{count}{_SCALARS[item_type]}"))
-        return [self.value(item_type) for _ in range(count)]
+# The name that llama.cpp's gguf-split gives to part 1 of 2; https://github.com/ggml-org/llama.cpp/tree/master/tools/gguf-split
+_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_MOST_PARTS = 99_999
+_FETCH_ALL = "fetch all parts of the model into one directory"
 
 
 def _gguf_package() -> Any:
@@ -92,71 +32,81 @@ def _gguf_package() -> Any:
 
 
 class GGUFFile:
-    """A GGUF file, mapped into memory.
+    """A GGUF file, or all parts of one, mapped into memory.
+
+    Args:
+        path: the file; any part (`NAME-00002-of-00003.gguf`) stands for all, which lie beside it.
 
     Attributes:
-        metadata: keys as in the file (`llama.block_count`) -> int, float, bool, str or list of them.
-        tensors: name -> TensorInfo.
+        path: as given.
+        metadata: keys as in the (first) file (`llama.block_count`) -> int, float, bool, str or list of them.
+        tensors: name -> TensorInfo, those of all parts.
+        num_bytes: the size of all parts.
 
     Raises:
-        UserError: when the file is no GGUF file, is truncated, or needs a package that is not installed.
+        UserError: when the file is no GGUF file, is truncated, lacks parts, or needs a package that is not installed.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._gguf = _gguf_package()
-        with open(self.path, "rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise UserError(f"{self.path} is not a GGUF file: it does not start with 'GGUF'")
-            self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            self.metadata, self.tensors = self._read_header()
-        except struct.error as error:
-            raise self._truncated("its header is incomplete") from error
-        for name, info in self.tensors.items():
-            if info.offset + info.num_bytes > len(self._buffer):
-                raise self._truncated(f"tensor {name} ends beyond the end of the file")
+        self._block_sizes = {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()}
+        given = GGUFPart(self.path, self._block_sizes)
+        split = Fields(given.metadata, given.path, _FETCH_ALL)
+        count = split.integer("split.count", 0, _MOST_PARTS, 0)
+        parts = [given] if count <= 1 else self._all_parts(given, count)
+        self.metadata = parts[0].metadata
+        self.tensors: dict[str, TensorInfo] = {}
+        self._part_of: dict[str, GGUFPart] = {}
+        for part in parts:
+            for name, info in part.tensors.items():
+                if name in self.tensors:
+                    raise UserError(
+                        f"tensor {name} stands in {self._part_of[name].path} and in {part.path}; {_FETCH_ALL}"
+                    )
+                self.tensors[name], self._part_of[name] = info, part
+        self.num_bytes = sum(len(part.buffer) for part in parts)
+        if count > 1:
+            self._check_complete()
 
-    def _truncated(self, what: str) -> UserError:
-        size = len(self._buffer)
-        return UserError(
-            f"{self.path} is truncated or damaged at {size} bytes: {what}; fetch it again"
-        )
-
-    def _read_header(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-        head = _Header(self._buffer)
-        version, num_tensors, num_values = head.take("IQQ")
-        if version not in VERSIONS:
+    def _all_parts(self, given: GGUFPart, count: int) -> list[GGUFPart]:
+        """All `count` parts in their order; the first holds the metadata of the model."""
+        named = _PART_NAME.fullmatch(self.path.name)
+        if named is None or int(named["count"]) != count:
             raise UserError(
-                f"{self.path} is GGUF version {version}; versions 2 and 3 (little-endian) can be read"
+                f"{self.path} is one of {count} parts, but its name does not say which; name the parts as they were: "
+                f"NAME-00001-of-{count:05}.gguf, ..."
             )
-        metadata: dict[str, Any] = {}
-        for _ in range(num_values):
-            key = head.string()
-            metadata[key] = head.value(*head.take("I"))
-        entries = {}
-        for _ in range(num_tensors):
-            name = head.string()
-            (num_dims,) = head.take("I")
-            dims = head.take(f"{num_dims}Q")
-            # GGUF lists the fastest-moving dimension first.
-            entries[name] = (tuple(reversed(dims)), *head.take("IQ"))
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        data_start = -(-head.position // alignment) * alignment
-        tensors = {
-            name: TensorInfo(shape, kind, data_start + offset, self._num_bytes(name, shape, kind))
-            for name, (shape, kind, offset) in entries.items()
-        }
-        return metadata, tensors
-
-    def _num_bytes(self, name: str, shape: tuple[int, ...], ggml_type: int) -> int:
-        sizes = {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()}
-        if ggml_type not in sizes:
+        paths = [
+            self.path.with_name(f"{named['stem']}-{number:05}-of-{count:05}.gguf")
+            for number in range(1, count + 1)
+        ]
+        if absent := [path.name for path in paths if not path.exists()]:
+            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
             raise UserError(
-                f"{self.path}: tensor {name} has unknown type {ggml_type}; update the gguf package"
+                f"{self.path} is one of {count} parts, and {self.path.parent} lacks {', '.join(absent[:3])}{more}; {_FETCH_ALL}"
             )
-        block_elements, block_bytes = sizes[ggml_type]
-        return math.prod(shape) // block_elements * block_bytes
+        parts = []
+        for number, path in enumerate(paths):
+            part = given if path == self.path else GGUFPart(path, self._block_sizes)
+            own = part.metadata.get("split.no"), part.metadata.get("split.count")
+            if own != (number, count):
+                raise UserError(
+                    f"{path} says that it is part split.no={own[0]!r} of split.count={own[1]!r}, its name says {number} of "
+                    f"{count} (counted from 0); {_FETCH_ALL} again"
+                )
+            parts.append(part)
+        return parts
+
+    def _check_complete(self) -> None:
+        """Raises UserError if the parts do not hold as many tensors as the first says."""
+        fields = Fields(self.metadata, self.path, _FETCH_ALL)
+        expected = fields.integer("split.tensors.count", 0, default=len(self.tensors))
+        if expected != len(self.tensors):
+            raise UserError(
+                f"the parts of {self.path} hold {len(self.tensors)} tensors, split.tensors.count={expected} is expected; "
+                f"{_FETCH_ALL} again"
+            )
 
     def tensor(self, name: str) -> np.ndarray:
         """f32, dequantised, in NumPy's order of dimensions.
@@ -164,14 +114,14 @@ class GGUFFile:
         Raises:
             UserError: for a type that the gguf package does not dequantise.
         """
-        info = self.tensors[name]
+        info, part = self.tensors[name], self._part_of[name]
         kind = self._gguf.GGMLQuantizationType(info.ggml_type)
-        raw = np.frombuffer(self._buffer, np.uint8, info.num_bytes, info.offset)
+        raw = np.frombuffer(part.buffer, np.uint8, info.num_bytes, info.offset)
         try:
             values = self._gguf.dequantize(raw.reshape(*info.shape[:-1], -1), kind)
         except NotImplementedError as error:
             raise UserError(
-                f"{self.path}: tensor {name} has type {kind.name}, which cannot be dequantised; use another quantisation"
+                f"{part.path}: tensor {name} has type {kind.name}, which cannot be dequantised; use another quantisation"
             ) from error
         # An unquantised tensor is a view of the file; JAX on CPU might keep that view.
         return np.require(values, np.float32, ["W"]).reshape(info.shape)

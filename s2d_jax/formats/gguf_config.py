@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from s2d_jax.config.model import ModelConfig, RopeScaling
-from s2d_jax.errors import UserError
+from s2d_jax.config.model import MOST_LAYERS, MOST_SIZE, ModelConfig, RopeScaling
+from s2d_jax.errors import UserError, shown, told_of
+from s2d_jax.fields import REQUIRED, Fields
 from s2d_jax.formats.eos_ids import merged_ids
+from s2d_jax.formats.finite import check_finite
 from s2d_jax.formats.gguf import GGUFFile
-from s2d_jax.formats.hf_config import _HF_DEFAULTS
+from s2d_jax.formats.hf_config import DEFAULT_ROPE_THETA
+from s2d_jax.formats.names import EMBEDDING
 
 GGUF_ARCHITECTURES = ("llama", "qwen2")
 
@@ -19,24 +23,23 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     """The shape of the model in a GGUF file.
 
     Raises:
-        UserError: for another architecture, an option that changes the arithmetic, or a missing key.
+        UserError: for another architecture, an option that changes the arithmetic, a missing key, or a value of another type or
+            out of bounds. The message names the file and the key.
     """
-    family = file.metadata.get("general.architecture")
+    fields = Fields(
+        file.metadata, file.path, "use a file that a converter wrote, or fetch it again"
+    )
+    family = fields.text("general.architecture")
     if family not in GGUF_ARCHITECTURES:
         raise UserError(
-            f"{file.path}: architecture {family!r} is not supported; use one of {', '.join(GGUF_ARCHITECTURES)}"
+            f"{file.path}: architecture {shown(family)} is not supported; use one of {', '.join(GGUF_ARCHITECTURES)}"
         )
 
-    def get(key: str, default: Any = None) -> Any:
-        value = file.metadata.get(f"{family}.{key}", default)
-        if value is None or isinstance(value, list):
-            raise UserError(
-                f"{file.path}: {family}.{key}={value!r} is not supported; one number is expected"
-            )
-        return value
+    def size(key: str, default: Any = REQUIRED) -> int:
+        return fields.integer(f"{family}.{key}", 1, MOST_SIZE, default)
 
-    embed_dim, num_heads = get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length", embed_dim // num_heads)
+    embed_dim, num_heads = size("embedding_length"), size("attention.head_count")
+    head_dim = size("attention.key_length", max(1, embed_dim // num_heads))
     for key, wanted in (
         ("attention.value_length", head_dim),
         ("rope.dimension_count", head_dim),
@@ -44,35 +47,50 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         ("expert_count", 0),
         ("rope.scaling.type", "none"),
     ):
-        if (value := get(key, wanted)) != wanted:
+        if (value := file.metadata.get(f"{family}.{key}", wanted)) != wanted:
             raise UserError(
-                f"{file.path}: {family}.{key}={value!r} is not supported; only {wanted!r}"
+                f"{file.path}: {family}.{key}={shown(value)} is not supported; only {wanted!r}"
             )
-    theta = float(get("rope.freq_base", _HF_DEFAULTS["rope_theta"]))
-    if "token_embd.weight" not in file.tensors:
-        raise UserError(f"{file.path} lacks tensor token_embd.weight; fetch the complete file")
-    tokenizer = {
-        key: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")
-    }
-    return ModelConfig(
-        family=family,
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
-        embed_dim=embed_dim,
-        ffw_dim=get("feed_forward_length"),
-        num_layers=get("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=get("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
+    theta = fields.positive(f"{family}.rope.freq_base", DEFAULT_ROPE_THETA)
+    vocab_size = _vocab_size(file)
+    ids = [
+        fields.integer(f"tokenizer.ggml.{key}_token_id", 0, most, None)
+        for key, most in (("bos", math.inf), ("eos", vocab_size - 1), ("eot", vocab_size - 1))
+    ]
+    epsilon = fields.positive(f"{family}.attention.layer_norm_rms_epsilon")
+    values = {
+        "family": family,
+        "vocab_size": vocab_size,
+        "embed_dim": embed_dim,
+        "ffw_dim": size("feed_forward_length"),
+        "num_layers": fields.integer(f"{family}.block_count", 1, MOST_LAYERS),
+        "num_heads": num_heads,
+        "num_kv_heads": size("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
         # Stored as f32; the shortest decimal that rounds to it is what the model was made with.
-        norm_eps=float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
-        rope_theta=theta,
-        max_context=get("context_length"),
-        rope_scaling=_rope_scaling_from_gguf(file, head_dim, theta),
-        qkv_bias=family == "qwen2",
-        tie_embeddings="output.weight" not in file.tensors,
-        bos_token_id=tokenizer["bos"],
-        eos_token_ids=merged_ids(tokenizer["eos"], tokenizer["eot"]),
-    )
+        "norm_eps": float(str(np.float32(epsilon))),
+        "rope_theta": theta,
+        "max_context": size("context_length"),
+        "rope_scaling": _rope_scaling_from_gguf(file, head_dim, theta),
+        "qkv_bias": family == "qwen2",
+        "tie_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": ids[0],
+        "eos_token_ids": merged_ids(*ids[1:]),
+    }
+    with told_of(file.path):
+        return ModelConfig(**values)
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    """The rows of the embedding."""
+    embedding = file.tensors.get(EMBEDDING.gguf)
+    if embedding is None:
+        raise UserError(f"{file.path} lacks tensor {EMBEDDING.gguf}; fetch the complete file")
+    if len(embedding.shape) != 2 or not 1 <= embedding.shape[0] <= MOST_SIZE:
+        raise UserError(
+            f"{file.path}: tensor {EMBEDDING.gguf} has shape {embedding.shape}, a row for each token is expected; fetch it anew"
+        )
+    return embedding.shape[0]
 
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -98,7 +116,11 @@ def _rope_scaling_from_gguf(file: GGUFFile, head_dim: int, theta: float) -> Rope
     if ROPE_FACTORS not in file.tensors:
         return None
     factors = file.tensor(ROPE_FACTORS)
-    scaling = RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
+    check_finite(ROPE_FACTORS, factors, file.path)
+    largest = float(factors.max(initial=0.0))
+    if not largest > 0:
+        raise UserError(f"{file.path}: {ROPE_FACTORS} holds no factors above 0; fetch it again")
+    scaling = RopeScaling(largest, 1.0, 4.0, 8192)
     expected = llama3_factors(head_dim, theta, scaling)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise UserError(

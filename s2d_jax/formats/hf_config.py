@@ -5,122 +5,138 @@ An option that this library cannot compute is refused by name, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from s2d_jax.config.model import ModelConfig, RopeScaling
-from s2d_jax.errors import UserError
-from s2d_jax.formats.eos_ids import _ids
+from s2d_jax.config.model import MOST_LAYERS, MOST_SIZE, ModelConfig, RopeScaling
+from s2d_jax.errors import UserError, shown, told_of
+from s2d_jax.fields import REQUIRED, Fields
+from s2d_jax.formats.eos_ids import checked_ids
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 
 # What transformers assumes when a config.json leaves a key out.
-_HF_DEFAULTS = {
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
+DEFAULT_NORM_EPS, DEFAULT_ROPE_THETA, DEFAULT_CONTEXT = 1e-6, 10_000.0, 2048
+# Options of the two families that change the arithmetic: switches, and what is allowed where one is on.
+_SWITCHES = {
+    "attention_bias": "only false can be computed (Qwen2's q/k/v bias needs no key)",
+    "mlp_bias": "only false can be computed",
+    "use_sliding_window": "only false can be computed",
 }
-# Options of the two families that change the arithmetic: key, whether its value switches it on, what is allowed.
-_HF_UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("quantization_config", bool, "export the model unquantised (f32, bf16 or f16)"),
-    ("attention_bias", bool, "only false can be computed (Qwen2's q/k/v bias needs no key)"),
-    ("mlp_bias", bool, "only false can be computed"),
-    ("use_sliding_window", bool, "only false can be computed"),
-    (
-        "layer_types",
-        lambda kinds: bool(set(kinds or ()) - {"full_attention"}),
-        "only full_attention",
-    ),
-    ("hidden_act", lambda name: name not in (None, "silu"), "only silu can be computed"),
-    ("partial_rotary_factor", lambda part: part not in (None, 1, 1.0), "only 1 can be computed"),
-)
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def _integer(raw: Mapping[str, Any], key: str, default: Any = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"config.json: {key}={value!r} must be an integer; complete the config")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str) -> float:
-    value = raw[key]
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise UserError(f"config.json: {key}={value!r} must be a number; correct the config")
-    return float(value)
-
-
-def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(raw: Mapping[str, Any], where: str | Path = "config.json") -> ModelConfig:
     """A `config.json`, parsed, of transformers 4 or 5.
 
+    Args:
+        raw: its fields.
+        where: the file, for messages.
+
     Raises:
-        UserError: for another architecture, an option that changes the arithmetic, or a missing key.
+        UserError: for another architecture, an option that changes the arithmetic, a missing key, or a value of another type
+            or out of bounds. The message names the file and the field.
     """
-    architecture = str((raw.get("architectures") or [raw.get("model_type")])[0])
+    fields = Fields(raw, where, "correct the config")
+    family = _family(fields)
+    _check_options(fields)
+    size = lambda name, default=REQUIRED: fields.integer(name, 1, MOST_SIZE, default)  # noqa: E731
+    vocab_size, embed_dim, num_heads = map(
+        size, ("vocab_size", "hidden_size", "num_attention_heads")
+    )
+    num_kv_heads = size("num_key_value_heads", num_heads)
+    for name, whole, parts, part in (
+        ("hidden_size", embed_dim, num_heads, "num_attention_heads"),
+        ("num_attention_heads", num_heads, num_kv_heads, "num_key_value_heads"),
+    ):
+        if whole % parts:
+            raise fields.wrong(name, f"a multiple of {part}={parts}")
+    theta, scaling = _rope_from_hf(fields)
+    values = {
+        "family": family,
+        "vocab_size": vocab_size,
+        "embed_dim": embed_dim,
+        "ffw_dim": size("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers", 1, MOST_LAYERS),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": size("head_dim", embed_dim // num_heads),
+        "norm_eps": fields.positive("rms_norm_eps", DEFAULT_NORM_EPS),
+        "rope_theta": theta,
+        "max_context": size("max_position_embeddings", DEFAULT_CONTEXT),
+        "rope_scaling": scaling,
+        "qkv_bias": family == "qwen2",
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "bos_token_id": next(iter(checked_ids(fields, "bos_token_id")), None),
+        "eos_token_ids": checked_ids(fields, "eos_token_id", vocab_size),
+    }
+    with told_of(where):
+        return ModelConfig(**values)
+
+
+def _family(fields: Fields) -> str:
+    """The family of an architecture, or of a `model_type` where no architecture is named."""
+    architectures = fields.texts("architectures", ()) or (fields.text("model_type", None),)
     by_type = {family: family for family in ARCHITECTURES.values()}
-    family = (ARCHITECTURES | by_type).get(architecture)
+    family = (ARCHITECTURES | by_type).get(architectures[0])
     if family is None:
         raise UserError(
-            f"architecture {architecture!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
+            f"{fields.where}: architecture {shown(architectures[0])} is not supported; use one of {', '.join(ARCHITECTURES)}"
         )
-    for key, is_on, allowed in _HF_UNSUPPORTED:
-        if is_on(raw.get(key)):
-            raise UserError(f"config.json: {key}={raw[key]!r} is not supported; {allowed}")
-    num_heads = _integer(raw, "num_attention_heads")
-    embed_dim = _integer(raw, "hidden_size")
-    filled = {**_HF_DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
-    theta, scaling = _rope_from_hf(filled)
-    return ModelConfig(
-        family=family,
-        vocab_size=_integer(raw, "vocab_size"),
-        embed_dim=embed_dim,
-        ffw_dim=_integer(raw, "intermediate_size"),
-        num_layers=_integer(raw, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=_integer(raw, "num_key_value_heads", num_heads),
-        head_dim=_integer(raw, "head_dim", embed_dim // max(num_heads, 1)),
-        norm_eps=_number(filled, "rms_norm_eps"),
-        rope_theta=theta,
-        max_context=_integer(filled, "max_position_embeddings"),
-        rope_scaling=scaling,
-        qkv_bias=family == "qwen2",
-        tie_embeddings=bool(filled["tie_word_embeddings"]),
-        bos_token_id=next(iter(_ids(raw.get("bos_token_id"))), None),
-        eos_token_ids=_ids(raw.get("eos_token_id")),
-    )
+    return family
 
 
-def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _check_options(fields: Fields) -> None:
+    """Raises UserError for an option that is on and cannot be computed."""
+    raw = fields.raw
+
+    def refuse(key: str, allowed: str) -> None:
+        raise UserError(f"{fields.where}: {key}={shown(raw[key])} is not supported; {allowed}")
+
+    if raw.get("quantization_config"):
+        refuse("quantization_config", "export the model unquantised (f32, bf16 or f16)")
+    for key, allowed in _SWITCHES.items():
+        # transformers, which reads the tokenizer, refuses null here.
+        if not isinstance(raw.get(key, False), bool):
+            raise fields.wrong(key, "true or false, or be left out")
+        if raw.get(key):
+            refuse(key, allowed)
+    if set(fields.texts("layer_types", ())) - {"full_attention"}:
+        refuse("layer_types", "only full_attention")
+    if fields.text("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "only silu can be computed")
+    if fields.number("partial_rotary_factor", default=1.0) != 1:
+        refuse("partial_rotary_factor", "only 1 can be computed")
+
+
+def _rope_from_hf(fields: Fields) -> tuple[float, RopeScaling | None]:
     """theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope_scaling={rope!r} must be an object; correct the config")
-    theta = _number({"rope_theta": raw["rope_theta"], **rope}, "rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1) != 1:
+    name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
+    rope = fields.fields(name) if fields.raw.get(name) else Fields({}, fields.where)
+    theta = fields.positive("rope_theta", DEFAULT_ROPE_THETA)
+    theta = rope.positive("rope_theta", theta)
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if (part := rope.number("partial_rotary_factor", default=1.0)) != 1:
         raise UserError(
-            f"config.json: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1 can be computed"
+            f"{rope.where}: partial_rotary_factor={part} is not supported; only 1 can be computed"
         )
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UserError(
-            f"RoPE scaling {kind!r} is not supported; use a model with default or llama3"
+            f"{rope.where}: RoPE scaling {shown(kind)} is not supported; use a model with default or llama3"
         )
-    missing = [key for key in LLAMA3_KEYS if key not in rope]
+    missing = [key for key in LLAMA3_KEYS if rope.raw.get(key) is None]
     if missing:
         raise UserError(
-            f"config.json: RoPE scaling llama3 lacks {', '.join(missing)}; complete the config"
+            f"{rope.where}: RoPE scaling llama3 lacks {', '.join(missing)}; complete the config"
         )
-    factor, low, high, original = (_number(rope, key) for key in LLAMA3_KEYS)
-    if not (factor > 0 and 0 < low < high and original >= 1):
-        values = ", ".join(f"{key}={rope[key]!r}" for key in LLAMA3_KEYS)
+    factor, low, high, original = (rope.number(key) for key in LLAMA3_KEYS)
+    if not (factor > 0 and 0 < low < high and 1 <= original <= MOST_SIZE):
+        values = ", ".join(f"{key}={shown(rope.raw[key])}" for key in LLAMA3_KEYS)
         raise UserError(
-            f"config.json: RoPE scaling llama3 with {values} is impossible; positive values with "
+            f"{rope.where}: RoPE scaling llama3 with {values} is impossible; positive values with "
             "low_freq_factor below high_freq_factor are expected, so correct the config"
         )
     return theta, RopeScaling(factor, low, high, int(original))

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, printable
+from s2d_jax.files import check_no_lfs_pointer, regular_file
+from s2d_jax.formats.finite import check_finite
 from s2d_jax.progress.activity import activity
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -23,34 +25,47 @@ class SafetensorsFiles:
     """The tensors of one or several safetensors files; `num_bytes` is their size.
 
     Raises:
-        UserError: for a truncated file, or a dtype other than F32, F16 and BF16.
+        UserError: for a truncated file, a dtype other than F32, F16 and BF16, or a tensor that stands in two files.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._handles: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         self.num_bytes = 0
         for path in paths:
+            check_no_lfs_pointer(regular_file(path, "fetch the complete model"))
             try:
                 # NumPy knows bfloat16 here because jax registers ml_dtypes on import.
                 handle = safetensors.safe_open(path, framework="np")
             except (safetensors.SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{path} is truncated or damaged ({error}); fetch it again"
+                    f"{path} is truncated or damaged ({printable(error)[:160]}); fetch it again"
                 ) from error
             self.num_bytes += path.stat().st_size
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 tensor = handle.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES.values():
                     raise UserError(
-                        f"{path}: tensor {name} has dtype {tensor.get_dtype()}; only F32, F16 and BF16 weights can be read"
+                        f"{path}: tensor {printable(name)} has dtype {tensor.get_dtype()}; only F32, F16 and BF16 weights "
+                        "can be read"
+                    )
+                if name in self.shapes:
+                    raise UserError(
+                        f"tensor {printable(name)} stands in {self._paths[name]} and in {path}; fetch the complete model again"
                     )
                 self.shapes[name] = tuple(tensor.get_shape())
-                self._handles[name] = handle
+                self._handles[name], self._paths[name] = handle, path
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, as it is stored."""
-        return self._handles[name].get_tensor(name)
+        """One tensor, as it is stored.
+
+        Raises:
+            UserError: if it holds NaN or infinity.
+        """
+        array = self._handles[name].get_tensor(name)
+        check_finite(name, array, self._paths[name])
+        return array
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:

@@ -6,9 +6,10 @@ A policy is data. It is kept in the draft's `sorted_draft.json`, or in a file of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError
+from s2d_jax.fields import Fields
 from s2d_jax.files import expanded, local_path, read_json, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
 from s2d_jax.machine import cpu_name, usable_cores
@@ -26,6 +28,7 @@ from s2d_jax.weights.model import Model
 
 # The fields of DecodeConfig that a policy does not decide.
 _NOT_STORED = ("policy", "policy_file", "verify_width")
+_AGAIN = "calibrate the target again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +124,11 @@ def read_policies(file: Path) -> list[Policy]:
     Raises:
         UserError: for a file that is not JSON, or a policy that cannot be read.
     """
-    raw = _read(file).get("policies", [])
-    try:
-        return [_from_json(entry) for entry in raw]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file}: a policy cannot be read ({error}); calibrate the target again"
-        ) from error
+    entries = Fields(_read(file), file, _AGAIN).list("policies", [])
+    return [
+        _from_json(Fields(entry, f"{file}: policies[{number}]", _AGAIN))
+        for number, entry in enumerate(entries)
+    ]
 
 
 def write_policies(file: Path, new: Sequence[Policy]) -> None:
@@ -190,9 +191,7 @@ def _renamed(policy: Policy, prints: tuple[Fingerprint, Fingerprint], key: Polic
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    return read_json(file, "remove it or repair it")
+    return read_json(file, "remove it or repair it") if file.exists() else {}
 
 
 def _to_json(policy: Policy) -> dict[str, Any]:
@@ -208,16 +207,35 @@ def _to_json(policy: Policy) -> dict[str, Any]:
     }
 
 
-def _from_json(entry: Mapping[str, Any]) -> Policy:
-    config = None
-    if entry["config"] is not None:
-        values = {name: _tuples(value) for name, value in entry["config"].items()}
-        for name, kind in (("costs", RoundCosts), ("tree", TreeShape)):
-            if values.get(name) is not None:
-                values[name] = kind(**{k: _tuples(v) for k, v in values[name].items()})
-        config = DecodeConfig(**values)
-    return Policy(PolicyKey(**entry["key"]), config, entry["evidence"])
+def _from_json(entry: Fields) -> Policy:
+    key = entry.fields("key")
+    key.only([field.name for field in dataclasses.fields(PolicyKey)])
+    texts = {name: key.text(name) for name in ("target", "draft", "formats", "device")}
+    config = entry.fields("config", None)
+    return Policy(
+        PolicyKey(**texts, temperature=key.number("temperature", 0)),
+        None if config is None else _config_from_json(config),
+        entry.fields("evidence").raw,
+    )
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _config_from_json(fields: Fields) -> DecodeConfig:
+    fields.only([field.name for field in dataclasses.fields(DecodeConfig)])
+    values = dict(fields.raw)
+    for name, kind in (("costs", RoundCosts), ("tree", TreeShape)):
+        if (part := fields.fields(name, None)) is not None:
+            part.only([field.name for field in dataclasses.fields(kind)])
+            with _explained(part):
+                values[name] = kind(**part.raw)
+    with _explained(fields):
+        return DecodeConfig(**values)
+
+
+@contextlib.contextmanager
+def _explained(fields: Fields) -> Iterator[None]:
+    """What a configuration says against its values, with the place of the values and the remedy."""
+    try:
+        yield
+    except (UserError, TypeError) as error:  # TypeError: a field without a default is missing
+        reason = " ".join(str(error).split())
+        raise UserError(f"{fields.where}: {reason[:200]}; {fields.remedy}") from None

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from s2d_jax.errors import UserError
+from s2d_jax.fields import Fields
+from s2d_jax.files import read_json
+from s2d_jax.formats.finite import count_not_finite
 from s2d_jax.progress.activity import activity
 
 _SCORE = "score"
@@ -49,6 +53,7 @@ class Checkpoints:
         if keep is not None:
             directory.mkdir(parents=True, exist_ok=True)
         if directory.is_dir():
+            _check_scores(directory)
             self._checkpointer = ocp.training.Checkpointer(
                 str(directory.absolute()),
                 preservation_policy=_preserved(keep),
@@ -117,30 +122,68 @@ class Checkpoints:
         """The named trees of a checkpoint, shaped and placed as the `jax.ShapeDtypeStruct`s given.
 
         Raises:
-            UserError: if its files are damaged, or hold something else.
+            UserError: if its files are damaged, hold something else, or values that are no finite numbers.
         """
-        assert self._checkpointer is not None
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         try:
-            with activity(f"reading the checkpoint of step {step}", total=size, key="restore"):
-                return self._checkpointer.load_checkpointables(step, abstract)
+            return self._loaded(step, abstract)
         except (MemoryError, jax.errors.JaxRuntimeError):  # too large for this machine, not damaged
             raise
         except Exception as error:
-            raise self.damaged(step, _root(error)) from error
+            raise self.damaged(step, _root(error), abstract) from error
 
-    def damaged(self, step: int, reason: object) -> UserError:
-        """The error for a checkpoint that cannot be read."""
+    def _loaded(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        assert self._checkpointer is not None
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        with activity(f"reading the checkpoint of step {step}", total=size, key="restore"):
+            trees = self._checkpointer.load_checkpointables(step, abstract)
+            _check_finite(trees)
+        return trees
+
+    def check_depth(self, step: int, num_layers: int) -> None:
+        """Makes sure that a checkpoint is of a draft of `num_layers` layers, before anything is made for each of them.
+
+        Raises:
+            UserError: if it is of another depth, or does not say what it holds.
+        """
+        assert self._checkpointer is not None
+        params = self._checkpointer.checkpointables_metadata(step).metadata.get("params")
+        if not isinstance(params, dict):
+            raise self.damaged(step, "what its params are cannot be read")
+        stored = sum(name.startswith("layers_") for name in params)
+        if stored != num_layers:
+            raise UserError(
+                f"checkpoint {step} in {self._directory} is of a draft of {stored} layers, the run's description has "
+                f"num_layers={num_layers}; put back the model_config.json that training wrote"
+            )
+
+    def damaged(
+        self, step: int, reason: object, abstract: dict[str, Any] | None = None
+    ) -> UserError:
+        """The error for a checkpoint that cannot be read; it names the newest one that can.
+
+        Args:
+            step: the checkpoint.
+            reason: what is wrong.
+            abstract: what `restore` was asked for; without it, other checkpoints are judged by what they say of themselves.
+        """
         others = [other for other in self.steps if other != step]
-        remedy = (
-            f"take step {others[-1]} (--step {others[-1]}), or delete {self._directory / str(step)} to go on from there"
-            if others
-            else "there is no other, so train again in another directory"
-        )
+        whole = next((each for each in reversed(others) if self._is_whole(each, abstract)), None)
+        if whole is not None:
+            delete = ", ".join(str(self._directory / str(s)) for s in self.steps if s > whole)
+            remedy = f"take step {whole} (--step {whole}), or delete {delete} to go on from there"
+        else:
+            kept = "no other is whole" if others else "there is no other"
+            remedy = f"{kept}, so train again in another directory"
         words = " ".join(str(reason).split())[:160]
         return UserError(
             f"checkpoint {step} in {self._directory} is damaged ({words}); complete files of this run are expected; {remedy}"
         )
+
+    def _is_whole(self, step: int, abstract: dict[str, Any] | None) -> bool:
+        try:
+            return bool(self.metadata(step) if abstract is None else self._loaded(step, abstract))
+        except Exception:  # whatever is wrong, it is not whole
+            return False
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the arrays; empty if that is damaged."""
@@ -194,6 +237,23 @@ class Checkpoints:
             time.sleep(0.1)
 
 
+def _check_finite(trees: dict[str, Any]) -> None:
+    """Raises ValueError for an array with NaN or infinity. Each process looks at its own pieces."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            continue
+        if count := sum(count_not_finite(np.asarray(s.data)) for s in leaf.addressable_shards):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"{name} holds {count} values that are no finite numbers")
+
+
+def _check_scores(directory: Path) -> None:
+    """Raises UserError for a score that cannot be read. Orbax, which reads all of them first, would raise what it meets."""
+    for file in sorted(directory.glob("[0-9]*/metrics/metrics")):
+        remedy = "delete it, and the checkpoint stays without its score"
+        Fields(read_json(file, remedy), file, remedy).number(_SCORE)
+
+
 def _score(metrics: Any) -> float:
     return metrics[_SCORE]
 
@@ -213,7 +273,7 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
     Orbax logs a traceback for each thread that the error passes through; asyncio reports failed reads when they are collected.
     """
     if record.levelno < logging.ERROR:
-        return True
+        return not record.getMessage().startswith("Failed to get metadata for checkpointable")
     if record.name == "asyncio":
         return re.search("orbax|tensorstore", record.getMessage()) is None
     return "orbax" not in Path(record.pathname).parts

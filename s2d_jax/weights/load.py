@@ -76,7 +76,7 @@ def _load(
         tokenizer = tokenizer.with_chat_template(chat_template)
     with _loading(stored, source, weight_format) as told:
         params = _read_params(stored.config, stored.tensors(), weight_format, mesh, told=told)
-    return Model(stored.config, params, tokenizer, source)
+    return Model(stored.config, params, tokenizer, source, notices=stored.notices)
 
 
 def load_draft(
@@ -98,7 +98,7 @@ def load_draft(
     file = local / SORTED_DRAFT
     if not file.exists():
         model = _load(local, source, weight_format, mesh)
-        return Draft(*_fields(model), DraftConfig((model.config.num_layers,)))
+        return _draft(model, DraftConfig((model.config.num_layers,)))
     described = read_sorted_draft(file)
     if described.base is None:
         model = _load(local, source, weight_format, mesh)
@@ -110,12 +110,13 @@ def load_draft(
         tensors = _tensors_of_parts(local / EXIT_PARTS, model.config, parts)
         added = _read_params(model.config, tensors, weight_format, mesh, parts)
         model = dataclasses.replace(model, params=model.params | added)
-    draft = Draft(*_fields(model), described.draft_config)
+    draft = _draft(model, described.draft_config)
     return with_trimmed_head(draft, described.vocabulary)
 
 
-def _fields(model: Model) -> tuple[ModelConfig, Params, Tokenizer | None, str]:
-    return model.config, model.params, model.tokenizer, model.source
+def _draft(model: Model, draft_config: DraftConfig) -> Draft:
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return Draft(**fields, draft_config=draft_config)
 
 
 def _read_params(
@@ -193,7 +194,8 @@ def _load_on_base(
             f"{base.path} is not the model that {local} was trained on (fingerprint {seen}, {base.fingerprint} is expected); "
             f"correct base.path in its {SORTED_DRAFT}"
         )
-    return Model(config, params, tokenizer_in(local) or stored.tokenizer, source)
+    tokenizer = tokenizer_in(local) or stored.tokenizer
+    return Model(config, params, tokenizer, source, notices=stored.notices)
 
 
 def read_description(path: str | Path) -> tuple[ModelConfig, Tokenizer | None]:

@@ -32,12 +32,14 @@ class Model:
         params: nested dict of arrays, JAX's or NumPy's; matrices are `[out, in]`, or `Int8Weight`s of that shape.
         tokenizer: None for a directory without one.
         source: where it came from, for messages and reports.
+        notices: lines that a user should see about what was read; commands print them.
     """
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     source: str
+    notices: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     @property
     def dtype(self) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from s2d_jax.config.model import ModelConfig
-from s2d_jax.errors import UserError
+from s2d_jax.config.model import MOST_SIZE, ModelConfig
+from s2d_jax.errors import UserError, shown
+from s2d_jax.fields import Fields
 from s2d_jax.files import read_json, write_text, written_whole
 from s2d_jax.formats.hub import PEFT_CONFIG, PEFT_WEIGHTS
 from s2d_jax.formats.names import WeightName
@@ -28,8 +29,12 @@ _PEFT_REQUIRED: dict[str, Any] = {
 }
 _PEFT_UNSUPPORTED = (
     "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-    "target_parameters", "alora_invocation_tokens",
+    "target_parameters", "alora_invocation_tokens", "trainable_token_indices",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
+# How the factors began, where the base kept its own weights. The others (pissa, olora, corda, loftq, lora_ga) take what the
+# factors begin with out of the base, so that the factors alone fit no base that is on a disk.
+_PEFT_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 _PEFT_FACTORS = ("lora_A", "lora_B")
 
 
@@ -103,7 +108,7 @@ def read_peft(
                 f"{directory} has no {name}; give a directory that PEFT saved a LoRA in"
             )
     raw = read_json(directory / PEFT_CONFIG)
-    rank, scale = _peft_scale(raw, directory / PEFT_CONFIG)
+    rank, scale = peft_scale(raw, directory / PEFT_CONFIG)
     source = SafetensorsFiles([directory / PEFT_WEIGHTS])
     factors, known = {}, set()
     shapes = abstract_params(config)
@@ -129,15 +134,20 @@ def read_peft(
     return factors
 
 
-def _peft_scale(raw: dict[str, Any], file: Path) -> tuple[int, float]:
+def peft_scale(raw: Any, file: Path) -> tuple[int, float]:
     """Rank, and what PEFT multiplies `lora_b @ lora_a` by."""
+    fields = Fields(raw, file, "give a LoRA that PEFT saved")
     for key, wanted in _PEFT_REQUIRED.items():
-        if raw.get(key, wanted) != wanted:
-            raise UserError(f"{file}: {key}={raw[key]!r} is not supported; only {wanted!r}")
+        if (value := raw.get(key, wanted)) != wanted:
+            raise UserError(f"{file}: {key}={shown(value)} is not supported; only {wanted!r}")
     for key in _PEFT_UNSUPPORTED:
         if raw.get(key):
-            raise UserError(f"{file}: {key}={raw[key]!r} is not supported; train without it")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float)):
-        raise UserError(f"{file}: r={rank!r}, lora_alpha={alpha!r} must be numbers; save it again")
-    return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+            raise UserError(f"{file}: {key}={shown(raw[key])} is not supported; train without it")
+    begun = raw.get("init_lora_weights")
+    if not any(begun is plain or begun == plain for plain in _PEFT_PLAIN_BEGINNINGS):
+        raise UserError(
+            f"{file}: init_lora_weights={shown(begun)} is not supported, because it changes the base; save the adapter as a "
+            "plain LoRA: save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL)"
+        )
+    rank, alpha = fields.integer("r", 1, MOST_SIZE), fields.number("lora_alpha")
+    return rank, alpha / (math.sqrt(rank) if fields.flag("use_rslora", False) else rank)

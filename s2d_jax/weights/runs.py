@@ -17,15 +17,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from s2d_jax.config.draft import DraftConfig
-from s2d_jax.config.model import ModelConfig, RopeScaling
-from s2d_jax.errors import UserError
-from s2d_jax.files import write_text
+from s2d_jax.config.model import MOST_SIZE, ModelConfig, RopeScaling
+from s2d_jax.errors import UserError, told_of
+from s2d_jax.fields import Fields
+from s2d_jax.files import read_json, write_text
 from s2d_jax.model.lora import LoraConfig, with_lora
 from s2d_jax.model.params import abstract_params, logical_axes
 from s2d_jax.sharding import params_sharding
@@ -38,6 +39,8 @@ from s2d_jax.weights.vocabulary import DraftVocabulary
 CHECKPOINTS = "checkpoints"
 _MODEL_CONFIG = "model_config.json"
 _DRAFT_CONFIG = "draft_config.json"
+
+T = TypeVar("T")
 
 
 def write_run(
@@ -65,44 +68,62 @@ def read_run(run_dir: Path) -> tuple[ModelConfig, DraftConfig]:
     """The draft's shape and exits, as `write_run` left them.
 
     Raises:
-        UserError: if `run_dir` is not the directory of a training run.
+        UserError: if `run_dir` is not the directory of a training run, or its description was changed.
     """
     model, draft = (_read(run_dir, name) for name in (_MODEL_CONFIG, _DRAFT_CONFIG))
-    if model["rope_scaling"] is not None:
-        model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
-    model["eos_token_ids"] = tuple(model["eos_token_ids"])
-    exits, thresholds = draft["exit_layers"], draft["exit_thresholds"]
-    parts = parts_from_json(draft.get("parts"), run_dir / _DRAFT_CONFIG)
-    return ModelConfig(**model), DraftConfig(tuple(exits), tuple(thresholds), parts)
+    config = _built(ModelConfig, model)
+    exits, thresholds = draft.integers("exit_layers"), draft.numbers("exit_thresholds")
+    parts = parts_from_json(draft, "parts")
+    with told_of(draft.where):
+        draft_config = DraftConfig(exits, thresholds, parts)
+        draft_config.check_depth(config.num_layers)
+    return config, draft_config
+
+
+def _built(kind: type[T], fields: Fields) -> T:
+    """A configuration from the fields that `dataclasses.asdict` made, all of which must be there."""
+    names = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    fields.only(names)
+    if missing := [name for name in names if name not in fields.raw]:
+        raise UserError(f"{fields.where} lacks {missing[0]}; {fields.remedy}")
+    values = dict(fields.raw)
+    scaling = fields.fields("rope_scaling", None) if "rope_scaling" in values else None
+    if scaling is not None:
+        values["rope_scaling"] = _built(RopeScaling, scaling)
+    with told_of(fields.where):
+        return kind(**values)
 
 
 def read_lora(run_dir: Path) -> LoraConfig | None:
     """The adapters on the trunk of a run's draft, as `write_run` left them; None if it has none.
 
     Raises:
-        UserError: if `run_dir` is not the directory of a training run.
+        UserError: if `run_dir` is not the directory of a training run, or its description was changed.
     """
-    raw = _read(run_dir, _DRAFT_CONFIG).get("lora")
-    return None if raw is None else LoraConfig(raw["rank"], tuple(raw["targets"]))
+    lora = _read(run_dir, _DRAFT_CONFIG).fields("lora", None)
+    if lora is None:
+        return None
+    rank, targets = lora.integer("rank", 1, MOST_SIZE), lora.texts("targets")
+    with told_of(lora.where):
+        return LoraConfig(rank, targets)
 
 
 def read_run_vocabulary(run_dir: Path) -> DraftVocabulary | None:
     """The list of tokens that the heads of a run's draft are read over, as `write_run` left it; None for all.
 
     Raises:
-        UserError: if `run_dir` is not the directory of a training run.
+        UserError: if `run_dir` is not the directory of a training run, or its description was changed.
     """
-    raw = _read(run_dir, _DRAFT_CONFIG).get("vocabulary_subset")
+    raw = _read(run_dir, _DRAFT_CONFIG).raw.get("vocabulary_subset")
     return None if raw is None else DraftVocabulary.from_json(raw, run_dir / _DRAFT_CONFIG)
 
 
-def _read(run_dir: Path, name: str) -> Any:
-    try:
-        return json.loads((run_dir / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(
-            f"{run_dir} holds no readable {name}; give the directory of a training run"
-        ) from None
+def _read(run_dir: Path, name: str) -> Fields:
+    file = run_dir / name
+    if not file.exists():
+        raise UserError(f"{run_dir} holds no readable {name}; give the directory of a training run")
+    remedy = "put back the file that training wrote"
+    return Fields(read_json(file, remedy), file, remedy)
 
 
 def load_run(
@@ -128,6 +149,7 @@ def load_run(
     checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     with contextlib.closing(checkpoints):
         step = checkpoints.find(step)
+        checkpoints.check_depth(step, config.num_layers)
         lora, parts = read_lora(run_dir), draft_config.parts
         abstract = with_lora(abstract_params(config, dtype, parts), lora)
         if mesh is None:

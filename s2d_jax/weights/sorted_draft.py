@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from s2d_jax.config.draft import NO_PARTS, DraftConfig, ExitParts
-from s2d_jax.config.model import ModelConfig
-from s2d_jax.errors import UserError
+from s2d_jax.config.model import MOST_SIZE, ModelConfig
+from s2d_jax.errors import UserError, told_of
+from s2d_jax.fields import Fields
 from s2d_jax.files import read_json
 from s2d_jax.model.select_layers import check_layers
 from s2d_jax.weights.fingerprint import Fingerprint
@@ -78,62 +79,41 @@ def read_sorted_draft(file: Path) -> SortedDraft:
     Raises:
         UserError: if it is damaged, or of another format.
     """
-    raw = read_json(file)
-    if raw.get("format") != FORMAT:
-        raise UserError(
-            f"{file}: format {raw.get('format')!r} is unknown, {FORMAT} is expected; export the draft again"
-        )
-    if "exit_layers" not in raw:
-        raise UserError(f"{file} lacks exit_layers; export the draft again")
-    exits, thresholds = raw["exit_layers"], raw.get("exit_thresholds", [])
-    for name, values, kind in (
-        ("exit_layers", exits, int),
-        ("exit_thresholds", thresholds, int | float),
-    ):
-        if not (isinstance(values, list) and all(isinstance(value, kind) for value in values)):
-            raise UserError(
-                f"{file}: {name}={values!r} must be a list of numbers, such as [6, 9, 12] exits; export the draft again"
-            )
-    subset = raw.get("vocabulary_subset")
+    remedy = "export the draft again"
+    fields = Fields(read_json(file, remedy), file, remedy)
+    if (format := fields.integer("format")) != FORMAT:
+        raise UserError(f"{file}: format {format} is unknown, {FORMAT} is expected; {remedy}")
+    exits, thresholds = fields.integers("exit_layers"), fields.numbers("exit_thresholds", ())
+    subset = fields.raw.get("vocabulary_subset")
     vocabulary = None if subset is None else DraftVocabulary.from_json(subset, file)
-    parts = parts_from_json(raw.get("exit_parts"), file)
-    draft_config = DraftConfig(tuple(exits), tuple(thresholds), parts)
-    return SortedDraft(draft_config, vocabulary, _base_from_json(raw.get("base"), file))
+    parts = parts_from_json(fields, "exit_parts")
+    with told_of(file):
+        draft_config = DraftConfig(exits, thresholds, parts)
+    return SortedDraft(draft_config, vocabulary, _base_from_json(fields))
 
 
-def parts_from_json(raw: Any, where: Path) -> ExitParts:
-    """The parts in the JSON value `raw`, which `dataclasses.asdict` made; `where` is its file. None means no parts.
+def parts_from_json(fields: Fields, name: str) -> ExitParts:
+    """The parts that `dataclasses.asdict` made a field of. An absent field or null means no parts.
 
     Raises:
-        UserError: if `raw` is something else.
+        UserError: if the field is something else.
     """
-    if raw is None:
+    described = fields.fields(name, None)
+    if described is None:
         return NO_PARTS
-    try:
-        heads, adapters = tuple(raw["heads"]), tuple(raw["adapters"])
-        return ExitParts(heads, adapters, raw["adapter_rank"])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{where}: exit_parts={raw!r} is unreadable ({error}); heads, adapters and adapter_rank are expected"
-        ) from None
+    heads, adapters = described.integers("heads"), described.integers("adapters")
+    rank = described.integer("adapter_rank", 0, MOST_SIZE)
+    with told_of(described.where):
+        return ExitParts(heads, adapters, rank)
 
 
-def _base_from_json(raw: Any, file: Path) -> Base | None:
-    if raw is None:
+def _base_from_json(fields: Fields) -> Base | None:
+    described = fields.fields("base", None)
+    if described is None:
         return None
-    try:
-        path, layers, fingerprint, lora = (raw[field.name] for field in dataclasses.fields(Base))
-        base = Base(path, None if layers is None else tuple(layers), fingerprint, bool(lora))
-    except (KeyError, TypeError):
-        base = None
-    if (
-        base is None
-        or not all(isinstance(value, str) for value in (base.path, base.fingerprint))
-        or not all(isinstance(i, int) for i in base.layers or ())
-    ):
-        raise UserError(
-            f"{file}: base={raw!r} is unreadable; path, layers, fingerprint and lora are expected; export the draft again"
-        )
-    return base
+    return Base(
+        described.text("path"),
+        described.integers("layers", default=None),
+        described.text("fingerprint"),
+        described.flag("lora"),
+    )

@@ -11,15 +11,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from s2d_jax.config.model import ModelConfig
-from s2d_jax.errors import UserError
-from s2d_jax.files import read_json
+from s2d_jax.errors import UserError, shown
+from s2d_jax.files import check_no_lfs_pointer, read_json, regular_file
 from s2d_jax.formats.eos_ids import merged_ids, saved_eos_token_ids
+from s2d_jax.formats.finite import check_finite
 from s2d_jax.formats.gguf import GGUFFile
 from s2d_jax.formats.gguf_config import ROPE_FACTORS, config_from_gguf
 from s2d_jax.formats.hf_config import config_from_hf
 from s2d_jax.formats.hub import SORTED_DRAFT
 from s2d_jax.formats.names import EMBEDDING, LM_HEAD, WeightName, get_weight, weight_names
 from s2d_jax.formats.safetensors import SafetensorsFiles
+from s2d_jax.formats.shards import find_safetensors
 from s2d_jax.model.params import Params, abstract_params
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.text.tokenizer_files import TOKENIZER_FILES
@@ -42,7 +44,7 @@ class GGUFWeights:
 
     def __init__(self, file: GGUFFile, config: ModelConfig):
         self._file = file
-        self.num_bytes = file.path.stat().st_size
+        self.num_bytes = file.num_bytes
         self._heads_of = {}
         if config.family == "llama":
             self._heads_of = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
@@ -51,8 +53,9 @@ class GGUFWeights:
         }
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in f32, rows of q and k in Hugging Face's order."""
+        """One tensor in f32, rows of q and k in Hugging Face's order. Raises UserError if it holds NaN or infinity."""
         weight = self._file.tensor(name)
+        check_finite(name, weight, self._file.path)
         num_heads = self._heads_of.get(name.split(".")[-2])
         return weight if num_heads is None else unpermute_rope_rows(weight, num_heads)
 
@@ -95,32 +98,13 @@ def check_shapes(
             )
 
 
-def _safetensors_paths(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not (weight_map and isinstance(weight_map, dict)):
-            raise UserError(f"{index} lacks weight_map, which names the files; fetch it again")
-        names = sorted(set(weight_map.values()))
-        paths = [directory / name for name in names]
-        if absent := [path.name for path in paths if not path.exists()]:
-            raise UserError(
-                f"{directory} lacks {', '.join(absent)}, named in {index.name}; fetch the complete model"
-            )
-        return paths
-    single = directory / "model.safetensors"
-    if single.exists():
-        return [single]
-    convert = (
-        "convert them once where torch is installed, with AutoModelForCausalLM.from_pretrained(MODEL)"
-        ".save_pretrained(NEW), copy the tokenizer's files to NEW, and give NEW"
-    )
-    if found := sorted(path.name for path in directory.glob("pytorch_model*.bin*")):
-        raise UserError(f"{directory} holds only PyTorch .bin weights ({found[0]}); {convert}")
-    raise UserError(
-        f"{directory} holds no model.safetensors; give a Hugging Face directory with it. If the model has "
-        f".bin weights only, {convert}"
-    )
+def _check_depth(config: ModelConfig, source: WeightSource, where: str) -> None:
+    """Raises UserError for more layers than there are tensors, before anything is made for each layer."""
+    if config.num_layers > len(source.shapes):
+        raise UserError(
+            f"{where}: its config asks for {config.num_layers} layers, its files hold {len(source.shapes)} tensors; correct "
+            "the config, or fetch the complete model"
+        )
 
 
 def _drop_redundant(source: SafetensorsFiles, config: ModelConfig, where: str) -> None:
@@ -155,12 +139,14 @@ class StoredModel:
         tokenizer: None where there is none.
         source: its tensors.
         name_of: what a tensor is called there.
+        notices: lines that tell what was chosen among the files.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer | None
     source: WeightSource
     name_of: Callable[[WeightName], str]
+    notices: tuple[str, ...] = ()
 
     def tensors(self, layers: Sequence[int] | None = None) -> Iterator[tuple[WeightName, Any]]:
         """Every tensor, as a NumPy array, with its name; `layers` gives those of the model of these layers, with its names."""
@@ -189,28 +175,54 @@ def describe_model(path: Path) -> tuple[ModelConfig, Tokenizer | None]:
 
 
 def _describe_directory(directory: Path) -> tuple[ModelConfig, Tokenizer | None]:
-    config = config_from_hf(read_json(_config_file(directory)))
-    config = dataclasses.replace(config, eos_token_ids=saved_eos_token_ids(directory))
+    file = _config_file(directory)
+    config = config_from_hf(read_json(file), file)
+    eos_ids = saved_eos_token_ids(directory, config.vocab_size)
+    config = dataclasses.replace(config, eos_token_ids=eos_ids)
     tokenizer = tokenizer_in(directory)
-    return _with_stop_tokens(config, tokenizer), tokenizer
+    return _with_stop_tokens(config, tokenizer, directory), tokenizer
 
 
 def _describe_gguf(file: GGUFFile) -> tuple[ModelConfig, Tokenizer | None]:
     config, tokenizer = config_from_gguf(file), Tokenizer.from_gguf(file)
-    return _with_stop_tokens(config, tokenizer), tokenizer
+    return _with_stop_tokens(config, tokenizer, file.path), tokenizer
 
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:
-    """The tokenizer in a directory; None where there is none."""
-    has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
-    return Tokenizer.from_directory(directory) if has_tokenizer else None
+    """The tokenizer in a directory; None where there is none.
+
+    Raises:
+        UserError: if it cannot be read, or transformers does not understand the config.json beside it.
+    """
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
+    if not files:
+        return None
+    for file in files:
+        check_no_lfs_pointer(regular_file(file, "fetch the model's tokenizer"))
+    from huggingface_hub.errors import StrictDataclassError  # a GGUF file does without
+
+    try:
+        return Tokenizer.from_directory(directory)
+    except StrictDataclassError as error:  # of config.json, which says what kind of tokenizer it is
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{directory / 'config.json'} is refused by transformers, which reads the tokenizer ({reason[:160]}); correct "
+            "the config"
+        ) from None
 
 
-def _with_stop_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+def _with_stop_tokens(config: ModelConfig, tokenizer: Tokenizer | None, where: Path) -> ModelConfig:
+    """The config with the ids that end an answer for the tokenizer, too."""
     if tokenizer is None:
         return config
-    eos = merged_ids(config.eos_token_ids, tokenizer.stop_token_ids)
-    return dataclasses.replace(config, eos_token_ids=eos)
+    # An added token without a row in the embedding can never be written, so it ends nothing.
+    written = [i for i in tokenizer.stop_token_ids if i < config.vocab_size]
+    if tokenizer.stop_token_ids and not written:
+        raise UserError(
+            f"{where}: the tokenizer ends a text with {shown(tokenizer.stop_token_ids)}, the vocabulary has ids 0 to "
+            f"{config.vocab_size - 1}; fetch the tokenizer of this model"
+        )
+    return dataclasses.replace(config, eos_token_ids=merged_ids(config.eos_token_ids, written))
 
 
 def open_model(path: Path) -> StoredModel:
@@ -221,13 +233,18 @@ def open_model(path: Path) -> StoredModel:
     """
     if path.is_dir():
         config, tokenizer = _describe_directory(path)
-        files = SafetensorsFiles(_safetensors_paths(path))
+        found = find_safetensors(path)
+        files = SafetensorsFiles(found.paths)
+        _check_depth(config, files, str(path))
         _drop_redundant(files, config, str(path))
-        stored = StoredModel(config, tokenizer, files, lambda name: name.hf)
+        name_of = lambda name: name.hf  # noqa: E731
+        stored = StoredModel(config, tokenizer, files, name_of, found.notices)
     else:
         file = GGUFFile(path)
         config, tokenizer = _describe_gguf(file)
-        stored = StoredModel(config, tokenizer, GGUFWeights(file, config), lambda name: name.gguf)
+        weights = GGUFWeights(file, config)
+        _check_depth(config, weights, str(path))
+        stored = StoredModel(config, tokenizer, weights, lambda name: name.gguf)
     expected = weight_names(config), stored.name_of, abstract_params(config)
     check_shapes(stored.source, *expected, str(path))
     return stored

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.config.model import ModelConfig
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, shown, told_of
+from s2d_jax.fields import Fields
 from s2d_jax.files import read_json
 from s2d_jax.formats.names import EXIT_HEADS, get_weight, shared_head
 from s2d_jax.model.params import Params
@@ -30,7 +31,10 @@ from s2d_jax.text.tokenizer import Tokenizer
 TRIMMED_HEAD = "trimmed_head"
 # An exit's own head `exit_heads_6` becomes `trimmed_exit_heads_6`.
 TRIMMED = "trimmed_"
-_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_RANGES = re.compile(r"[0-9]{1,10}(-[0-9]{1,10})?(,[0-9]{1,10}(-[0-9]{1,10})?)*")
+MOST_ID = 2**31
+MOST_LISTED = 2**22
+"""More than any vocabulary has: a list is made before it is known which draft it is for, and must not fill the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +61,9 @@ class DraftVocabulary:
         ids_U = np.asarray(self.ids_U, np.int64).reshape(-1)
         if ids_U.size == 0:
             raise UserError("the draft vocabulary is empty; list at least one token id")
-        if ids_U.min() < 0 or ids_U.max() >= 2**31:
+        if ids_U.min() < 0 or ids_U.max() >= MOST_ID:
             wrong = ids_U.min() if ids_U.min() < 0 else ids_U.max()
-            raise UserError(f"the draft vocabulary lists id {wrong}; ids are 0 to {2**31 - 1}")
+            raise UserError(f"the draft vocabulary lists id {wrong}; ids are 0 to {MOST_ID - 1}")
         if (descents := np.flatnonzero(np.diff(ids_U) <= 0)).size:
             at = descents[0]
             raise UserError(
@@ -126,16 +130,15 @@ class DraftVocabulary:
         Raises:
             UserError: if it is not one.
         """
-        try:
-            ids_U = _from_ranges(raw["ids"], raw["size"])
-            known = raw.get("tokens_sha256"), raw.get("provenance", {}), raw.get("behaviour_sha256")
-            return cls(ids_U, *known)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{where} holds no readable draft vocabulary ({error}); make it with python -m infer.trim"
-            ) from None
+        remedy = "make it with python -m infer.trim"
+        fields = Fields(raw, f"{where}: the draft vocabulary", remedy)
+        ids, size = fields.text("ids"), fields.integer("size", 1, MOST_LISTED)
+        hash_of_tokens = fields.text("tokens_sha256", None)
+        provenance = fields.fields("provenance", None)
+        behaviour = fields.text("behaviour_sha256", None)
+        with told_of(where):
+            told = {} if provenance is None else provenance.raw
+            return cls(_from_ranges(ids, size), hash_of_tokens, told, behaviour)
 
 
 def read_vocabulary(path: str | Path) -> DraftVocabulary:
@@ -145,9 +148,8 @@ def read_vocabulary(path: str | Path) -> DraftVocabulary:
         UserError: if there is no such file, or no list in it.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a file that python -m infer.trim --out wrote")
-    return DraftVocabulary.from_json(read_json(path), path)
+    raw = read_json(path, "give a file that python -m infer.trim --out wrote")
+    return DraftVocabulary.from_json(raw, path)
 
 
 def _hash_of_tokens(ids_U: np.ndarray, tokenizer: Tokenizer) -> str:
@@ -170,14 +172,22 @@ def _to_ranges(ids_U: np.ndarray) -> str:
 
 
 def _from_ranges(text: str, size: int) -> np.ndarray:
-    """Undoes `_to_ranges` for a list of `size` ids. Raises ValueError."""
+    """Undoes `_to_ranges` for a list of `size` ids; nothing is made of a text that says something else.
+
+    Raises:
+        UserError: for another text, or another number of ids.
+    """
     if not _RANGES.fullmatch(text):
-        raise ValueError(f"ids {text[:30]!r} must look like 0-99,120,130-140")
+        raise UserError(
+            f"the draft vocabulary's ids={shown(text)} must look like 0-99,120,130-140, with ids below {MOST_ID}"
+        )
     bounds = [part.partition("-") for part in text.split(",")]
     ranges = [range(int(first), int(last or first) + 1) for first, _, last in bounds]
     # Checked before the ranges are expanded: one wrong digit could fill the memory.
     if (listed := sum(map(len, ranges))) != size:
-        raise ValueError(f"{listed} ids for size {size}")
+        raise UserError(
+            f"the draft vocabulary lists {listed} ids, size={size} is expected; make it with python -m infer.trim"
+        )
     return np.concatenate([np.arange(r.start, r.stop) for r in ranges])
 
 

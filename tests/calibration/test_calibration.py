@@ -206,7 +206,7 @@ def test_policies_are_kept_and_found_again(tmp_path):
     assert find_policy(policies, key(device="another")) is None
     assert [path.name for path in tmp_path.iterdir()] == ["sorted_draft.json"]
     file.write_text('{"policies": [{"key": {}}]}')
-    with pytest.raises(UserError, match="a policy cannot be read"):
+    with pytest.raises(UserError, match=r"policies\[0\]: key lacks target; calibrate"):
         read_policies(file)
 
 
@@ -221,7 +221,7 @@ def test_trees_are_kept_and_policies_from_before_them_are_read(tmp_path):
     content = json.loads(file.read_text())
     content["policies"][0]["config"]["tree"]["nodes"] = 1
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"a policy cannot be read \(nodes=1 of a tree"):
+    with pytest.raises(UserError, match=r"policies\[0\]: config: tree: nodes=1 of a tree"):
         read_policies(file)
     entry = {"key": dataclasses.asdict(key()), "config": json.loads(BEFORE_TREES), "evidence": {}}
     file.write_text(json.dumps({"policies": [entry]}))

@@ -195,8 +195,14 @@ def test_gguf_package_is_named_when_it_is_absent(tiny_file, monkeypatch):
         ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not supported"),
         ({"rope.dimension_count": 4}, "llama.rope.dimension_count=4 is not supported; only 8"),
         ({"attention.sliding_window": 128}, "llama.attention.sliding_window=128 is not"),
-        ({"attention.head_count": [4, 4]}, r"llama.attention.head_count=\[4, 4\] is not supported"),
-        ({"block_count": None}, "llama.block_count=None is not supported; one number"),
+        (
+            {"attention.head_count": [4, 4]},
+            r"llama.attention.head_count=\[4, 4\] must be a whole number from 1",
+        ),
+        (
+            {"block_count": None},
+            "m.gguf lacks llama.block_count; use a file that a converter wrote",
+        ),
         ({"feed_forward_length": 64}, r"ffn_gate.weight has shape \(48, 32\), the config asks for"),
     ],
 )

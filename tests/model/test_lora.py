@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -181,7 +182,16 @@ def test_peft_reads_what_is_written(tmp_path):
         ({"use_dora": True}, "use_dora=True is not supported; only False"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
         ({"r": 5}, r"q_proj.lora_A.weight and lora_B have shapes \(\(2, 32\), \(32, 2\)\), the"),
-        ({"r": None}, "r=None, lora_alpha=2 must be numbers"),
+        ({"r": None}, "adapter_config.json lacks r; give a LoRA that PEFT saved"),
+        ({"r": True}, "r=True must be a whole number from 1"),
+        ({"lora_alpha": math.nan}, "lora_alpha=nan must be a number"),
+        ({"use_rslora": "no"}, "use_rslora='no' must be true or false"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported, because it"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16' is not"),
+        ({"init_lora_weights": "olora"}, "save the adapter as a plain LoRA: save_pretrained"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported"),
+        ({"init_lora_weights": ["gaussian"]}, r"init_lora_weights=\['gaussian'\] is not supported"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.* is not supported; train without it"),
     ],
 )
 def test_peft_files_that_cannot_be_read(changes, message, tmp_path):
@@ -317,8 +327,11 @@ def test_a_base_that_is_missing_or_another(base, draft, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("there", "base='there' is unreadable; path, layers, fingerprint and lora are expected"),
-        ({"path": "x"}, "is unreadable; path, layers"),
+        (
+            "there",
+            "sorted_draft.json: base: 'there' must be an object with fields; export the draft again",
+        ),
+        ({"path": "x"}, "base lacks fingerprint; export the draft again"),
     ],
 )
 def test_a_damaged_base(base, draft, value, message, tmp_path):

@@ -18,8 +18,9 @@ import yaml
 
 from s2d_jax.cli.flags import flag
 from s2d_jax.cli.parsing import parse
-from s2d_jax.errors import UserError, require
-from s2d_jax.files import SHIPPED, here_or_shipped, read_text
+from s2d_jax.errors import UserError, printable, require, shown, told_of
+from s2d_jax.files import SHIPPED, here_or_shipped
+from s2d_jax.formats.yaml_file import read_yaml
 from train.config.sections import Config
 
 
@@ -40,19 +41,10 @@ def load_config(path: str | Path) -> Config:
     Raises:
         UserError: for a file that cannot be read, an unknown key, a wrong type or a bad value.
     """
-    text = read_text(here_or_shipped(path), "give --config an existing YAML file")
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except (
-        yaml.YAMLError,
-        RecursionError,
-        ValueError,
-    ) as error:  # ValueError: dates such as 2026-13-01
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    try:
+    file = here_or_shipped(path)
+    values = read_yaml(file, "give --config a YAML file of what differs from the defaults", _Loader)
+    with told_of(file):
         return _build(Config, {} if values is None else values, "")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _build(section: type, values: Any, prefix: str) -> Any:
@@ -62,9 +54,11 @@ def _build(section: type, values: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(section)
     for key in values:
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(str(key)[:100], hints, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise UserError(f"unknown key {prefix}{key}; {hint}known keys: {', '.join(hints)}")
+            raise UserError(
+                f"unknown key {prefix}{_named(key)}; {hint}known keys: {', '.join(hints)}"
+            )
     for field in dataclasses.fields(section):
         required = field.default is dataclasses.MISSING
         require(
@@ -86,19 +80,28 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
             return None
         return _typed(args[0], value, name)
     if origin is Literal:
-        require(value in args, f"{name}={value!r} is unknown; use one of {', '.join(args)}")
+        require(value in args, f"{name}={shown(value)} is unknown; use one of {', '.join(args)}")
         return value
     if origin is tuple:
-        require(isinstance(value, list), f"{name}={value!r} must be a list, not {_kind(value)}")
+        require(
+            isinstance(value, list), f"{name}={shown(value)} must be a list, not {_kind(value)}"
+        )
         return tuple(_typed(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
-    require(type(value) is hint, f"{name}={value!r} must be {_NAMES[hint]}, not {_kind(value)}")
+    require(
+        type(value) is hint, f"{name}={shown(value)} must be {_NAMES[hint]}, not {_kind(value)}"
+    )
     return value
 
 
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS = {**_NAMES, list: "a list", dict: "a section", type(None): "empty"}
+
+
+def _named(key: Any) -> str:
+    """A key as a message shows it."""
+    return printable(key) if isinstance(key, str) and len(key) <= 60 else shown(key)
 
 
 def _kind(value: Any) -> str:

@@ -29,18 +29,14 @@ class Start:
         params: f32, with the small parts that the configuration asks for, which change nothing yet.
         tokenizer: that of the model that it starts from.
         vocabulary: the list of tokens that its heads are read over; None for all.
+        notices: lines that a user should see about that model, its tokenizer and the list.
     """
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
     vocabulary: DraftVocabulary | None
-
-    @property
-    def notices(self) -> list[str]:
-        """What a user should know about the tokenizer and the list; a line each."""
-        listed = None if self.vocabulary is None else self.vocabulary.notice(self.tokenizer)
-        return [line for line in (self.tokenizer.template_notice, listed) if line is not None]
+    notices: tuple[str, ...]
 
 
 def load_start(config: Config, mesh: Mesh) -> Start:
@@ -73,4 +69,7 @@ def load_start(config: Config, mesh: Mesh) -> Start:
     params = init_exit_parts(model_config, params, config.draft.parts, parts_key)
     if section.lora_rank:
         params = init_lora(params, LoraConfig(section.lora_rank), lora_key)
-    return Start(model_config, params, model.tokenizer, vocabulary)
+    listed = None if vocabulary is None else vocabulary.notice(model.tokenizer)
+    told = [line for line in (model.tokenizer.template_notice, listed) if line is not None]
+    notices = (*model.notices, *told)
+    return Start(model_config, params, model.tokenizer, vocabulary, notices)

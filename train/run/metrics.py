@@ -7,16 +7,44 @@ from pathlib import Path
 from typing import Any
 
 from s2d_jax.errors import UserError
-from s2d_jax.files import write_text
+from s2d_jax.fields import REQUIRED, Fields
+from s2d_jax.files import parse_json, read_text, write_text
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+_PER_EXIT = "loss_per_exit", "agreement_per_exit", "mat_per_exit"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file. Half a line at the end, which a killed run may leave, is none.
+
+    Raises:
+        UserError: if the file cannot be read, or a row is not one that training writes; the message names the line.
+    """
+    remedy = "remove that line, or move the file away to go on without it"
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(read_text(path, remedy).split("\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        row = Fields(parse_json(line, where, remedy), where, remedy)
+        row.integer("step", 0)
+        held_out = row.flag("held_out", False)
+        for name in _PER_EXIT if held_out else _PER_EXIT[:1]:
+            exits = row.fields(name)
+            for layer in (rows[0] if rows else row.raw)["loss_per_exit"]:
+                if not str(layer).isdecimal():
+                    raise row.wrong(name, "an object of layer counts, such as 6")
+                exits.number(layer, default=None if held_out else REQUIRED)
+        rows.append(dict(row.raw))
+    return rows
 
 
 class MetricsFile:
     """Appends one JSON object per line, after removing what an earlier process wrote after `last_step`.
 
     It touches the file only if it is `active`, as in the main process. `tensorboard` is a directory that gets the same numbers.
+
+    Raises:
+        UserError: if there is a file already, and it is not one that training wrote.
     """
 
     def __init__(
@@ -29,10 +57,8 @@ class MetricsFile:
             self._board = TensorBoardFile(tensorboard, resumed_after=last_step)
         kept = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A killed run may leave half a line at the end.
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+            rows = read_metrics(path)
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= last_step]
         write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 

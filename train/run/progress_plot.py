@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from s2d_jax.cli.figures import (
     ratio_scale,
     save_figure,
 )
+from train.run.metrics import read_metrics
 
 _Row = dict[str, Any]
 # If a panel had more points than pixels, they would hide each other.
@@ -27,8 +27,7 @@ _MOST_POINTS, _MOST_MARKERS = 500, 12
 
 def draw_progress(metrics: Path, out: Path) -> None:
     """Draws a run's metrics file into `out`, a .png that is replaced at once."""
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    save_figure(progress_figure([json.loads(line) for line in lines]), out)
+    save_figure(progress_figure(read_metrics(metrics)), out)
 
 
 def progress_figure(rows: list[_Row]) -> Figure:
@@ -82,7 +81,7 @@ def _plot(axes, steps: np.ndarray, values: np.ndarray, style: Style) -> None:
 
 def _curve(rows: list[_Row], name: str, layer: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values, NaN where there is none."""
-    values = [row[name] if layer is None else row[name][layer] for row in rows]
+    values = [row.get(name) if layer is None else row[name].get(layer) for row in rows]
     return np.array([row["step"] for row in rows]), np.array(values, float)
 
 

@@ -154,9 +154,9 @@ def _begin(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """Begins a new run; nothing is written before model and data are known to be good."""
     mesh = make_mesh(config.mesh)
     start = load_start(config, mesh)
-    for line in start.notices:
-        report.say(f"note: {line}")
     wait_for_all("draft loaded")
+    for notice in start.notices:
+        report.say(f"note: {notice}")
     if is_main_process():
         rows, summary = build_rows(
             config.data,
@@ -203,6 +203,9 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     """Continues the run of `run_dir` from its newest checkpoint, on any mesh."""
     _check_resume(run_dir, config)
     model_config, _ = read_run(run_dir)
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints)
+    step = checkpoints.find(None)
+    checkpoints.check_depth(step, model_config.num_layers)
     rows = load_rows(run_dir / _ROWS)
     training, held_out = _split(config, rows)
     mesh = make_mesh(config.mesh)
@@ -212,8 +215,6 @@ def _resume(config: Config, run_dir: Path, report: ProgressReport) -> Run:
     teachers = resume_teachers(config, run_dir, tokenizer, mesh, rows)
     vocabulary = read_run_vocabulary(run_dir)
     trainer = Trainer(config, model_config, mesh, teachers.shapes, _listed(vocabulary))
-    checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints)
-    step = checkpoints.find(None)
     metadata = checkpoints.metadata(step)
     if "elapsed_seconds" not in metadata:
         raise checkpoints.damaged(step, "_CHECKPOINT_METADATA is not readable")

@@ -226,6 +226,8 @@ def prepare_teachers(
     paths = (*objective.teachers, watched) if watched else objective.teachers
     for path in dict.fromkeys(paths):
         model = load_teacher(path, config, tokenizer, mesh, rows)
+        for notice in model.notices:
+            report.say(f"note: {notice}")
         if path == watched and len(held_out):
             batches = read(f"what {path} writes on held-out rows", held_out)
             shape = (len(held_out), config.data.max_length)
