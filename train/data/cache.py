@@ -20,6 +20,7 @@ import datasets
 import tokenizers
 import transformers
 
+from s2d_jax.files import local_path
 from s2d_jax.progress.activity import activity
 from s2d_jax.text.conversations import content_hash
 from s2d_jax.text.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def cache_directory(config: DataSection) -> Path:
     """`data.cache_dir`, else $S2D_DATA_CACHE, else s2d-jax/data in the user's cache directory."""
     chosen = config.cache_dir or os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return local_path(chosen, "data.cache_dir" if config.cache_dir else f"${CACHE_VARIABLE}")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s2d-jax" / "data"
 
 

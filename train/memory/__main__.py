@@ -31,7 +31,7 @@ from s2d_jax.cli.parsing import parse
 from s2d_jax.cli.screen import PlainColumn, screen
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
-from s2d_jax.files import read_json, write_text
+from s2d_jax.files import expanded, read_json, write_text
 from s2d_jax.formats.hf_config import config_from_hf
 from s2d_jax.sharding import MESH_AXES, MeshConfig, make_mesh
 from train.config.sections import Config, DataSection, DraftSection, ModelSection, TrainSection
@@ -197,7 +197,7 @@ def shape_of(name: str) -> ModelConfig:
     """
     if name in MODELS:
         return MODELS[name]
-    file = Path(name) / "config.json"
+    file = expanded(name) / "config.json"
     if not file.is_file():
         raise UserError(
             f"model {name!r} is unknown; give {', '.join(MODELS)}, or a directory with a config.json"

@@ -24,7 +24,7 @@ from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
-from s2d_jax.files import here_or_shipped, read_json, write_text
+from s2d_jax.files import expanded, here_or_shipped, read_json, write_text
 from s2d_jax.formats.hf_config import config_from_hf
 from s2d_jax.sharding import make_mesh
 from s2d_jax.weights.checkpoints import placed
@@ -153,7 +153,7 @@ def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> M
     Raises:
         UserError: if none of them exists, or the exits do not fit.
     """
-    path = Path(config.model.path)
+    path = expanded(config.model.path)
     beside = config_file.parent / "shapes" / f"{path.name}.json"
     if shape_file is None and not path.exists() and beside.exists():
         shape_file = beside
