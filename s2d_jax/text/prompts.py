@@ -86,7 +86,7 @@ def check_ids(
         raise UserError(f"{what} is empty; give at least one token")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         outside = next(token for token in ids if not 0 <= token < vocab_size)
-        name = None if tokenizer is None or outside < 0 else tokenizer.token(outside)
+        name = None if tokenizer is None else tokenizer.token(outside)
         named = "" if name is None else f" ({shown(name)})"
         raise UserError(
             f"{what} has token id {outside}{named}; the model's ids are 0 to {vocab_size - 1}"
