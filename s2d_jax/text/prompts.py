@@ -87,7 +87,7 @@ def check_ids(
         raise UserError(f"{name} is empty: it gives no token; give at least one")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         outside = next(token for token in ids if not 0 <= token < vocab_size)
-        token = None if tokenizer is None or outside < 0 else tokenizer.token(outside)
+        token = None if tokenizer is None else tokenizer.token(outside)
         named = "" if token is None else f" ({shown(token)})"
         raise UserError(
             f"{name} has token id {shown(outside)}{named}; the model's ids are 0 to {vocab_size - 1}"

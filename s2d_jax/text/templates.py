@@ -51,7 +51,9 @@ def named_templates(value: Any, where: str | Path) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {DEFAULT: value}
-    pairs = list(value.items()) if isinstance(value, Mapping) else [(None, value)]
+    pairs: list[tuple[Any, Any]] = (
+        list(value.items()) if isinstance(value, Mapping) else [(None, value)]
+    )
     if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
         pairs = [(entry.get("name"), entry.get("template")) for entry in value]
     if not all(isinstance(name, str) and isinstance(text, str) for name, text in pairs):

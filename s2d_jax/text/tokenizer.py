@@ -238,6 +238,8 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """The string of a token; None for an id that the tokenizer does not have."""
+        if not 0 <= token_id < 2**32:  # what the Rust library takes
+            return None
         return self._fast.backend_tokenizer.id_to_token(token_id)
 
     def special_token_ids(self) -> tuple[int, ...]:

@@ -81,5 +81,8 @@ def test_a_token_without_an_embedding_is_named():
             call("the<pad>")
     with expect_user_error(told):
         decoder.generate([{"role": "user", "content": "the<pad>"}])
+    for beyond in (-1, 2**32, 2**70):
+        with expect_user_error(f"has token id {beyond}; the"):
+            decoder.generate([1, beyond])
     with expect_user_error("has token id 300; the"):
         model.logits([1, 300])
