@@ -97,10 +97,7 @@ def _check_options(fields: Fields) -> None:
     if raw.get("quantization_config"):
         refuse("quantization_config", "export the model unquantised (f32, bf16 or f16)")
     for key, allowed in _SWITCHES.items():
-        # transformers, which reads the tokenizer, refuses null here.
-        if not isinstance(raw.get(key, False), bool):
-            raise fields.wrong(key, "true or false, or be left out")
-        if raw.get(key):
+        if fields.flag(key, False):
             refuse(key, allowed)
     if set(fields.texts("layer_types", ())) - {"full_attention"}:
         refuse("layer_types", "only full_attention")

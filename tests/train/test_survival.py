@@ -205,3 +205,30 @@ def test_metrics_outlive_a_rewrite_that_the_disk_refuses(source, finished, monke
         assert launch(source, finished, "--train.resume") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "model_config.json",
+            b"{}",
+            "model_config.json lacks family; put back the file that training",
+        ),
+        ("draft_config.json", b"[1]", "draft_config.json holds a JSON list, an object is expected"),
+        ("config.yaml", b"", "config.yaml: model is missing; it has no default"),
+        ("config.yaml", b"\x80\x81", "config.yaml, line 1: not UTF-8"),
+        ("metrics.jsonl", b"garbage\n", "metrics.jsonl, line 1 is not valid JSON"),
+    ],
+)
+def test_a_run_that_was_changed_is_not_resumed(source, finished, capsys, name, content, message):
+    file = finished / name
+    good = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        assert launch(source, finished, "--train.resume") == 2
+    finally:
+        file.write_bytes(good)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {finished}")
+    assert message in line
