@@ -90,8 +90,8 @@ SAMPLING = [
         "rows-share-a-seed",
         "all rows draw with the seed of the first",
         "s2d_jax/generation/planner.py",
-        "jnp.asarray([row.seed for row in rows], jnp.uint32)",
-        "jnp.asarray([rows[0].seed for _ in rows], jnp.uint32)",
+        "keys_of([row.seed for row in rows])",
+        "keys_of([rows[0].seed for _ in rows])",
         "decode/test_decoder.py -k gives_each_row_its_seed",
     ),
     Fault(
