@@ -49,9 +49,13 @@ class TreeShape:
 
     def __post_init__(self):
         plain_fields(self)
-        for name, most in (("depth", MOST_DEPTH), ("top_k", MOST_NODES), ("nodes", MOST_NODES)):
+        for name, most in (("depth", MOST_DEPTH), ("top_k", MOST_NODES)):
             value = getattr(self, name)
             require(1 <= value <= most, f"{name}={shown(value)} of a tree must be 1 to {most}")
+        require(
+            self.nodes <= MOST_NODES,
+            f"nodes={shown(self.nodes)} of a tree must be at most {MOST_NODES}",
+        )
         require(
             self.leaving in ("level", "node"),
             f"leaving={self.leaving!r} is unknown; use level or node",

@@ -98,13 +98,14 @@ def hf_from_gguf(path):
     ).eval()
 
 
-def assert_parity(model, torch_model) -> float:
+def assert_parity(model, torch_model, bound: float | None = None) -> float:
+    """The largest difference of logits; `bound` is a share of the largest logit, and None is MAX_ABS."""
     tokens_BT = random_tokens(model.config.vocab_size, length=24)
     ours = our_states(model.config, model.params, tokens_BT)
     theirs = hf_states(torch_model, tokens_BT)
     assert first_divergent_layer(ours, theirs) is None
     difference = float(np.abs(ours[-1] - theirs[-1]).max())
-    assert difference <= MAX_ABS
+    assert difference <= (MAX_ABS if bound is None else bound * np.abs(theirs[-1]).max())
     return difference
 
 
@@ -116,7 +117,9 @@ def smollm2(smollm2_path):
 
 @pytest.mark.weights
 def test_smollm2_equals_huggingface(smollm2, capsys):
-    difference = assert_parity(*smollm2)
+    """Logits reach 33. Against float64, torch is off by 7e-5 there and we by 2.1e-4 (on the CPU where the two differ most,
+    without optimisation), so f32 sums in different orders alone use most of what is allowed."""
+    difference = assert_parity(*smollm2, bound=1e-5)
     with capsys.disabled():
         print(f"\nSmolLM2-135M: largest logit difference to torch {difference:.1e}")
 

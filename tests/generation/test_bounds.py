@@ -37,11 +37,13 @@ def draft(target) -> Draft:
 
 
 def refused(make) -> str:
-    """The line with which `make` is refused; within a second."""
+    """The line with which `make` is refused, before it can take long."""
     started = time.perf_counter()
     with pytest.raises(UserError) as error:
         make()
-    assert time.perf_counter() - started < 1
+    assert (
+        time.perf_counter() - started < 10
+    )  # it takes milliseconds; what is made takes minutes, or all memory
     line = str(error.value)
     assert line.isprintable()
     assert len(line) < 300
@@ -66,7 +68,7 @@ def test_drafts_of_impossible_length(fields, said):
     ("fields", "said"),
     [
         ({"depth": 1000, "nodes": 2000}, "depth=1000 of a tree must be 1 to 128"),
-        ({"nodes": 100_000, "top_k": 200}, "nodes=100000 of a tree must be 1 to 4096"),
+        ({"nodes": 100_000, "top_k": 200}, "nodes=100000 of a tree must be at most 4096"),
         ({"top_k": 10**12}, "top_k=1000000000000 of a tree must be 1 to 4096"),
         ({"depth": 0}, "depth=0 of a tree must be 1 to 128"),
     ],

@@ -198,7 +198,7 @@ def test_training_chooses_a_template(source, tmp_path, capsys):
     section = dataclasses.replace(config.data, chat_template=str(template))
     chosen = load_start(dataclasses.replace(config, data=section), make_mesh(config.mesh))
     assert chosen.tokenizer.render_chat(messages) == "x?"
-    assert chosen.notices == []
+    assert chosen.notices == ()
     assert launch(source, tmp_path / "run", "--data.chat-template", "none") == 2
     assert "'none' is neither a file nor one of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -209,7 +209,8 @@ def test_mistakes_get_one_line(
     [
         ({"size": 2, "ids": "0,300"}, f"lists id 300, the draft has {VOCAB} tokens"),
         ({"size": 3, "ids": "5,5,6"}, "lists id 5 after 5; list every id once"),
-        ({"size": 0, "ids": ""}, "must look like 0-99"),
+        ({"size": 1, "ids": ""}, "must look like 0-99"),
+        ({"size": 0, "ids": ""}, "size=0 must be a whole number from 1"),
         (None, "does not exist; give a file that python -m infer.trim"),
     ],
 )
