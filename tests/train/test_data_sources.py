@@ -271,7 +271,7 @@ def test_a_source_with_nothing_to_train_on_is_named(tokenizer, tmp_path):
     [
         ((1.0,), r"data.weights=\(1.0,\) has 1 values for 2 paths; give one per path"),
         ((1.0, 0.0), "must be above 0; leave out the path of a source that is not wanted"),
-        ((1.0, float("nan")), "must be above 0"),
+        ((1.0, float("nan")), r"data.weights=\(1.0, nan\) must be finite numbers"),
     ],
 )
 def test_bad_weights_are_refused(weights, message):
