@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from s2d_jax.errors import UserError, printable, shown
+from s2d_jax.files import expanded
 
 SORTED_DRAFT = "sorted_draft.json"
 EXIT_PARTS = "exit_parts.safetensors"
@@ -30,7 +31,7 @@ def locate(path: str | Path) -> Path:
         raise UserError(
             f"{shown(path)} ({type(path).__name__}) is no model; give a Hugging Face directory, a hub id or a .gguf file"
         )
-    local = Path(path).expanduser()
+    local = expanded(path)
     if "\0" not in str(path) and local.exists():
         return local
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and local.suffix != ".gguf":

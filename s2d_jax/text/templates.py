@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d_jax.errors import UserError, printable, shown
-from s2d_jax.files import read_text
+from s2d_jax.files import expanded, read_text
 
 DEFAULT = "default"
 """The name of the template that is used unless another is chosen."""
@@ -124,7 +124,7 @@ def chosen_template(templates: Mapping[str, str], choice: str) -> str:
         return templates[choice]
     if choice == VICUNA:
         return VICUNA_TEMPLATE
-    path = Path(choice).expanduser()
+    path = expanded(choice)
     known = _names([*templates, VICUNA])
     if "\0" in choice or not path.exists():
         raise UserError(

@@ -16,6 +16,7 @@ import numpy as np
 
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
+from s2d_jax.files import expanded
 from s2d_jax.formats.eos_ids import merged_ids
 from s2d_jax.formats.hf_config import config_to_hf
 from s2d_jax.formats.hub import EXIT_PARTS, SORTED_DRAFT, locate
@@ -158,7 +159,7 @@ def export_parts(
     lora = lora_of(draft.params)
     local = locate(base)
     # A hub id stays one, so that the draft finds its base on every machine.
-    path = str(local.absolute()) if Path(base).expanduser().exists() else str(base)
+    path = str(local.absolute()) if expanded(base).exists() else str(base)
     seen = _fingerprint_of_trunk(draft, path, open_model(local), layers)
     chosen = None if layers is None else tuple(layers)
     described = SortedDraft(
@@ -222,7 +223,7 @@ def _fingerprint_of_trunk(
 def _destination(out_dir: str | Path) -> Path:
     """Where an export goes. Raises UserError if that holds anything but an earlier export."""
     # A link is followed, so that what it points to is replaced.
-    out = Path(out_dir).expanduser().resolve()
+    out = expanded(out_dir).resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a new directory")
     if out.exists() and any(out.iterdir()) and not (out / SORTED_DRAFT).exists():

@@ -20,7 +20,7 @@ import numpy as np
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError, shown, told_of
 from s2d_jax.fields import Fields
-from s2d_jax.files import read_json
+from s2d_jax.files import expanded, read_json
 from s2d_jax.formats.names import EXIT_HEADS, get_weight, shared_head
 from s2d_jax.model.params import Params
 from s2d_jax.model.products.weight_formats import take_rows
@@ -147,7 +147,7 @@ def read_vocabulary(path: str | Path) -> DraftVocabulary:
     Raises:
         UserError: if there is no such file, or no list in it.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     raw = read_json(path, "give a file that python -m infer.trim --out wrote")
     return DraftVocabulary.from_json(raw, path)
 

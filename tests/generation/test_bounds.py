@@ -128,8 +128,10 @@ def test_a_mesh_is_a_mesh(load, tmp_path):
     assert "the axes x, without data" in refused(lambda: load(tmp_path, mesh=other))
 
 
-def test_names_with_nul_are_no_paths():
+def test_names_with_nul_and_homes_of_nobody_are_no_paths():
     assert r"a\x00b does not exist" in refused(lambda: load_model("a\0b"))
+    line = refused(lambda: load_model("~nobody-of-this-name/x.gguf"))
+    assert "~nobody-of-this-name/x.gguf does not exist" in line
 
 
 @pytest.mark.parametrize("fields", [{"data": 10**6}, {"fsdp": 300, "tensor": 300}, {"data": 1.5}])

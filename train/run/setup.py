@@ -136,7 +136,7 @@ def _check_tokenizer(config: Config, run_dir: Path, tokenizer: Tokenizer) -> Non
     A run resumes without the model that it started from, and then nothing can be compared.
     """
     path = config.model.path
-    if not Path(path).expanduser().exists():
+    if not expanded(path).exists():
         return
     _, own = read_description(path)
     if own is None:
