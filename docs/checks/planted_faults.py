@@ -1,7 +1,7 @@
 """What the tests notice: plants faults in a copy of the source, one after another, and shows which test fails.
 
     .venv/bin/python docs/checks/planted_faults.py --baseline    first: every selection of tests passes as the source stands
-    .venv/bin/python docs/checks/planted_faults.py               plants all faults of faults.py; --list tells them
+    .venv/bin/python docs/checks/planted_faults.py               plants all faults of faults/; --list tells them
     .venv/bin/python docs/checks/planted_faults.py NAME ...      plants these; --baseline takes names as well
 
 The working tree (what git tracks, and what it does not ignore) is copied to a temporary directory. There each fault is put in,
