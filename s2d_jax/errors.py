@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -39,6 +39,12 @@ def shown(value: object, longest: int = 60) -> str:
     ):  # a repr may raise anything, and values nested deeply or numbers of many digits do
         text = f"<{type(value).__name__}>"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """The first few of many names: `a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(value: object) -> str:

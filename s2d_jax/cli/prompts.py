@@ -8,7 +8,7 @@ from typing import Any
 
 from s2d_jax.errors import UserError, printable, shown
 from s2d_jax.files import here_or_shipped, json_rows, local_path, read_text
-from s2d_jax.text.messages import Message, UnusableRow, read_turn, text_of, turns_in
+from s2d_jax.text.messages import Message, UnusableRow, read_turn, text_of, told_row, turns_in
 from s2d_jax.text.tokenizer import Tokenizer
 
 _REMEDY = "give a .jsonl or .txt file of prompts"
@@ -121,9 +121,8 @@ def question_of(where: str, number: int, row: Any) -> Question:
                 return Question(*names, texts)
     turns = turns_in(row)
     if turns is None:
-        held = f"an object of {shown(list(row))}" if isinstance(row, dict) else shown(row)
         raise UnusableRow(
-            f"{where}: is {held}; expected prompt (text), turns (texts) or messages (objects with role and content)",
+            f"{where}: is {told_row(row)}; expected prompt (text), turns (texts) or messages (objects with role and content)",
             "no_conversation",
         )
     history, turn = _split_messages(where, turns)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, first_of
 from s2d_jax.fields import Fields
 from s2d_jax.formats.gguf_header import GGUFPart, TensorInfo
 
@@ -82,9 +82,8 @@ class GGUFFile:
             for number in range(1, count + 1)
         ]
         if absent := [path.name for path in paths if not path.exists()]:
-            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
             raise UserError(
-                f"{self.path} is one of {count} parts, and {self.path.parent} lacks {', '.join(absent[:3])}{more}; {_FETCH_ALL}"
+                f"{self.path} is one of {count} parts, and {self.path.parent} lacks {first_of(absent)}; {_FETCH_ALL}"
             )
         parts = []
         for number, path in enumerate(paths):

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path, PurePath
 from typing import Any
 
-from s2d_jax.errors import UserError, shown
+from s2d_jax.errors import UserError, first_of, shown
 from s2d_jax.files import read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,9 +66,8 @@ def _shards(directory: Path, index: Path) -> list[Path]:
         )
     paths = [directory / name for name in sorted(set(named))]
     if absent := [path.name for path in paths if not path.exists()]:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UserError(
-            f"{directory} lacks {', '.join(absent[:3])}{more}, named in {index.name}; fetch the complete model"
+            f"{directory} lacks {first_of(absent)}, named in {index.name}; fetch the complete model"
         )
     return paths
 

@@ -100,6 +100,11 @@ def _side(value: Any, role: str) -> list[Any]:
     return value if is_messages else [{"role": role, "content": value}]
 
 
+def told_row(row: Any) -> str:
+    """What a row is, for messages about one that holds no conversation."""
+    return f"an object of {shown(list(row))}" if isinstance(row, dict) else shown(row)
+
+
 def read_turn(turn: Any) -> tuple[str, str | None]:
     """Role and text of a turn, `role` and `content` or `from` and `value`.
 
@@ -127,9 +132,8 @@ def parse_messages(row: Any, where: str) -> list[Message]:
     """
     turns = turns_in(row)
     if turns is None:
-        held = f"an object of {shown(list(row))}" if isinstance(row, dict) else shown(row)
         raise UnusableRow(
-            f"{where}: expected a list `messages` or `conversations`, or `prompt` and `completion`; it is {held}",
+            f"{where}: expected a list `messages` or `conversations`, or `prompt` and `completion`; it is {told_row(row)}",
             "no_conversation",
         )
     messages = []
