@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import flax.struct
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from s2d_jax.backends import forms
 from s2d_jax.config.sampling import SamplingParams
 
 # Non-negative floats order like their bit patterns, and a probability is at most 1.0 = 0x3F800000:
-# 30 halvings find a threshold exactly.
+# its 30 bits are found exactly.
 _ONE_BITS = 0x3F800000
-_HALVINGS = 30
+_THRESHOLD_BITS = 30
 # Entries per block of `top_k`.
 _BLOCK = 128
 
@@ -70,22 +72,32 @@ def _keep_top_p(probs_BTV, top_p_B):
 def _keep_above(probs_BTV, weight_BTV, goal_B, on_B):
     """Keeps, where `on_B`, the tokens at or above the largest probability t with `sum(weight[p >= t]) >= goal`.
 
-    Halves the range of bit patterns; runs no iteration when no row asks for it.
+    Finds the bits of t from the highest on, as many at a time as the backend's form says; nothing is searched if no row asks.
     """
     bits_BTV = jax.lax.bitcast_convert_type(probs_BTV, jnp.int32)
-    goal_BT = jnp.broadcast_to(goal_B[:, None], probs_BTV.shape[:2])
+    goal_BT1 = jnp.broadcast_to(goal_B[:, None], probs_BTV.shape[:2])[:, :, None]
+    at_a_time = forms().search_bits
+    number_C = jnp.arange(1, 1 << at_a_time, dtype=jnp.int32)
 
-    def halve(_, bounds):
-        low_BT, high_BT = bounds  # the weight at low reaches the goal, that at high does not
-        middle_BT = (low_BT + high_BT) // 2
-        kept_BTV = jnp.where(bits_BTV >= middle_BT[:, :, None], weight_BTV, 0.0)
-        reached_BT = jnp.sum(kept_BTV, axis=-1) >= goal_BT
-        low_BT = jnp.where(reached_BT, middle_BT, low_BT)
-        return low_BT, jnp.where(reached_BT, high_BT, middle_BT)
+    def find_bits(i, low_BT):
+        step = jnp.int32(1) << (_THRESHOLD_BITS - at_a_time * (i + 1))
+        candidate_BTC = low_BT[:, :, None] + number_C[None, None, :] * step
+        above_BTCV = bits_BTV[:, :, None, :] >= candidate_BTC[:, :, :, None]
+        sum_BTC = jnp.sum(jnp.where(above_BTCV, weight_BTV[:, :, None, :], 0.0), axis=-1)
+        # The weight at or above a higher threshold is never larger, so those that reach the goal come first.
+        reached_BT = jnp.sum(sum_BTC >= goal_BT1, axis=-1, dtype=jnp.int32)
+        return low_BT + reached_BT * step
 
-    start = (jnp.zeros_like(goal_BT, jnp.int32), jnp.full_like(goal_BT, _ONE_BITS + 1, jnp.int32))
-    trips = jnp.where(jnp.any(on_B), _HALVINGS, 0)
-    low_BT, _ = jax.lax.fori_loop(0, trips, halve, start)
+    nothing_BT = jnp.zeros(probs_BTV.shape[:2], jnp.int32)
+    asked, passes = jnp.any(on_B), _THRESHOLD_BITS // at_a_time
+    if forms().search == "loop":
+        low_BT = jax.lax.fori_loop(0, jnp.where(asked, passes, 0), find_bits, nothing_BT)
+    else:
+
+        def search(low_BT):
+            return functools.reduce(lambda low_BT, i: find_bits(i, low_BT), range(passes), low_BT)
+
+        low_BT = jax.lax.cond(asked, search, lambda low_BT: low_BT, nothing_BT)
     kept_BTV = jnp.where(bits_BTV >= low_BT[:, :, None], probs_BTV, 0.0)
     return jnp.where(on_B[:, None, None], _renormalise(kept_BTV), probs_BTV)
 
@@ -95,11 +107,10 @@ def top_k(
 ) -> tuple[Float[Array, "*batch {k}"], Int[Array, "*batch {k}"]]:
     """The k largest entries of each vector and their indices, as `jax.lax.top_k` has them (descending, ties by index).
 
-    They all lie in the k blocks with the largest maxima, so only these blocks are searched. On a CPU, inside a loop and with
-    k = 10 of 49,152, that takes a ninth of the time of `jax.lax.top_k`.
+    They all lie in the k blocks with the largest maxima, so where the form is "blocks", only these are searched.
     """
     V = x.shape[-1]
-    if k * _BLOCK >= V:
+    if forms().top_k == "whole" or k * _BLOCK >= V:
         values, at = jax.lax.top_k(x, k)
         return values, at
     widths = [(0, 0)] * (x.ndim - 1) + [(0, -V % _BLOCK)]

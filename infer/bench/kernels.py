@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.bench.kernel_report import show_kernels, write_kernels
+from s2d_jax.backends import forms_of
 from s2d_jax.cli.command import say_devices
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.screen import counting_bar, eta, screen
@@ -199,7 +200,8 @@ def time_forms(
                 "gb_per_s": weight_bytes(weights[candidate.weight_format]) / median / 1e9,
                 "gf_per_s": flops * count / median / 1e9,
                 "temporary_mb": run.memory_analysis().temp_size_in_bytes / 1e6,
-                "picked": form_of(platform, candidate.weight_format, count) is candidate.form,
+                "picked": form_of(forms_of(platform), candidate.weight_format, count)
+                is candidate.form,
             }
         )
     return found

@@ -149,9 +149,13 @@ class Decoder:
 
         def round(carry):
             state, rounds = carry
-            proposal, state = self.propose(params, request, state)
-            verified, state = self.verify(params, request, state, proposal)
-            return self.accept(request, state, verified), rounds + 1
+            # The names are those that profilers show.
+            with jax.named_scope("draft"):
+                proposal, state = self.propose(params, request, state)
+            with jax.named_scope("verify"):
+                verified, state = self.verify(params, request, state, proposal)
+            with jax.named_scope("accept"):
+                return self.accept(request, state, verified), rounds + 1
 
         return jax.lax.while_loop(goes_on, round, (state, jnp.int32(0)))[0]
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from s2d_jax.backends import compiling_for, forms_of
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.progress.compiling import compiling
 
@@ -137,14 +138,11 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     if key in _CACHE:
         return _CACHE[key], 0.0
     started = time.perf_counter()
-    jitted = jax.jit(
-        function, donate_argnums=donate, **({} if out is None else {"out_shardings": out})
-    )
     # Where a program has switched JAX to 64 bits, sums of int32 would become int64, and no loop could carry them.
     thirty_two = jax.enable_x64(False)
     with compiling(key[0], _WORDS[key[0]].format(*key[2:-1]), inputs), thirty_two:
-        lowered = jitted.lower(*inputs)
-        compiled = lowered.compile()
+        lowered = _lowered(function, inputs, donate, out)
+        compiled = lowered.compile(dict(forms_of(_platform(inputs)).compiler_options))
     result = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         lowered.out_info,
@@ -152,6 +150,25 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     )
     _CACHE[key] = compiled, result
     return _CACHE[key], time.perf_counter() - started
+
+
+def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stages.Lowered:
+    """The function, traced for the backend that its inputs are on."""
+    platform = _platform(inputs)
+
+    def traced(*inputs):
+        with compiling_for(platform):
+            return function(*inputs)
+
+    shardings = {} if out is None else {"out_shardings": out}
+    return jax.jit(traced, donate_argnums=donate, **shardings).lower(*inputs)
+
+
+def _platform(inputs: tuple) -> str:
+    sharding = jax.tree.leaves(inputs)[0].sharding
+    if sharding is None:
+        return jax.default_backend()
+    return next(iter(sharding.device_set)).platform
 
 
 def _signature(args: Any) -> tuple:

@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from s2d_jax.model.kv_cache import KVCache
@@ -73,5 +75,13 @@ class Target:
         return tuple(sorted({0, *inputs, self.model.config.num_layers}))
 
     def logits(self, params: Any, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """f32 logits of states, through the final norm and the head."""
-        return apply_model(self.model, params, "logits", h)
+        """f32 logits of states, through the final norm and the head; whole on every device of a tensor axis.
+
+        They are gathered once, so that no filter and no argmax sends anything.
+        """
+        logits = apply_model(self.model, params, "logits", h)
+        if self.mesh is None:
+            return logits
+        anyhow = PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(*(anyhow,) * (logits.ndim - 1), None)
+        return jax.lax.with_sharding_constraint(logits, NamedSharding(self.mesh, spec))

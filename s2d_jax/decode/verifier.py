@@ -14,7 +14,7 @@ from s2d_jax.decode.state import DecodeState, Verified
 from s2d_jax.draft.drafter import Proposal
 from s2d_jax.draft.guard import Steps
 from s2d_jax.draft.request import Request
-from s2d_jax.model.conditional import at_width
+from s2d_jax.model.conditional import of_width
 from s2d_jax.model.kv_cache import write_window
 from s2d_jax.model.place import Place
 from s2d_jax.sampling import probabilities
@@ -107,16 +107,15 @@ class ChainVerifier:
     def judge(self, request: Request, state: DecodeState, verified: Verified) -> Judged:
         proposal = verified.proposal
 
-        def accept(width, _):
+        def accept(width):
             logits_BTV, drafted = verified.logits_BTV[:, :width], proposal.first(width - 1)
             if self.greedy:
                 return accept_greedy(drafted, logits_BTV)
             target_probs_BTV = probabilities(logits_BTV, request.sampling)
             return accept_sampled(drafted, target_probs_BTV, verified.key_B)
 
-        nothing = (jnp.zeros_like(state.length_B),) * 2
         needed = self.needed_width(proposal)
-        num_accepted_B, next_token_B = at_width(self.widths, needed, accept, nothing)
+        num_accepted_B, next_token_B = of_width(self.widths, needed, accept)
         emitted_BY = append_next(proposal.tokens_BG, num_accepted_B, next_token_B)
         origin_BY = origins(proposal.exit_BG, num_accepted_B)
         return Judged(emitted_BY, origin_BY, num_accepted_B, state)

@@ -24,8 +24,7 @@ from s2d_jax.draft.length import confidence
 from s2d_jax.draft.logits import fit_draft_logits, num_entries
 from s2d_jax.draft.request import Request
 from s2d_jax.model import tree_mask
-from s2d_jax.model.conditional import run_if
-from s2d_jax.model.kv_cache import KVCache, grow_axis, keep_path, read_window, write_window
+from s2d_jax.model.kv_cache import KVCache, grow_axis, keep_path, read_window, write_caches
 from s2d_jax.model.place import Place
 from s2d_jax.model.prefill import reached, states_at_end
 from s2d_jax.model.transformer import Transformer, apply_model
@@ -181,37 +180,42 @@ class Segments:
             The state, and the output of segment `s` at the last `count` positions before `end_B`; zeros
             where they were not computed here.
         """
-        start, stop = self._bounds(s)
-
-        def run_chunk(carry):
-            state, last_BTD = carry
-            cache = state.segments[s]
-            source = tokens_BC if s == 0 else state.entries[s - 1]
-            chunk = read_window(source, cache.length_B, width)
-            h_BWD = apply_model(self.model, params, "embed", chunk) if s == 0 else chunk
-            place = None if slots is None else slots.place(cache.length_B, width, source.shape[1])
-            h_BWD, written = apply_model(
-                self.model, params, "run_blocks", h_BWD, cache, start, stop, place
-            )
-            entries = list(state.entries)
-            if s < len(entries):
-                entries[s] = write_window(entries[s], h_BWD, cache.length_B, axis=1)
-            last_BTD = states_at_end(h_BWD, cache.length_B, end_B, last_BTD)
-            segments = list(state.segments)
-            segments[s] = written.advance_to(reached(cache.length_B, width, end_B))
-            state = state.replace(
-                segments=tuple(segments),
-                entries=tuple(entries),
-                segment_passes_E=state.segment_passes_E.at[s].add(1),
-            )
-            return state, last_BTD
+        nothing_BTD = self._nothing(tokens_BC.shape[0], count)
 
         def behind(carry):
             return jnp.any(carry[0].segments[s].length_B < end_B)
 
-        shape = tokens_BC.shape[0], count, self.model.config.embed_dim
-        nothing_BTD = jnp.zeros(shape, self.model.dtype)
+        def run_chunk(carry):
+            return self._run_chunk(params, *carry, s, tokens_BC, end_B, width, slots)
+
         return jax.lax.while_loop(behind, run_chunk, (state, nothing_BTD))
+
+    def _nothing(self, batch: int, count: int) -> jax.Array:
+        return jnp.zeros((batch, count, self.model.config.embed_dim), self.model.dtype)
+
+    def _run_chunk(self, params, state, last_BTD, s, tokens_BC, end_B, width, slots):
+        """One pass of segment `s` over `width` positions of each row."""
+        start, stop = self._bounds(s)
+        cache = state.segments[s]
+        source = tokens_BC if s == 0 else state.entries[s - 1]
+        chunk = read_window(source, cache.length_B, width)
+        h_BWD = apply_model(self.model, params, "embed", chunk) if s == 0 else chunk
+        place = None if slots is None else slots.place(cache.length_B, width, source.shape[1])
+        h_BWD, written = apply_model(
+            self.model, params, "run_blocks", h_BWD, cache, start, stop, place
+        )
+        entries = list(state.entries)
+        if s < len(entries):
+            (entries[s],) = write_caches((entries[s],), (h_BWD,), cache.length_B, axis=1)
+        last_BTD = states_at_end(h_BWD, cache.length_B, end_B, last_BTD)
+        segments = list(state.segments)
+        segments[s] = written.advance_to(reached(cache.length_B, width, end_B))
+        state = state.replace(
+            segments=tuple(segments),
+            entries=tuple(entries),
+            segment_passes_E=state.segment_passes_E.at[s].add(1),
+        )
+        return state, last_BTD
 
     def step(
         self,
@@ -223,6 +227,7 @@ class Segments:
         widths: tuple[int, int],
         request: Request,
         slots: Slots | None = None,
+        once: bool = False,
     ) -> Step:
         """Takes the last T positions before `end_B` through the exits. Segments that no row needs are skipped.
 
@@ -232,54 +237,60 @@ class Segments:
             live_BT: bool, positions whose logits are wanted.
             widths: static; positions per pass, for the first segment and for deeper ones.
             request: thresholds and the listed tokens of a trimmed head.
+            once: static; the first segment lacks no more positions than its pass is wide, and some row lacks some.
         """
         (B, T), E = live_BT.shape, len(self.exit_layers)
-        on_their_way = Step(
+        step = Step(
             state=state,
             logits_BTU=jnp.zeros((B, T, num_entries(self.vocab_size, request)), jnp.float32),
             exit_BT=jnp.zeros((B, T), jnp.int32),
             undecided_BT=live_BT,
         )
         for s in range(E):
-
-            def try_exit(step, s=s):
-                inputs = tokens_BC, end_B, live_BT, widths[s > 0], request, slots
-                return self._try_exit(params, step, s, *inputs)
-
-            on_their_way = run_if(jnp.any(on_their_way.undecided_BT), try_exit, on_their_way)
-        state, exit_BT = on_their_way.state, on_their_way.exit_BT
+            # Rows that need no more have nothing to catch up on: where no row does, the segment makes no pass.
+            target_B = jnp.where(jnp.any(step.undecided_BT, axis=1), end_B, 0)
+            inputs = tokens_BC, target_B, widths[s > 0], slots
+            state, last_BTD = self._reach(params, step.state, s, *inputs, count=T, once=once)
+            # The state stays outside of the condition, which would copy the caches.
+            step = self._read_exit(params, step.replace(state=None), s, last_BTD, live_BT, request)
+            step = step.replace(state=state)
+        exit_BT = step.exit_BT
         left_BTE = jax.nn.one_hot(exit_BT, E, dtype=jnp.int32) * live_BT[:, :, None].astype(
             jnp.int32
         )
         deepest_B = jnp.max(jnp.where(live_BT, exit_BT, -1), axis=1)
-        state = state.replace(
-            exit_counts_BE=state.exit_counts_BE + jnp.sum(left_BTE, axis=1),
-            step_counts_BE=state.step_counts_BE + jax.nn.one_hot(deepest_B, E, dtype=jnp.int32),
+        state = step.state.replace(
+            exit_counts_BE=step.state.exit_counts_BE + jnp.sum(left_BTE, axis=1),
+            step_counts_BE=step.state.step_counts_BE
+            + jax.nn.one_hot(deepest_B, E, dtype=jnp.int32),
         )
-        return on_their_way.replace(state=state)
+        return step.replace(state=state)
 
-    def _try_exit(
-        self, params, step: Step, s, tokens_BC, end_B, live_BT, width, request, slots
-    ) -> Step:
-        """Takes the rows with undecided tokens through segment `s` and reads its exit; the confident ones stay."""
-        undecided_BT = step.undecided_BT
-        target_B = jnp.where(jnp.any(undecided_BT, axis=1), end_B, 0)
-        count = undecided_BT.shape[1]
-        state, last_BTD = self.catch_up(
-            params, step.state, s, tokens_BC, target_B, width, slots, count
-        )
-        logits_BTU = apply_model(self.model, params, "logits", last_BTD, self.exit_layers[s])
-        logits_BTU = fit_draft_logits(logits_BTU, self.vocab_size, request)
+    def _reach(self, params, state, s, tokens_BC, end_B, width, slots, *, count: int, once: bool):
+        """As `catch_up`; if `once`, the first segment makes exactly one pass, which is wide enough."""
+        if not (once and s == 0):
+            return self.catch_up(params, state, s, tokens_BC, end_B, width, slots, count)
+        last_BTD = self._nothing(tokens_BC.shape[0], count)
+        return self._run_chunk(params, state, last_BTD, s, tokens_BC, end_B, width, slots)
+
+    def _read_exit(self, params, step: Step, s: int, last_BTD, live_BT, request: Request) -> Step:
+        """Reads the exit of segment `s` for the undecided tokens, if there are any; the confident ones stay."""
         last = s == len(self.exit_layers) - 1  # it always accepts
-        sure_BT = jnp.bool_(last) | (confidence(logits_BTU) > request.exit_threshold_E[s])
-        if self.together:
-            sure_BT = jnp.any(sure_BT & live_BT, axis=1, keepdims=True)
-        return Step(
-            state=state,
-            logits_BTU=jnp.where(undecided_BT[:, :, None], logits_BTU, step.logits_BTU),
-            exit_BT=jnp.where(undecided_BT, s, step.exit_BT),
-            undecided_BT=undecided_BT & ~sure_BT,
-        )
+
+        def read(step):
+            logits_BTU = apply_model(self.model, params, "logits", last_BTD, self.exit_layers[s])
+            logits_BTU = fit_draft_logits(logits_BTU, self.vocab_size, request)
+            sure_BT = jnp.bool_(last) | (confidence(logits_BTU) > request.exit_threshold_E[s])
+            if self.together:
+                sure_BT = jnp.any(sure_BT & live_BT, axis=1, keepdims=True)
+            undecided_BT = step.undecided_BT
+            return step.replace(
+                logits_BTU=jnp.where(undecided_BT[:, :, None], logits_BTU, step.logits_BTU),
+                exit_BT=jnp.where(undecided_BT, s, step.exit_BT),
+                undecided_BT=undecided_BT & ~sure_BT,
+            )
+
+        return jax.lax.cond(jnp.any(step.undecided_BT), read, lambda step: step, step)
 
     def rewind(self, state: SortedState, length_B: Int[Array, "B"]) -> SortedState:
         """As `Drafter.rewind`."""

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from s2d_jax.config.model import ModelConfig, RopeScaling
-from s2d_jax.model.kv_cache import write_window
+from s2d_jax.model.kv_cache import write_caches
 from s2d_jax.model.layers import Linear
 
 # One number for each of T tokens of a row.
@@ -120,7 +120,6 @@ class Attention(nn.Module):
         v = jnp.swapaxes(v_BTKH, 1, 2)
         if cache is not None:
             k_cache, v_cache, start_B = cache
-            k = write_window(k_cache, k, start_B, axis=2)
-            v = write_window(v_cache, v, start_B, axis=2)
+            k, v = write_caches((k_cache, v_cache), (k, v), start_B, axis=2)
         mixed = attention(q_BTNH, k.astype(x_BTD.dtype), v.astype(x_BTD.dtype), mask_BTS)
         return self.o_proj(mixed), (k, v)

@@ -14,10 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from s2d_jax.backends import forms
 from s2d_jax.model.conditional import run_if
-
-# Up to this many rows, one dynamic_update_slice per row is the fastest in-place write; beyond, a scatter compiles sooner.
-_UNROLLED_ROWS = 16
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -73,11 +71,9 @@ class KVCache(flax.struct.PyTreeNode):
 
     def write_states(self, states: dict[str, Float[Array, "B T D"]]) -> KVCache:
         """Writes states behind the valid positions."""
-        written = {
-            name: write_window(self.states[name], new_BTD, self.length_B, axis=1)
-            for name, new_BTD in states.items()
-        }
-        return self.replace(states=written)
+        old = tuple(self.states[name] for name in states)
+        written = write_caches(old, tuple(states.values()), self.length_B, axis=1)
+        return self.replace(states=dict(zip(states, written, strict=True)))
 
     def rewind(self, length_B: Int[Array, "B"]) -> KVCache:
         """Clips every row to at most `length_B`."""
@@ -113,6 +109,27 @@ def grow_axis(array: Shaped[Array, "..."], size: int, *, axis: int) -> Shaped[Ar
     return jnp.pad(array, widths)
 
 
+def write_caches(
+    buffers: tuple[jax.Array, ...],
+    windows: tuple[jax.Array, ...],
+    start_B: Int[Array, "B"],
+    *,
+    axis: int,
+) -> tuple[jax.Array, ...]:
+    """`write_window` for arrays that are large and read right after: the form keeps them in place (`s2d_jax.backends`)."""
+
+    def write(buffers):
+        return tuple(
+            write_window(buffer, window, start_B, axis=axis)
+            for buffer, window in zip(buffers, windows, strict=True)
+        )
+
+    if len(start_B) > 1 or forms().one_row_write == "plain":
+        return write(buffers)
+    # XLA does not look through a loop, and cannot know that this one always makes its only trip.
+    return run_if(start_B[0] >= 0, write, buffers)
+
+
 def write_window(
     buffer: Shaped[Array, "B *rest"],
     window: Shaped[Array, "B ..."],
@@ -120,24 +137,18 @@ def write_window(
     *,
     axis: int,
 ) -> Shaped[Array, "B *rest"]:
-    """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis), in place."""
-    window = window.astype(buffer.dtype)
-    if buffer.shape[0] > _UNROLLED_ROWS:
+    """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis)."""
+    window, rows = window.astype(buffer.dtype), buffer.shape[0]
+    if rows == 1:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, window, start_B[0], axis)
+    if rows > forms().unrolled_rows:
 
         def write_row(row, values, start):
             return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)
 
         return jax.vmap(write_row)(buffer, window, start_B)
-    if buffer.shape[0] == 1:
-
-        def write_only_row(buffer):
-            return jax.lax.dynamic_update_slice_in_dim(buffer, window, start_B[0], axis)
-
-        # For one row XLA would merge the write into each of its readers, and copy the cache for all but one of them.
-        # It does not look through a condition, and cannot know that this one always holds.
-        return run_if(start_B[0] >= 0, write_only_row, buffer)
     zero = jnp.int32(0)
-    for row in range(buffer.shape[0]):
+    for row in range(rows):
         starts = [zero] * buffer.ndim
         starts[0], starts[axis] = jnp.int32(row), start_B[row]
         buffer = jax.lax.dynamic_update_slice(buffer, window[row : row + 1], starts)
@@ -173,4 +184,6 @@ def keep_path(
     shape = [1] * buffer.ndim
     shape[0], shape[axis] = index_BY.shape
     kept = jnp.take_along_axis(buffer, (start_B[:, None] + index_BY).reshape(shape), axis=axis)
-    return write_window(buffer, kept, start_B, axis=axis)
+    # Read completely before anything is written: merged, the two would need a copy of the buffer.
+    (written,) = write_caches((buffer,), (jax.lax.optimization_barrier(kept),), start_B, axis=axis)
+    return written

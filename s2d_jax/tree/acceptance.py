@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from s2d_jax.draft.logits import over_all_ids
-from s2d_jax.model.conditional import run_if
 from s2d_jax.sampling import SamplingArrays, fold_in, probabilities, sample, split, uniform
 from s2d_jax.tree.nodes import Tree
 
@@ -145,7 +144,7 @@ def accept_without_replacement(
         return walk.arrived(p_BV, over_all_ids(_row(draft_probs_BLU, slot_B), vocabulary_U, V))
 
     def try_child(walk: _Walk) -> _Walk:
-        walk = run_if(jnp.any(walk.is_new_B), arrive, walk)
+        walk = jax.lax.cond(jnp.any(walk.is_new_B), arrive, lambda walk: walk, walk)
         p_BV, q_BV = walk.target_probs_BV, walk.draft_probs_BV
         later_BM = jnp.arange(M, dtype=jnp.int32)[None, :] > walk.tried_B[:, None]
         child_BM = _children(tree, walk.node_B) & later_BM

@@ -19,7 +19,6 @@ from s2d_jax.draft.drafter import TargetStates
 from s2d_jax.draft.logits import num_entries
 from s2d_jax.draft.request import Request
 from s2d_jax.draft.segments import SegmentedDrafter, Segments, Slots, SortedState
-from s2d_jax.model.conditional import run_if
 from s2d_jax.model.kv_cache import write_window
 from s2d_jax.sampling import fold_in
 from s2d_jax.tree.growth import Candidates, Growth
@@ -108,9 +107,6 @@ class TreeDrafter(SegmentedDrafter):
         growing = _Growing(state, tokens_BC, nothing_BLL, growth.start(B), probs_BLU)
         inputs = params, length_B, num_draft_B, key_B, request
 
-        def root(growing):
-            return self._root(*inputs, growing)
-
         def level(carry):
             level, growing = carry
             return level + 1, self._level(*inputs, level, growing)
@@ -118,7 +114,7 @@ class TreeDrafter(SegmentedDrafter):
         def goes_on(carry):
             return carry[0] <= jnp.max(num_draft_B)
 
-        growing = run_if(jnp.any(num_draft_B > 0), root, growing)
+        growing = self._root(*inputs, growing)
         if growth.depth > 1:
             _, growing = jax.lax.while_loop(goes_on, level, (jnp.int32(2), growing))
         root_token_B = jnp.take_along_axis(tokens_BC, length_B[:, None] - 1, axis=1)[:, 0]
@@ -129,8 +125,16 @@ class TreeDrafter(SegmentedDrafter):
         """Level 1: the children of the last emitted token."""
         live_B1 = (limit_B > 0)[:, None]
         widths = _WAITING, self.catch_up_width
+        once = not self.return_width  # with a guard, rounds may go by in which no row drafts
         left = self.segments.step(
-            params, growing.state, growing.tokens_BC, length_B, live_B1, widths, request
+            params,
+            growing.state,
+            growing.tokens_BC,
+            length_B,
+            live_B1,
+            widths,
+            request,
+            once=once,
         )
         nothing_B1 = jnp.zeros(live_B1.shape, jnp.float32)
         children = self.growth.children(
@@ -162,7 +166,15 @@ class TreeDrafter(SegmentedDrafter):
         widths = J, max(J, self.catch_up_width)
         end_B = length_B + first_slot + J
         left = self.segments.step(
-            params, growing.state, growing.tokens_BC, end_B, live_BJ, widths, request, slots
+            params,
+            growing.state,
+            growing.tokens_BC,
+            end_B,
+            live_BJ,
+            widths,
+            request,
+            slots,
+            once=True,
         )
         score_BJ = of_beam(found.score_BX)
         own_key_B = fold_in(key_B, jnp.full_like(length_B, level))

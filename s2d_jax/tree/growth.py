@@ -221,9 +221,8 @@ class Growth:
             return jnp.broadcast_to(value_BJ[:, :, None], children.tokens_BJk.shape)
 
         beam_BJ = first + self._select(level, children.priority_BJk)
-        beams_BYJ = jax.lax.dynamic_update_slice_in_dim(
-            found.beams_BYJ, beam_BJ[:, None], level - 1, 1
-        )
+        is_level_Y = jnp.arange(self.depth, dtype=jnp.int32) == level - 1
+        beams_BYJ = jnp.where(is_level_Y[None, :, None], beam_BJ[:, None], found.beams_BYJ)
         return found.replace(
             tokens_BX=put(found.tokens_BX, children.tokens_BJk),
             priority_BX=put(found.priority_BX, children.priority_BJk),

@@ -13,7 +13,6 @@ from s2d_jax.decode.verifier import Judged, Window, append_next, origins
 from s2d_jax.draft.guard import Steps
 from s2d_jax.draft.request import Request
 from s2d_jax.model import tree_mask
-from s2d_jax.model.conditional import run_if
 from s2d_jax.model.place import Place
 from s2d_jax.tree import acceptance
 from s2d_jax.tree import nodes as trees
@@ -79,7 +78,7 @@ class TreeVerifier:
         )
 
     def _keep_path(self, state: DecodeState, tree: trees.Tree, path_BY, num_accepted_B):
-        """Moves the accepted path right behind the text in both caches. Rounds that accept nothing move nothing."""
+        """Moves the accepted path right behind the text in both caches."""
         root_B = state.length_B - 1
         depth_1Y = jnp.arange(path_BY.shape[1], dtype=jnp.int32)[None, :]
         slot_BY = _at(tree.slot_BM, path_BY)
@@ -87,15 +86,10 @@ class TreeVerifier:
         # Slots ascend along the path; the first that is missing ends it.
         slot_BY = jnp.where(on_path_BY, slot_BY, -1)
 
-        def move(caches):
-            target_cache, draft_state = caches
-            target_cache = target_cache.keep_path(root_B, path_BY)
-            return target_cache, self.drafter.keep_path(draft_state, state.length_B, slot_BY)
-
-        target_cache, draft_state = run_if(
-            jnp.any(num_accepted_B > 0), move, (state.target_cache, state.draft_state)
+        return state.replace(
+            target_cache=state.target_cache.keep_path(root_B, path_BY),
+            draft_state=self.drafter.keep_path(state.draft_state, state.length_B, slot_BY),
         )
-        return state.replace(target_cache=target_cache, draft_state=draft_state)
 
 
 def _at(values_BM, index_BY) -> jax.Array:

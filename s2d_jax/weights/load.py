@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from s2d_jax.backends import platform_of
 from s2d_jax.config.draft import NO_PARTS, DraftConfig, ExitParts
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
@@ -24,7 +25,7 @@ from s2d_jax.sharding import check_mesh, params_sharding
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.model import Draft, Model, with_trimmed_head
 from s2d_jax.weights.peft import read_peft
-from s2d_jax.weights.prepare import load_weight, platform_of
+from s2d_jax.weights.prepare import load_weight
 from s2d_jax.weights.sorted_draft import Base, base_fingerprint, read_sorted_draft
 from s2d_jax.weights.stored import (
     StoredModel,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2d_jax.backends import platform_of
 from s2d_jax.model.lora import merge_lora
 from s2d_jax.model.products.weight_formats import (
     Int8Weight,
@@ -45,11 +46,6 @@ def prepare_for_decode(model: ModelT, weight_format: str) -> ModelT:
         lambda leaf: _converted(leaf, weight_format, dtype), params, is_leaf=is_weight
     )
     return dataclasses.replace(model, params=prepared)
-
-
-def platform_of(mesh: jax.sharding.Mesh | None) -> str:
-    """The platform of a mesh's devices, or of the default device: "cpu", "gpu", "tpu"."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def load_weight(

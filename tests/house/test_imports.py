@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 WINGS = {
     "s2d_jax": (
         "errors version",
-        "files machine fields",
+        "files machine fields backends",
+        "compilers",
         "progress",
         "config",
         "sharding sampling",

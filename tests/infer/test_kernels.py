@@ -21,6 +21,7 @@ from infer.bench.kernels import (
     make_weights,
     time_forms,
 )
+from s2d_jax.backends import CPU
 from s2d_jax.errors import UserError
 from s2d_jax.model.products.forms import plain
 from s2d_jax.model.products.linear import form_of
@@ -66,7 +67,7 @@ def test_every_form_is_timed_and_the_picked_ones_are_marked():
     assert all(row["milliseconds"] > 0 for row in rows)
     for weight_format in WEIGHT_FORMATS:
         (picked,) = [r["form"] for r in rows if r["picked"] and r["format"] == weight_format]
-        form = form_of("cpu", weight_format, 2)
+        form = form_of(CPU, weight_format, 2)
         assert TimedForm(weight_format, picked, form) in FORMS
     flops = 2 * sum(out * columns for out, columns in SMALL.shapes)
     assert rows[0]["gf_per_s"] == pytest.approx(flops * 2 / rows[0]["milliseconds"] / 1e6)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import noisy_draft, tiny_config, tiny_draft, tiny_model, tiny_params
 
+from s2d_jax.backends import forms_of
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.programs import programs
@@ -159,8 +160,10 @@ def test_not_a_number_is_not_hidden_by_rounding():
 
 
 def test_other_platforms_get_plain_dots():
-    assert {form_of(p, f, 1) for p in ("tpu", "gpu") for f in ("f32", "bf16")} == {plain}
-    assert {form_of(p, "int8", rows) for p in ("tpu", "gpu") for rows in (1, 99)} == {scaled}
+    assert {form_of(forms_of(p), f, 1) for p in ("tpu", "gpu") for f in ("f32", "bf16")} == {plain}
+    assert {form_of(forms_of(p), "int8", rows) for p in ("tpu", "gpu") for rows in (1, 99)} == {
+        scaled
+    }
     assert compute_dtype("int8", "tpu") == compute_dtype("bf16", "cpu") == jnp.bfloat16
     assert compute_dtype("int8", "cpu") == compute_dtype("f32", "tpu") == jnp.float32
 

@@ -11,11 +11,11 @@ from hf_tiny import expect_user_error
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config
 
+from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.formats.hf_config import config_to_hf
 from s2d_jax.sharding import MeshConfig, make_mesh
 from train.config.files import load_config
 from train.plan.__main__ import Collectives, count_collectives, draft_shape, main, make_plan
-from train.plan.chips import tpu_devices
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = CONFIGS / "vicuna7b_soft.yaml"
@@ -143,7 +143,9 @@ def test_the_papers_recipe_compiles_for_tpus(topology, slices, mesh):
     pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
     config = load_config(PAPER)
     plan = make_plan(
-        config, draft_shape(config, PAPER, None), make_mesh(mesh, tpu_devices(topology, slices))
+        config,
+        draft_shape(config, PAPER, None),
+        make_mesh(mesh, topology_devices(topology, slices)),
     )
     print(topology, slices, plan)
     parameters = 12 * (4 * 4096**2 + 3 * 4096 * 11_008) + 2 * 32_000 * 4096
@@ -157,4 +159,4 @@ def test_the_papers_recipe_compiles_for_tpus(topology, slices, mesh):
 def test_a_topology_that_libtpu_does_not_know_is_named():
     pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
     with expect_user_error("--topology v5p:3x1x7 is not known to libtpu"):
-        tpu_devices("v5p:3x1x7")
+        topology_devices("v5p:3x1x7")

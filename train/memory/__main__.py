@@ -29,6 +29,7 @@ from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.cli.outputs import check_directory
 from s2d_jax.cli.parsing import parse
 from s2d_jax.cli.screen import PlainColumn, screen
+from s2d_jax.compilers.topologies import check_cpu_devices, topology_devices
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.files import expanded, read_json, write_text
@@ -37,7 +38,6 @@ from s2d_jax.sharding import MESH_AXES, MeshConfig, make_mesh
 from train.config.sections import Config, DataSection, DraftSection, ModelSection, TrainSection
 from train.medusa import MedusaConfig, MedusaTrainer
 from train.memory.systems import medusa_step, soft_step
-from train.plan.chips import check_cpu_devices, tpu_devices
 from train.plan.step_memory import StepMemory, StepToCompile, measure_step
 from train.step.trainer import Trainer
 
@@ -217,7 +217,7 @@ def _devices(topology: str, count: int) -> list[Any]:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
         return jax.devices("cpu")
-    return list(tpu_devices(topology))
+    return list(topology_devices(topology))
 
 
 def _measure_all(steps: list[StepToCompile], devices: int, console: Console) -> list[StepMemory]:

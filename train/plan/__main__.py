@@ -22,6 +22,7 @@ from s2d_jax.cli.command import status_of
 from s2d_jax.cli.flags import flag
 from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
+from s2d_jax.compilers.topologies import check_cpu_devices, topology_devices
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.files import expanded, here_or_shipped, read_json, write_text
@@ -31,7 +32,6 @@ from s2d_jax.weights.checkpoints import placed
 from s2d_jax.weights.load import read_description
 from train.config.files import FlagsWithConfig, parse_command_line
 from train.config.sections import Config
-from train.plan.chips import check_cpu_devices, tpu_devices
 from train.plan.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
 from train.step.trainer import Trainer
 
@@ -239,7 +239,7 @@ def run(args: Args) -> None:
     config, console = args.settings, screen()
     shape = draft_shape(config, here_or_shipped(args.config), args.shape)
     if args.topology is not None:
-        devices = tpu_devices(args.topology, args.slices)
+        devices = topology_devices(args.topology, args.slices)
         place = f"{args.slices} x {args.topology}" if args.slices > 1 else args.topology
     else:
         assert args.devices is not None  # one of them was given

@@ -9,18 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from s2d_jax import backends
 from s2d_jax.model.products.forms import blocked, plain, scaled, two_digits, weight_first
 from s2d_jax.model.products.mixed import mixed_product
 from s2d_jax.model.products.weight_formats import Int8Weight, Weight
 
-# Above this many rows a product is bound by arithmetic, and the operand order hardly matters.
-_FEW_ROWS = 32
-# Above this many rows, XLA's CPU library multiplies bf16 as it is. For one row it makes an f32 copy, and hoists that.
-_FEW_BF16_ROWS = 4
-# Above this many rows, two int8 digits per activation cost more arithmetic than converting the weights.
-_FEW_DIGIT_ROWS = 8
-
 Form = Callable[[Float[Array, "A I"], Any], Float[Array, "A O"]]
+
+_FORMS: dict[str, Form] = {
+    form.__name__: form for form in (blocked, plain, scaled, two_digits, weight_first)
+}
 
 
 def linear(
@@ -47,10 +45,7 @@ def _product(x_AI: jax.Array, w: Weight) -> jax.Array:
         return mixed_product(x_AI, w)
     if not isinstance(w, Int8Weight):
         w, stored = w.astype(x_AI.dtype), computed
-    forms = {platform: form_of(platform, stored, x_AI.shape[0]) for platform in ("cpu", "tpu")}
-    if forms["cpu"] is forms["tpu"]:
-        return forms["cpu"](x_AI, w)
-    return jax.lax.platform_dependent(x_AI, w, cpu=forms["cpu"], default=forms["tpu"])
+    return form_of(backends.forms(), stored, x_AI.shape[0])(x_AI, w)
 
 
 def format_of(w: Weight) -> str:
@@ -60,18 +55,13 @@ def format_of(w: Weight) -> str:
     return "bf16" if w.dtype == jnp.bfloat16 else "f32"
 
 
-def form_of(platform: str, weight_format: str, rows: int) -> Form:
-    """The form that `linear` uses; measured on CPU (docs/experiments.md), plain dots elsewhere.
+def form_of(chosen: backends.Forms, weight_format: str, rows: int) -> Form:
+    """The form that `linear` uses.
 
     Args:
-        platform: "cpu", "gpu", "tpu".
+        chosen: of a backend.
         weight_format: "f32", "bf16" or "int8".
         rows: how many rows the activations have.
     """
-    if platform != "cpu":
-        return scaled if weight_format == "int8" else plain
-    if weight_format == "int8":
-        return two_digits if rows <= _FEW_DIGIT_ROWS else blocked
-    if weight_format == "bf16":
-        return blocked if rows <= _FEW_BF16_ROWS else plain
-    return weight_first if rows <= _FEW_ROWS else plain
+    names = chosen.products[weight_format]
+    return _FORMS[next(name for most, name in names if most is None or rows <= most)]

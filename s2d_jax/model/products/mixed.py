@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from s2d_jax.backends import forms
 from s2d_jax.model.products.forms import plain
 from s2d_jax.model.products.weight_formats import Matrix
 
@@ -39,7 +40,8 @@ def _backward(saved, dy_AO):
     x_AI, w_OI = saved
     dy_AO = dy_AO.astype(x_AI.dtype)
     dx_AI = jnp.matmul(dy_AO, w_OI.astype(x_AI.dtype), preferred_element_type=jnp.float32)
-    dw_OI = jax.lax.platform_dependent(dy_AO, x_AI, cpu=_transposed_first, default=_contract_rows)
+    form = _transposed_first if forms().weight_gradient == "transposed_first" else _contract_rows
+    dw_OI = form(dy_AO, x_AI)
     return dx_AI.astype(x_AI.dtype), dw_OI.astype(w_OI.dtype)
 
 

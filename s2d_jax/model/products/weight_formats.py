@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from s2d_jax.backends import forms_of
 from s2d_jax.errors import UserError
 
 WEIGHT_FORMATS = ("f32", "bf16", "int8")
@@ -58,11 +59,11 @@ def check_weight_format(weight_format: str) -> None:
 def compute_dtype(weight_format: str, platform: str) -> Any:
     """The dtype of activations, norms and biases beside weights of this format.
 
-    It is that of the weights. Beside int8 it is bfloat16 where that is the fast type, and float32 on a CPU.
+    It is that of the weights; beside int8 it is the backend's choice.
     """
-    if weight_format == "f32" or (weight_format == "int8" and platform == "cpu"):
-        return jnp.float32
-    return jnp.bfloat16
+    if weight_format == "int8":
+        return forms_of(platform).beside_int8
+    return jnp.float32 if weight_format == "f32" else jnp.bfloat16
 
 
 def quantise(w_OI: Matrix | jax.ShapeDtypeStruct) -> Int8Weight:
