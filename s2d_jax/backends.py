@@ -3,6 +3,7 @@
 Nothing else asks which backend a program is for. A module that has several forms of something takes the one that `forms()`
 names.
 The forms of the CPU were measured; those of GPU and TPU are judged by what their compilers make of them (docs/lab/programs.md).
+Random draws have one form for all: the distribution function is inverted, in blocks (`s2d_jax.sampling.draw`).
 """
 
 from __future__ import annotations
@@ -115,8 +116,9 @@ TPU = Forms(
     weight_gradient="contract_rows",
     beside_int8=jnp.bfloat16,
     keeps_dtype=True,
-    # A plain write copies caches here as on a CPU.
+    # A plain write of an only row moves caches to and fro, as on a CPU.
     one_row_write="behind_condition",
+    # A scatter is a loop here.
     unrolled_rows=16,
     search_bits=5,
     search="unrolled",

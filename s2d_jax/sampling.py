@@ -77,15 +77,15 @@ def _keep_above(probs_BTV, weight_BTV, goal_B, on_B):
     bits_BTV = jax.lax.bitcast_convert_type(probs_BTV, jnp.int32)
     goal_BT1 = jnp.broadcast_to(goal_B[:, None], probs_BTV.shape[:2])[:, :, None]
     at_a_time = forms().search_bits
-    number_C = jnp.arange(1, 1 << at_a_time, dtype=jnp.int32)
+    numbers = jnp.arange(1, 1 << at_a_time, dtype=jnp.int32)[None, None, :]
 
     def find_bits(i, low_BT):
         step = jnp.int32(1) << (_THRESHOLD_BITS - at_a_time * (i + 1))
-        candidate_BTC = low_BT[:, :, None] + number_C[None, None, :] * step
-        above_BTCV = bits_BTV[:, :, None, :] >= candidate_BTC[:, :, :, None]
-        sum_BTC = jnp.sum(jnp.where(above_BTCV, weight_BTV[:, :, None, :], 0.0), axis=-1)
+        thresholds = low_BT[:, :, None] + numbers * step
+        above = bits_BTV[:, :, None] >= thresholds[..., None]
+        weights = jnp.sum(jnp.where(above, weight_BTV[:, :, None], 0.0), axis=-1)
         # The weight at or above a higher threshold is never larger, so those that reach the goal come first.
-        reached_BT = jnp.sum(sum_BTC >= goal_BT1, axis=-1, dtype=jnp.int32)
+        reached_BT = jnp.sum(weights >= goal_BT1, axis=-1, dtype=jnp.int32)
         return low_BT + reached_BT * step
 
     nothing_BT = jnp.zeros(probs_BTV.shape[:2], jnp.int32)

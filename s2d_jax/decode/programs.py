@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from s2d_jax.backends import compiling_for, forms_of
 from s2d_jax.decode.loop import Decoder
@@ -162,6 +163,32 @@ def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stag
 
     shardings = {} if out is None else {"out_shardings": out}
     return jax.jit(traced, donate_argnums=donate, **shardings).lower(*inputs)
+
+
+def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lowered:
+    """The loop of rounds for `args` as `programs` takes them, lowered and not compiled, to look at what a compiler makes of it.
+
+    Args:
+        decoder: its target has a mesh, whose devices need not exist.
+        prompt_width: of the prefill that would come before; nothing of it is compiled.
+        args: shapes with shardings.
+    """
+    params, request, *_ = args
+    mesh = decoder.target.mesh
+
+    def prefill(*args):
+        return decoder.prefill(*args, prompt_width)
+
+    whole, heads = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), (None, "tensor")))
+    state = jax.eval_shape(prefill, *args)
+    cache = state.target_cache
+    in_place = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
+    split = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=heads), (cache.keys, cache.values)
+    )
+    kept = in_place.target_cache.replace(keys=split[0], values=split[1])
+    state = in_place.replace(target_cache=kept)
+    return _lowered(decoder.run, (params, request, state), 2)
 
 
 def _platform(inputs: tuple) -> str:

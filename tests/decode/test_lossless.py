@@ -11,6 +11,7 @@ probability of 1.4%.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -36,6 +37,7 @@ from reference_transformer import all_depths, logits
 from scipy import stats
 from tiny import enumerable_draft, enumerable_model, with_parts
 
+from s2d_jax import backends
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.decode.target import Target
@@ -49,7 +51,6 @@ from s2d_jax.draft.segments import Segments
 from s2d_jax.draft.sorted import SortedDrafter
 from s2d_jax.generation import build
 from s2d_jax.generation.planner import Planner
-from s2d_jax.model.products import linear
 from s2d_jax.model.transformer import Transformer
 from s2d_jax.sampling import SamplingArrays
 from s2d_jax.tree import acceptance as tree_acceptance
@@ -224,7 +225,9 @@ def _follows(batches: Iterator[np.ndarray], exact: np.ndarray) -> bool:
 
 def test_emitted_tokens_follow_the_target(mode, monkeypatch):
     # The form that small batches use, for this large one.
-    monkeypatch.setattr(linear, "_FEW_DIGIT_ROWS", BATCH * WIDTH * len(PROMPT))
+    digits = {**backends.CPU.products, "int8": ((None, "two_digits"),)}
+    cpu = dataclasses.replace(backends.CPU, products=digits)
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "cpu": cpu})
     exact = _exact(mode.sampling, mode.target_format)
     assert _follows(_counts(mode, _shared_program), exact)
 

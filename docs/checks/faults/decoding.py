@@ -280,8 +280,8 @@ DECODING = [
         "only-row-written-bare",
         "the one row of a batch is written without the condition that keeps XLA from copying its cache",
         "s2d_jax/model/kv_cache.py",
-        "return run_if(start_B[0] >= 0, write_only_row, buffer)",
-        "return write_only_row(buffer)",
+        "return run_if(start_B[0] >= 0, write, buffers)",
+        "return write(buffers)",
         "decode/test_decoder.py -k 'no_cache_is_copied and independent'",
     ),
     Fault(
