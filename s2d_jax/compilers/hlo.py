@@ -65,6 +65,7 @@ class Instruction:
         shapes: the arrays of its result.
         opcode: such as "fusion".
         operands: names of the instructions that it reads.
+        argument: what stands in the brackets: those names, the number of a parameter, the value of a constant.
         called: the computations that it runs, by role: "body" and "condition" of a loop, "branch0" and so on.
         text: what follows the operands.
         is_root: its value is that of the computation.
@@ -74,6 +75,7 @@ class Instruction:
     shapes: tuple[Shape, ...]
     opcode: str
     operands: tuple[str, ...]
+    argument: str
     called: dict[str, str]
     text: str
     is_root: bool
@@ -169,6 +171,7 @@ def _instruction(match: re.Match, rest: str) -> Instruction:
         shapes=shapes_in(rest[:end]),
         opcode=opcode["opcode"],
         operands=tuple(_REFERENCE.findall(operands)),
+        argument=operands,
         called=called,
         text=text,
         is_root=match["root"] is not None,

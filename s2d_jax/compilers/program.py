@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import re
 import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +84,17 @@ class Program:
     def command_buffers(self) -> int:
         return self.thunks.get("kCommandBuffer", 0)
 
-    def copies(self, least_bytes: int, instructions: list[Instruction] | None = None) -> list[str]:
-        """Copies of arrays of so many bytes or more within the device's main memory, as types.
+    def copies(
+        self, types: Collection[str], instructions: Iterable[Instruction] | None = None
+    ) -> int:
+        """How many arrays of these types, such as "bf16[1,32,384,128]", are copied within the device's main memory.
 
-        Moves into or out of a faster memory are none: what is computed with has to get there.
+        Moves into a faster memory are none: what is computed with has to get there. Moves out of it are.
         """
         found = self.hlo.walk() if instructions is None else instructions
-        return [
-            str(i.shapes[0])
-            for i in found
-            if is_copy(i)
-            and i.shapes[0].num_bytes >= least_bytes
-            and not any(shape.space for shape in i.shapes[:2])
-        ]
+        return sum(
+            is_copy(i) and str(i.shapes[0]) in types and i.shapes[0].space == 0 for i in found
+        )
 
     @property
     def collectives(self) -> dict[str, int]:

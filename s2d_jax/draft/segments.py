@@ -250,9 +250,11 @@ class Segments:
             # Rows that need no more have nothing to catch up on: where no row does, the segment makes no pass.
             target_B = jnp.where(jnp.any(step.undecided_BT, axis=1), end_B, 0)
             inputs = tokens_BC, target_B, widths[s > 0], slots
-            state, last_BTD = self._reach(params, step.state, s, *inputs, count=T, once=once)
-            # The state stays outside of the condition, which would copy the caches.
-            step = self._read_exit(params, step.replace(state=None), s, last_BTD, live_BT, request)
+            with jax.named_scope(f"exit_{self.exit_layers[s]}"):
+                state, last_BTD = self._reach(params, step.state, s, *inputs, count=T, once=once)
+                # The state stays outside of the condition, which would copy the caches.
+                step = step.replace(state=None)
+                step = self._read_exit(params, step, s, last_BTD, live_BT, request)
             step = step.replace(state=state)
         exit_BT = step.exit_BT
         left_BTE = jax.nn.one_hot(exit_BT, E, dtype=jnp.int32) * live_BT[:, :, None].astype(

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import re
+from builtins import round as round_to
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.compilers.hlo import Instruction, Shape
 from s2d_jax.compilers.program import Program, read_program
+from s2d_jax.compilers.reads import Taken, bytes_read
 from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import DraftConfig
@@ -29,6 +35,7 @@ LLAMA2_7B = ModelConfig(
 TREE = TreeShape(depth=4, top_k=4, nodes=16)
 METHODS = ("plain", "fixed", "s2d", "tree")
 PLATFORMS = {"h100": "gpu", "v5p": "tpu"}
+DRAFTED = DecodeConfig().num_draft_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,13 @@ class Round:
     layers: int = 4
     exits: tuple[int, ...] = (2, 3, 4)
     new_tokens: int = 128
+
+    @property
+    def left_at(self) -> tuple[int, ...]:
+        """The exits at which tokens may leave."""
+        if self.method == "plain":
+            return (0,)
+        return self.exits[:1] if self.method == "fixed" else self.exits
 
     @property
     def name(self) -> str:
@@ -96,6 +110,82 @@ def compile_round(round: Round) -> Program:
     return read_program(lowered, PLATFORMS[round.chip])
 
 
+def row_of(round: Round) -> dict[str, Any]:
+    """What the table of compiled rounds says of a round; it takes seconds to minutes to compile."""
+    program = compile_round(round)
+    kept = {str(shape) for shape in _kept(program)}
+    row = {
+        "round": round.name,
+        "loops": program.loops,
+        "conditions": program.conditions,
+        "kernels": program.kernels,
+        "cache copies in a round": program.copies(kept, program.in_loop()),
+        "cache copies in a call": program.copies(kept),
+        "command buffers": program.command_buffers,
+        "collectives": program.collectives,
+        "host transfers": program.host_transfers,
+        "temporaries, MB": _mega(program.temporaries),
+        "aliased, MB": _mega(program.aliased),
+    }
+    if round.method == "tree" or round.devices > 1 or round.weight_format != "bf16":
+        return row
+    reads = {}
+    for exit in round.left_at:
+        read = bytes_read(program.hlo, program.loop.called["body"], _taken(exit))
+        least = least_bytes(round, _caches(program)[0].dims[2], exit)
+        reads[str(exit)] = {"MB": _mega(read), "least, MB": _mega(least)}
+    return row | {"reads": reads}
+
+
+def least_bytes(round: Round, capacity: int, exit: int) -> int:
+    """What a round must read: the target and its caches once; for each drafted token the draft and its caches down to `exit`.
+
+    Every exit on the way has to be read through the head, since its confidence decides.
+    """
+    c, two_bytes = LLAMA2_7B, 2
+    layer = 4 * c.embed_dim * c.embed_dim + 3 * c.embed_dim * c.ffw_dim
+    cache = 2 * round.batch * capacity * c.embed_dim
+    head = c.vocab_size * c.embed_dim
+    target = round.layers * (layer + cache) + head
+    if round.method == "plain":
+        return two_bytes * target
+    heads = 1 if round.method == "fixed" else sum(e <= exit for e in round.exits)
+    return two_bytes * (target + DRAFTED * (exit * (layer + cache) + heads * head))
+
+
+def _taken(exit: int) -> Taken:
+    """How often each loop of a round runs, and which branches are taken, if every token leaves at `exit`."""
+
+    def taken(instruction: Instruction) -> int:
+        *_, scope, _ = instruction.op_name.split("/")
+        if scope == "draft":
+            return DRAFTED
+        deepest = re.findall(r"exit_(\d+)", instruction.op_name)
+        if scope.startswith("exit_") or instruction.opcode == "conditional":
+            return int(not deepest or int(deepest[-1]) <= exit)
+        return 1  # the loops that hide a write
+
+    return taken
+
+
+def _caches(program: Program) -> list[Shape]:
+    """The K/V caches among the arguments of the program."""
+    entry = program.hlo.computations[program.hlo.entry].instructions
+    arguments = [i.shapes[0] for i in entry if i.opcode == "parameter"]
+    return [shape for shape in arguments if len(shape.dims) == 4 and shape.element == "bf16"]
+
+
+def _kept(program: Program) -> list[Shape]:
+    """The caches, and the states at the exits `[B, C, D]`, whatever the order in which the compiler writes their axes."""
+    entry = program.hlo.computations[program.hlo.entry].instructions
+    arguments = [i.shapes[0] for i in entry if i.opcode == "parameter"]
+    return [shape for shape in arguments if len(shape.dims) >= 3 and shape.element == "bf16"]
+
+
+def _mega(num_bytes: float) -> float:
+    return round_to(num_bytes / 1e6, 1)
+
+
 @functools.cache
 def _devices(chip: str) -> list:
     return topology_devices({"h100": "h100:8", "v5p": "v5p:2x2x2"}[chip])
@@ -103,3 +193,35 @@ def _devices(chip: str) -> list:
 
 def _placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _matrix() -> list[Round]:
+    """Every method, batch, temperature, weight format and number of devices."""
+    axes = METHODS, (1, 8, 32), (False, True), ("bf16", "int8"), (1, 8)
+    return [Round(chip, *values) for chip in PLATFORMS for values in itertools.product(*axes)]
+
+
+# LLaMA-2-7B with a draft of twelve layers.
+WHOLE = [
+    Round(chip, method, layers=32, exits=(6, 9, 12))
+    for chip in PLATFORMS
+    for method in ("plain", "fixed", "s2d", "tree")
+]
+# What the documentation shows.
+SHOWN = [
+    *(Round(chip, m, batch) for chip in PLATFORMS for batch in (1, 8, 32) for m in METHODS),
+    *(Round(chip, m, sampled=True) for chip in PLATFORMS for m in METHODS[1:]),
+    *(Round(chip, "s2d", 8, weight_format="int8") for chip in PLATFORMS),
+    *(Round(chip, "s2d", 8, sampled, devices=8) for chip in PLATFORMS for sampled in (False, True)),
+    *WHOLE,
+]
+# What is compiled in every run of the tests.
+QUICK = [
+    *(Round("h100", method) for method in METHODS),
+    Round("h100", "plain", layers=2),
+    Round("h100", "fixed", 32, weight_format="int8"),
+    Round("h100", "s2d", 8, sampled=True, devices=8),
+    *(Round("v5p", method) for method in METHODS[:3]),
+    Round("v5p", "fixed", 8, devices=8),
+]
+ALL = list(dict.fromkeys([*QUICK, *SHOWN, *_matrix()]))
