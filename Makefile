@@ -45,13 +45,15 @@ $(TABLE): $(DRAFT)/sorted_draft.json configs/demo_prompts_eval.jsonl
 	    --questions configs/demo_prompts_eval.jsonl --max-questions 8 --max-new-tokens 64 --num-draft-tokens 3 \
 	    --methods ar,sd@6,sd@9,sd@12,s2d --out $(@D)
 
-PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadgroup
+# Compilers for GPUs and TPUs lie beside the other packages: found among them, JAX would look for the chips at every start.
+COMPILERS := $(VENV)/compilers
+PYTEST := PYTHONPATH=$(COMPILERS) JAX_PLATFORMS=cpu $(PY) -m pytest --numprocesses 2 --dist loadgroup
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(COMPILERS)/.installed
 	$(PYTEST)
 
 # What needs an hour: each test that is marked `exhaustive` says why. Then decoding again, compiled as users have it.
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test $(COMPILERS)/.installed
 	$(PYTEST) --all --kills 20
 	$(PYTEST) --optimize tests/decode
 
@@ -93,6 +95,14 @@ $(VENV)/.demo: pyproject.toml | $(PY)
 $(VENV)/.test: pyproject.toml | $(PY)
 	@echo 'Installing with test tools (a few minutes, once)'
 	$(INSTALL) $(UPGRADE) -e '.[demo,test]'
+	@touch $@
+
+# The versions that the installed JAX asks for. Where there are none for this machine, tests that need them are skipped.
+$(COMPILERS)/.installed: $(VENV)/.test
+	@echo 'Installing compilers for GPUs and TPUs (a minute, once)'
+	@mkdir -p $(@D)
+	$(INSTALL) --no-deps --upgrade --target $(@D) $$($(PY) docs/checks/compilers_wanted.py) || \
+	    echo 'none for this machine: tests that compile for GPUs and TPUs are skipped'
 	@touch $@
 
 demo-clean:

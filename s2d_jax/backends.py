@@ -156,3 +156,9 @@ def compiling_for(platform: str) -> Iterator[None]:
 def platform_of(mesh: jax.sharding.Mesh | None) -> str:
     """The platform of a mesh's devices, or of the default device: "cpu", "gpu", "tpu"."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def platform_of_arrays(arrays: Any) -> str:
+    """The platform that the first array of a tree is on, or that it will be on if it is a `jax.ShapeDtypeStruct`."""
+    sharding = jax.tree.leaves(arrays)[0].sharding
+    return jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform

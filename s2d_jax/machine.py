@@ -41,6 +41,14 @@ def memory_of_a_device() -> int:
     return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def device_kind() -> str:
+    """What measured costs depend on. All CPUs call themselves "cpu" in JAX; theirs is the model's name and the cores in use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind} x {jax.device_count()}"
+    return f"{cpu_name()} x {usable_cores()}"
+
+
 def devices_in_use() -> str:
     """The devices that JAX computes on, in a few words: `4 x NVIDIA H100 80GB HBM3 (gpu)`. Initialises JAX."""
     counted = collections.Counter((d.device_kind, d.platform) for d in jax.devices())

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.bench.kernel_report import show_kernels, write_kernels
-from s2d_jax.backends import forms_of
+from s2d_jax.backends import forms_of, platform_of
 from s2d_jax.cli.command import say_devices
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.screen import counting_bar, eta, screen
@@ -169,7 +169,7 @@ def time_forms(
         One row per form and number of rows: `format, form, rows, milliseconds` (of one trip through the chain), `gb_per_s`
         (weights), `gf_per_s`, `temporary_mb`, `picked` (whether `linear` uses it here).
     """
-    platform = jax.default_backend()
+    platform = platform_of(None)
     weights = {name: make_weights(chain, name) for name in WEIGHT_FORMATS}
     programs = []
     for candidate in FORMS:
@@ -213,7 +213,7 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
     array = np.ones((rows, columns), np.float32)
     on_device, sums = jnp.asarray(array), jax.jit(lambda a: a.sum(axis=1))
     best = _median_seconds(lambda: jax.block_until_ready(sums(on_device)))
-    if jax.default_backend() == "cpu":
+    if platform_of(None) == "cpu":
         threads = usable_cores()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             pieces = np.array_split(array, threads)
@@ -223,7 +223,7 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
 
 def matmul_peak() -> float:
     """GF/s of one large square f32 product."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = 2048 if platform_of(None) == "cpu" else 8192
     a = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda a, b: a @ b)
     return 2 * size**3 / _median_seconds(lambda: jax.block_until_ready(product(a, a))) / 1e9

@@ -13,6 +13,7 @@ from typing import Any
 import flax
 import jax
 
+from s2d_jax.backends import platform_of
 from s2d_jax.machine import cpu_name, usable_cores
 from s2d_jax.version import __version__
 
@@ -24,7 +25,7 @@ def environment(dtype: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": usable_cores(),
-        "backend": jax.default_backend(),
+        "backend": platform_of(None),
         "devices": [device.device_kind for device in jax.devices()],
         "dtype": dtype,
         **versions(),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from s2d_jax.backends import compiling_for, forms_of
+from s2d_jax.backends import compiling_for, forms_of, platform_of_arrays
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.progress.compiling import compiling
 
@@ -143,7 +143,7 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     thirty_two = jax.enable_x64(False)
     with compiling(key[0], _WORDS[key[0]].format(*key[2:-1]), inputs), thirty_two:
         lowered = _lowered(function, inputs, donate, out)
-        compiled = lowered.compile(dict(forms_of(_platform(inputs)).compiler_options))
+        compiled = lowered.compile(dict(forms_of(platform_of_arrays(inputs)).compiler_options))
     result = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         lowered.out_info,
@@ -155,7 +155,7 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
 
 def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stages.Lowered:
     """The function, traced for the backend that its inputs are on."""
-    platform = _platform(inputs)
+    platform = platform_of_arrays(inputs)
 
     def traced(*inputs):
         with compiling_for(platform):
@@ -189,13 +189,6 @@ def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lo
     kept = in_place.target_cache.replace(keys=split[0], values=split[1])
     state = in_place.replace(target_cache=kept)
     return _lowered(decoder.run, (params, request, state), 2)
-
-
-def _platform(inputs: tuple) -> str:
-    sharding = jax.tree.leaves(inputs)[0].sharding
-    if sharding is None:
-        return jax.default_backend()
-    return next(iter(sharding.device_set)).platform
 
 
 def _signature(args: Any) -> tuple:

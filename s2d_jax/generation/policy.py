@@ -22,7 +22,7 @@ from s2d_jax.errors import UserError
 from s2d_jax.fields import Fields
 from s2d_jax.files import expanded, local_path, read_json, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
-from s2d_jax.machine import cpu_name, usable_cores
+from s2d_jax.machine import device_kind
 from s2d_jax.weights.fingerprint import Fingerprint
 from s2d_jax.weights.model import Model
 
@@ -92,14 +92,6 @@ def fingerprint(model: Model) -> Fingerprint:
 def weight_format(model: Model) -> str:
     """The dtypes of a model's tensors, such as "float32"."""
     return "+".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}))
-
-
-def device_kind() -> str:
-    """What the costs depend on. All CPUs call themselves "cpu" in JAX, so theirs is the model name and the cores in use."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{device.device_kind} x {jax.device_count()}"
-    return f"{cpu_name()} x {usable_cores()}"
 
 
 def policy_file_of(draft: Model, given: str | Path | None) -> Path:

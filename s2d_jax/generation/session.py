@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2d_jax.backends import platform_of
 from s2d_jax.decode import programs as compilation
 from s2d_jax.decode.state import DecodeState
 from s2d_jax.decode.timed_rounds import timed_rounds
@@ -87,7 +88,7 @@ class Session:
             yield False
             return
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        key = f"prefill/{jax.default_backend()}/{size}"
+        key = f"prefill/{platform_of(None)}/{size}"
         per_second = known(key)
         if per_second is not None and tokens / per_second < _SHORTEST_TOLD:
             yield False

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from s2d_jax.backends import platform_of
 from s2d_jax.progress import durations
 from s2d_jax.progress.activity import activity, is_shown
 
@@ -38,7 +39,7 @@ def compiling(kind: str, text: str, inputs: Any) -> Iterator[None]:
         inputs: the program's arguments.
     """
     leaves = jax.tree.leaves(inputs)
-    prefix = f"compile/{jax.default_backend()}/{kind}"
+    prefix = f"compile/{platform_of(None)}/{kind}"
     described = " ".join(f"{leaf.dtype}{leaf.shape}" for leaf in leaves)
     key = f"{prefix}/{len(leaves)}/{hashlib.sha256(described.encode()).hexdigest()[:8]}"
     seconds = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +17,8 @@ from s2d_jax.cli.loading import load_target
 from s2d_jax.cli.options import LoadingOptions
 from s2d_jax.machine import devices_in_use, unused_accelerator
 from s2d_jax.weights.export import save_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -94,3 +98,14 @@ def test_who_loads_models_says_it_once_on_stderr(installed, tmp_path, capsys):
     assert devices == f"devices: {devices_in_use()}"
     assert warning.startswith("warning: JAX computes on the CPU, not on a CUDA GPU; ")
     assert said.out == ""
+
+
+# The platform that a table of chips gives is no question to JAX, and `platform.platform()` asks about the system.
+ASKS = re.compile(r"default_backend\(|(?<!chip)\.platform\b(?!\()|platform_dependent")
+MAY_ASK = {"s2d_jax/backends.py", "s2d_jax/machine.py"}
+
+
+def test_one_module_says_what_each_backend_gets():
+    sources = [p for name in ("s2d_jax", "infer", "train") for p in (ROOT / name).rglob("*.py")]
+    asking = {str(p.relative_to(ROOT)) for p in sources if ASKS.search(p.read_text("utf-8"))}
+    assert asking == MAY_ASK

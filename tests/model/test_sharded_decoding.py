@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_rounds import LLAMA2_7B
 from tiny import tiny_config, tiny_params, with_noise
 
+from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import DraftConfig
-from s2d_jax.config.model import ModelConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.programs import programs
 from s2d_jax.errors import UserError
@@ -118,29 +118,17 @@ def test_a_mesh_of_too_many_devices_is_refused():
         make_mesh(MeshConfig(tensor=16))
 
 
-LLAMA2_7B = ModelConfig(
-    *("llama", 32_000, 4096, 11_008, 32, 32, 32, 128, 1e-5, 10_000.0, 4096),
-    eos_token_ids=(2,),
-)
-
-
 @pytest.fixture
-def tpu_mesh(monkeypatch):
+def tpu_mesh():
     """Eight chips of a v5p slice, known to the compiler only."""
-    pytest.importorskip("libtpu", reason="install jax[tpu] to compile for TPU topologies")
-    from jax.experimental import topologies
-
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-16",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-    }.items():
-        monkeypatch.setitem(os.environ, name, value)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
-    return make_mesh(MeshConfig(tensor=8), topology.devices)
+    pytest.importorskip("libtpu", reason="install s2d-jax[compilers] to compile for TPUs")
+    return make_mesh(MeshConfig(tensor=8), topology_devices("v5p:2x2x2"))
 
 
+MINUTES = pytest.mark.exhaustive("a minute to compile; test_compiled_rounds has smaller rounds")
+
+
+@MINUTES
 def test_llama2_7b_compiles_for_a_v5p_topology(tpu_mesh):
     """The jitted round of a LLaMA-2-7B target with a 12-layer sorted draft, ahead of time, without weights."""
 
@@ -164,6 +152,7 @@ def test_llama2_7b_compiles_for_a_v5p_topology(tpu_mesh):
     assert memory.temp_size_in_bytes < 1e9
 
 
+@MINUTES
 @pytest.mark.parametrize("weight_format", ["bf16", "int8"])
 def test_weight_formats_compile_for_a_v5p_topology(tpu_mesh, weight_format):
     """The round of a few wide layers: plain dots on sharded weights, and no second copy of them in another type."""

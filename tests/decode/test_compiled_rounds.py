@@ -1,0 +1,98 @@
+"""Rounds compiled for an H100 and for TPU v5p chips that are not here: what their compilers make of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import compiled_rounds
+import pytest
+from compiled_rounds import QUICK, WHOLE, Round
+
+ROOT = Path(__file__).parents[2]
+RECORDED = json.loads((ROOT / "docs" / "lab" / "programs.json").read_text())
+MODULES = {"h100": "jax_plugins.xla_cuda12", "v5p": "libtpu"}
+PACKAGES = {"h100": "jax-cuda12-pjrt", "v5p": "libtpu"}
+CHIPS = [pytest.param(c, marks=pytest.mark.xdist_group(f"compilers-{c}")) for c in PACKAGES]
+
+
+def _compiled(chip: str, which: str) -> dict[str, dict]:
+    """The rows of a set of rounds by name, compiled in a process of their own: the compilers' flags are read once."""
+    try:
+        found = importlib.util.find_spec(MODULES[chip])
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip(f"install s2d-jax[compilers] to compile for {chip}")
+    command = [sys.executable, "docs/checks/compiled_rounds.py", "--set", which, "--chip", chip]
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean | paths, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {row["round"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def _check(round: Round, row: dict) -> None:
+    """What must hold of every round, whichever version compiled it."""
+    assert row["cache copies in a round"] == 0, row
+    assert row["host transfers"] == 0, row
+    boundaries = len(round.left_at) - 1
+    if round.chip == "h100":
+        # The decoding loop, the drafting loop, at most two more, and two for each exit boundary, however deep the models are.
+        assert row["loops"] <= 4 + 2 * boundaries, row
+        assert row["cache copies in a call"] == 0, row
+        assert row["command buffers"] == 1 or round.devices > 1, row
+    else:
+        # One more for every layer whose only row is written.
+        layers = round.layers + (0 if round.method == "plain" else round.left_at[-1])
+        writes = 3 * layers + 4 * boundaries if round.batch == 1 else 0
+        assert row["loops"] <= 4 + 2 * boundaries + writes, row
+    # The blocks' sums, two in a layer and one of the embeddings, and one gathering of the logits: none inside of a filter.
+    split = {"all-gather": 1, "all-reduce": 2 * round.layers + 1}
+    assert row["collectives"] == (split if round.devices > 1 else {}), row
+    for read in row.get("reads", {}).values():
+        assert read["MB"] <= 1.1 * read["least, MB"], row
+        assert read["MB"] >= read["least, MB"], row
+
+
+def _check_recorded(chip: str, rows: dict[str, dict]) -> None:
+    """The table in the documentation is what the compilers of its versions say."""
+    known = {row["round"]: row for row in RECORDED["rows"]}
+    for name in ("jax", PACKAGES[chip]):
+        if (here := metadata.version(name)) != (there := RECORDED["versions"][name]):
+            pytest.skip(f"{name} is {here}; the table was made with {there}")
+    for name in rows.keys() & known.keys():
+        assert rows[name] == known[name], "run docs/checks/compiled_rounds.py --set shown --out ..."
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rounds_are_what_the_table_says(chip):
+    rows = _compiled(chip, "quick")
+    for round in (round for round in QUICK if round.chip == chip):
+        _check(round, rows[round.name])
+    _check_recorded(chip, rows)
+
+
+@pytest.mark.exhaustive("each takes a minute to compile")
+@pytest.mark.parametrize("chip", CHIPS)
+def test_all_of_llama2_7b_with_a_draft_of_twelve_layers(chip):
+    rows = _compiled(chip, "whole")
+    for round in (round for round in WHOLE if round.chip == chip):
+        _check(round, rows[round.name])
+    _check_recorded(chip, rows)
+
+
+@pytest.mark.exhaustive("a hundred rounds for each chip; the rest has each value of every axis")
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_whole_matrix(chip):
+    rows = _compiled(chip, "all")
+    for round in (round for round in compiled_rounds.ALL if round.chip == chip):
+        _check(round, rows[round.name])
+    _check_recorded(chip, rows)
