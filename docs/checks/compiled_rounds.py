@@ -4,6 +4,7 @@
     JAX_PLATFORMS=cpu python docs/checks/compiled_rounds.py --set shown --out docs/lab/programs.json
 
 Prints one line of JSON for each round. The tests compile some of them again and compare: tests/decode/test_compiled_rounds.py.
+`--tables docs/lab/programs.md` writes the tables between the page's marks from docs/lab/programs.json; nothing is compiled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMPILERS = ("jax", "jax-cuda12-pjrt", "libtpu")
+RECORDED = ROOT / "docs" / "lab" / "programs.json"
+_COLUMNS = {
+    "loops": "loops",
+    "conditions": "conditions",
+    "kernels": "kernels",
+    "command buffers": "command buffers",
+    "cache copies in a round": "cache copies, round",
+    "cache copies in a call": "call",
+    "temporaries, MB": "temporaries, MB",
+    "aliased, MB": "aliased, MB",
+}
 
 
 def main() -> int:
@@ -30,7 +42,13 @@ def main() -> int:
         type=Path,
         help="a JSON file that takes the rows in, in place of those of the same names",
     )
+    parser.add_argument("--tables", type=Path, help="write the tables of this page anew, and end")
     args = parser.parse_args()
+    if args.tables:
+        args.tables.write_text(
+            with_tables(args.tables.read_text(), json.loads(RECORDED.read_text()))
+        )
+        return 0
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs, so no accelerator is taken
     import jax
 
@@ -56,8 +74,48 @@ def _keep(file: Path, row: dict) -> None:
     known = json.loads(file.read_text()) if file.exists() else {"rows": []}
     rows = {old["round"]: old for old in known["rows"]} | {row["round"]: row}
     versions = {name: metadata.version(name) for name in COMPILERS}
-    text = json.dumps({"versions": versions, "rows": list(rows.values())}, indent=1)
+    text = json.dumps(known | {"versions": versions, "rows": list(rows.values())}, indent=1)
     file.write_text(text + "\n")
+
+
+def with_tables(page: str, recorded: dict) -> str:
+    """The page with its tables made from what was recorded."""
+    for mark, lines in {"rounds": _rounds(recorded), "reads": _reads(recorded)}.items():
+        begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
+        head, rest = page.split(begin)
+        page = head + begin + "\n" + "".join(lines) + "\n" + end + rest.split(end)[1]
+    return page
+
+
+def _rounds(recorded: dict) -> list[str]:
+    before = {row["round"]: row for row in recorded.get("before", [])}
+    lines = [_line(["round", *_COLUMNS.values(), "collectives"])]
+    lines.append(_line(["---", *["---:"] * len(_COLUMNS), "---"]))
+    for row in recorded["rows"]:
+        old = before.get(row["round"], {})
+        cells = [_change(old.get(name), row[name]) for name in _COLUMNS]
+        sent = ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items())
+        lines.append(_line([row["round"], *cells, sent or "-"]))
+    return lines
+
+
+def _change(before: float | None, after: float) -> str:
+    return f"{after:,}" if before in (None, after) else f"{before:,} → {after:,}"
+
+
+def _reads(recorded: dict) -> list[str]:
+    lines = [_line(["round", "tokens leave at", "read, MB", "least, MB", "ratio"])]
+    lines.append(_line(["---", "---:", "---:", "---:", "---:"]))
+    for row in recorded["rows"]:
+        for exit, read in row.get("reads", {}).items():
+            least = read["least, MB"]
+            figures = f"{read['MB']:,.0f}", f"{least:,.0f}", f"{read['MB'] / least:.3f}"
+            lines.append(_line([row["round"], "-" if exit == "0" else exit, *figures]))
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
 
 
 if __name__ == "__main__":

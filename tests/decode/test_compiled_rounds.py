@@ -96,3 +96,12 @@ def test_the_whole_matrix(chip):
     for round in (round for round in compiled_rounds.ALL if round.chip == chip):
         _check(round, rows[round.name])
     _check_recorded(chip, rows)
+
+
+def test_the_page_shows_what_was_recorded():
+    file = ROOT / "docs" / "checks" / "compiled_rounds.py"
+    spec = importlib.util.spec_from_file_location("compiled_rounds_script", file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (ROOT / "docs" / "lab" / "programs.md").read_text("utf-8")
+    assert script.with_tables(page, RECORDED) == page
