@@ -12,6 +12,7 @@ The positions behind the text may be the *slots* of a tree: level by level, in t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -228,6 +229,7 @@ class Segments:
         request: Request,
         slots: Slots | None = None,
         once: bool = False,
+        some_live: bool = True,
     ) -> Step:
         """Takes the last T positions before `end_B` through the exits. Segments that no row needs are skipped.
 
@@ -238,6 +240,7 @@ class Segments:
             widths: static; positions per pass, for the first segment and for deeper ones.
             request: thresholds and the listed tokens of a trimmed head.
             once: static; the first segment lacks no more positions than its pass is wide, and some row lacks some.
+            some_live: static; some position is live in every call, so the first exit is read without a condition.
         """
         (B, T), E = live_BT.shape, len(self.exit_layers)
         step = Step(
@@ -254,7 +257,12 @@ class Segments:
                 state, last_BTD = self._reach(params, step.state, s, *inputs, count=T, once=once)
                 # The state stays outside of the condition, which would copy the caches.
                 step = step.replace(state=None)
-                step = self._read_exit(params, step, s, last_BTD, live_BT, request)
+                read = self._reader(params, s, last_BTD, live_BT, request)
+                if s == 0 and some_live:
+                    step = read(step)
+                else:
+                    needed = jnp.any(step.undecided_BT)
+                    step = jax.lax.cond(needed, read, lambda step: step, step)
             step = step.replace(state=state)
         exit_BT = step.exit_BT
         left_BTE = jax.nn.one_hot(exit_BT, E, dtype=jnp.int32) * live_BT[:, :, None].astype(
@@ -275,8 +283,8 @@ class Segments:
         last_BTD = self._nothing(tokens_BC.shape[0], count)
         return self._run_chunk(params, state, last_BTD, s, tokens_BC, end_B, width, slots)
 
-    def _read_exit(self, params, step: Step, s: int, last_BTD, live_BT, request: Request) -> Step:
-        """Reads the exit of segment `s` for the undecided tokens, if there are any; the confident ones stay."""
+    def _reader(self, params, s: int, last_BTD, live_BT, request) -> Callable[[Step], Step]:
+        """Reads the exit of segment `s` for the undecided tokens; the confident ones stay."""
         last = s == len(self.exit_layers) - 1  # it always accepts
 
         def read(step):
@@ -292,7 +300,7 @@ class Segments:
                 undecided_BT=undecided_BT & ~sure_BT,
             )
 
-        return jax.lax.cond(jnp.any(step.undecided_BT), read, lambda step: step, step)
+        return read
 
     def rewind(self, state: SortedState, length_B: Int[Array, "B"]) -> SortedState:
         """As `Drafter.rewind`."""

@@ -135,6 +135,7 @@ class TreeDrafter(SegmentedDrafter):
             widths,
             request,
             once=once,
+            some_live=once,
         )
         nothing_B1 = jnp.zeros(live_B1.shape, jnp.float32)
         children = self.growth.children(

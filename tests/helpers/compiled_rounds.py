@@ -127,7 +127,7 @@ def row_of(round: Round) -> dict[str, Any]:
         "temporaries, MB": _mega(program.temporaries),
         "aliased, MB": _mega(program.aliased),
     }
-    if round.method == "tree" or round.devices > 1 or round.weight_format != "bf16":
+    if round.method == "tree":  # how far the walk down it goes depends on the text
         return row
     reads = {}
     for exit in round.left_at:
@@ -138,19 +138,20 @@ def row_of(round: Round) -> dict[str, Any]:
 
 
 def least_bytes(round: Round, capacity: int, exit: int) -> int:
-    """What a round must read: the target and its caches once; for each drafted token the draft and its caches down to `exit`.
+    """What a device must read in a round: its part of the target and of its caches once; for each drafted token the whole
+    draft and its caches down to `exit`.
 
     Every exit on the way has to be read through the head, since its confidence decides.
     """
-    c, two_bytes = LLAMA2_7B, 2
-    layer = 4 * c.embed_dim * c.embed_dim + 3 * c.embed_dim * c.ffw_dim
-    cache = 2 * round.batch * capacity * c.embed_dim
-    head = c.vocab_size * c.embed_dim
-    target = round.layers * (layer + cache) + head
+    c, per_weight = LLAMA2_7B, {"bf16": 2, "int8": 1}[round.weight_format]
+    weights = per_weight * (4 * c.embed_dim * c.embed_dim + 3 * c.embed_dim * c.ffw_dim)
+    layer = weights + 2 * 2 * round.batch * capacity * c.embed_dim
+    head = per_weight * c.vocab_size * c.embed_dim
+    target = (round.layers * layer + head) // round.devices
     if round.method == "plain":
-        return two_bytes * target
+        return target
     heads = 1 if round.method == "fixed" else sum(e <= exit for e in round.exits)
-    return two_bytes * (target + DRAFTED * (exit * (layer + cache) + heads * head))
+    return target + DRAFTED * (exit * layer + heads * head)
 
 
 def _taken(exit: int) -> Taken:
