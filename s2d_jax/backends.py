@@ -38,8 +38,8 @@ class Forms:
         search_bits: how many bits of a filter's threshold are found in one pass over the probabilities.
         search: the passes are "unrolled" behind a condition, or a "loop" of no trips where no row filters.
         top_k: "blocks" searches the k blocks with the largest maxima only; "whole" is `jax.lax.top_k`.
-        attention: the forms (`s2d_jax.model.attention_forms`) that are tried in a pass without a cache, in order; the first that
-            takes what is asked for is used.
+        attention: the forms (`s2d_jax.model.attention_forms`) that are tried in a pass without a cache, in order; the first
+            that takes what is asked for is used.
         cached_attention: the same for passes over a cache: decoding, verifying, and chunks of prompts.
         compiler_options: given to XLA with every program of a round.
     """

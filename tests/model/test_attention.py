@@ -303,10 +303,14 @@ def test_a_model_decodes_with_used_blocks(interpreted, monkeypatch):
     cache = cache.replace(keys=tuple(filled[:2]), values=tuple(filled[2:]))
     cache = cache.replace(length_B=jnp.array([150, 3], jnp.int32))
     h_BTD = normal(2, 5, CONFIG.embed_dim)
-    expected, _ = apply_model(model, params, "run_blocks", h_BTD, cache, 0, 2)
-    selected = dataclasses.replace(TPU, cached_attention=("used_blocks",))
-    monkeypatch.setattr(attend, "forms", lambda: selected)
-    found, _ = apply_model(model, params, "run_blocks", h_BTD, cache, 0, 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(names, params, h_BTD, cache):
+        forms = dataclasses.replace(TPU, cached_attention=names)
+        monkeypatch.setattr(attend, "forms", lambda: forms)
+        return apply_model(model, params, "run_blocks", h_BTD, cache, 0, 2)[0]
+
+    found, expected = (run(names, params, h_BTD, cache) for names in (("used_blocks",), ("dense",)))
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 

@@ -84,11 +84,9 @@ def test_the_largest_pass_that_the_kernel_takes_fits():
 
 
 def squares(text: str, T: int) -> set[str]:
-    """The arrays of a compiled program with two axes of T."""
-    found = {array for array in re.findall(r"\w+\[[\d,]+\]", text)}
-    return {
-        array for array in found if re.findall(r"\d+", array.partition("[")[2]).count(str(T)) > 1
-    }
+    """The shapes in a compiled program with two axes of T."""
+    found = re.findall(r"\w+\[([\d,]+)\]", text)
+    return {dims for dims in found if dims.split(",").count(str(T)) > 1}
 
 
 def test_squares_are_found():

@@ -25,10 +25,9 @@ def attend(request: Request) -> Float[Array, "B T N H"]:
     # The queries that share a key head are the rows (A = Q * T) of one product per row and key head.
     q_BKAH = q_BTNH.reshape(B, T, K, Q, H).transpose(0, 2, 3, 1, 4).reshape(B, K, Q * T, H)
     scores_BKAS = jnp.einsum("BKAH,BKSH->BKAS", q_BKAH, k_BKSH, preferred_element_type=jnp.float32)
-    if request.scale is None:
-        scores_BKAS = scores_BKAS / math.sqrt(H)
-    else:
-        scores_BKAS = scores_BKAS * request.scale
+    # A division, to the last bit what it has always been.
+    scale = request.scale
+    scores_BKAS = scores_BKAS / math.sqrt(H) if scale is None else scores_BKAS * scale
     if request.soft_cap is not None:
         scores_BKAS = request.soft_cap * jnp.tanh(scores_BKAS / request.soft_cap)
     scores_BKQTS = scores_BKAS.reshape(B, K, Q, T, S)

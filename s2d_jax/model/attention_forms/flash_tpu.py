@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import cast
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
@@ -45,10 +46,9 @@ def _run(
 ) -> Float[Array, "B T N H"]:
     T, N = q_BTNH.shape[1:3]
     block = next(size for size in _BLOCKS if T % size == 0)
-    if window is None:
-        mask = masks.CausalMask((T, T))
-    else:  # how many keys before and behind its own position a query sees
-        mask = masks.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
+    # How many keys a query sees before its own position (None: all); none behind it.
+    before = None if window is None else window - 1
+    mask = masks.LocalMask((T, T), window_size=(before, 0), offset=0)
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
         block_sizes=_sizes(block),
@@ -58,12 +58,14 @@ def _run(
     )
     q_BNTH = (q_BTNH * factor).astype(q_BTNH.dtype).swapaxes(1, 2)
     k_BKSH, v_BKSH = (x.astype(q_BTNH.dtype) for x in (k_BKSH, v_BKSH))
+    # Its declared result is what it gives with residuals as well.
+    each_row = cast(Callable[..., jax.Array], jax.vmap(kernel))
     if segment_ids_BT is None:
-        mixed_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
+        mixed_BNTH = each_row(q_BNTH, k_BKSH, v_BKSH)
     else:
         ids = kernels.SegmentIds(segment_ids_BT, segment_ids_BT)
-        mixed_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, ids)
-    return jnp.swapaxes(mixed_BNTH, 1, 2)
+        mixed_BNTH = each_row(q_BNTH, k_BKSH, v_BKSH, ids)
+    return mixed_BNTH.swapaxes(1, 2)
 
 
 def _sizes(block: int) -> kernels.BlockSizes:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from s2d_jax.model.attention_forms.request import Causal, Request
@@ -18,7 +17,7 @@ def divides(request: Request) -> bool:
     mesh = request.mesh
     if mesh is None:
         return True
-    rows = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    rows = math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
     B, K = request.k_BKSH.shape[:2]
     return B % rows == 0 and K % mesh.shape["tensor"] == 0
 

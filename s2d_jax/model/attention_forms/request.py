@@ -9,6 +9,7 @@ from functools import cached_property
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -19,7 +20,7 @@ class Causal(flax.struct.PyTreeNode):
         segment_ids_BT: int32, a position looks at its own segment only; None: a row is one segment.
     """
 
-    segment_ids_BT: jax.Array | None = None
+    segment_ids_BT: jax.Array | np.ndarray | None = None
 
     def mask(self, batch: int, length: int) -> Bool[Array, "{batch} {length} {length}"]:
         """The same, written out."""
