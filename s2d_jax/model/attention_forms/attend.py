@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
+import importlib
+from types import ModuleType
 
 from jaxtyping import Array, Bool, Float, Int
 
 from s2d_jax.backends import forms
-from s2d_jax.model.attention_forms import dense, flash_gpu, flash_tpu, used_blocks
 from s2d_jax.model.attention_forms.request import Causal, Request
 from s2d_jax.sharding import mesh_in_use
 
-# Each is a module of `takes(request)`, whether the form has what is asked for, and `attend(request)`.
-FORMS = MappingProxyType(
-    {"dense": dense, "flash_gpu": flash_gpu, "flash_tpu": flash_tpu, "used_blocks": used_blocks}
-)
+# Each is a module beside this one with `takes(request)`, whether the form has what is asked for, and `attend(request)`.
+FORMS = ("dense", "flash_gpu", "flash_tpu", "used_blocks")
+
+
+def form_named(name: str) -> ModuleType:
+    """The module of one of FORMS, loaded when it is first named: a CPU needs no kernels, and loads half a second sooner."""
+    return importlib.import_module(f"s2d_jax.model.attention_forms.{name}")
 
 
 def attention(
@@ -60,8 +63,9 @@ def attention(
     causal = isinstance(looks, Causal)
     names = forms().attention if causal else forms().cached_attention
     for name in names:
-        if FORMS[name].takes(request):
-            mixed_BTNH = FORMS[name].attend(request)
+        form = form_named(name)
+        if form.takes(request):
+            mixed_BTNH = form.attend(request)
             return mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1)
     raise ValueError(
         f"none of {', '.join(names)} takes queries {q_BTNH.shape}, keys {k_BKSH.shape}"

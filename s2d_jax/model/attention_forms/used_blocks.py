@@ -34,7 +34,7 @@ def takes(request: Request) -> bool:
 
 
 def attend(request: Request) -> Float[Array, "B T N H"]:
-    """Where a query may look at nothing, its result is some finite mix of the first used block."""
+    """Where a query may look at nothing, its result is some finite mix of what was read."""
     block, S = _block_size(request), request.k_BKSH.shape[2]
     assert block is not None
     used_B = request.used_B
