@@ -13,13 +13,21 @@ import pytest
 from tiny import tiny_config, tiny_params
 
 from s2d_jax.backends import BACKENDS, CPU, TPU, compiling_for
-from s2d_jax.model.attention_forms import attend, dense, flash_gpu, flash_tpu, used_blocks
+from s2d_jax.model.attention_forms import (
+    attend,
+    dense,
+    flash_gpu,
+    flash_tpu,
+    used_blocks,
+    used_splits,
+)
 from s2d_jax.model.attention_forms.request import Causal, Request
 from s2d_jax.model.kv_cache import KVCache
 from s2d_jax.model.transformer import Transformer, apply_model
 from s2d_jax.model.tree_mask import mask as tree_mask
 from s2d_jax.sharding import MeshConfig, make_mesh, split_over
 
+USED_PART = ("used_blocks", "used_splits")
 CAPACITY = 300  # the third block of 128 is cut off
 USED = np.array([290, 40, 129], np.int32)
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
@@ -141,17 +149,20 @@ def test_dense_is_the_definition(make, variant):
         (16, (9, 3), jnp.bfloat16, True, {}),
     ],
 )
-def test_used_blocks_equal_dense(interpreted, T, heads, dtype, tree, variant):
+@pytest.mark.parametrize("name", USED_PART)
+def test_kernels_of_the_used_part_equal_dense(interpreted, name, T, heads, dtype, tree, variant):
     request = over_cache(T, heads=heads, dtype=dtype, tree=tree, **variant)
-    assert used_blocks.takes(request)
-    mixed = computed(used_blocks, request)
+    form = attend.form_named(name)
+    assert form.takes(request)
+    mixed = computed(form, request)
     assert mixed.dtype == dtype
     exact = computed(dense, request).astype(jnp.float32)
     np.testing.assert_allclose(mixed.astype(jnp.float32), exact, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_only_the_used_part_is_read(interpreted, window):
+@pytest.mark.parametrize("name", USED_PART)
+def test_only_the_used_part_is_read(interpreted, name, window):
     """What is not used is NaN, before the window's first block and behind the last used position."""
     request = over_cache(5, window=window)
     exact = computed(dense, request)
@@ -163,7 +174,7 @@ def test_only_the_used_part_is_read(interpreted, window):
         jnp.where(unread_BS[:, None, :, None], jnp.nan, x) for x in (request.k_BKSH, request.v_BKSH)
     ]
     request = dataclasses.replace(request, k_BKSH=poisoned[0], v_BKSH=poisoned[1])
-    np.testing.assert_allclose(computed(used_blocks, request), exact, atol=2e-6)
+    np.testing.assert_allclose(computed(attend.form_named(name), request), exact, atol=2e-6)
 
 
 def test_a_used_block_is_fetched_once_and_no_other():
@@ -177,19 +188,22 @@ def test_a_used_block_is_fetched_once_and_no_other():
 
 
 @pytest.mark.parametrize("used", [0, 40])
-def test_a_query_that_sees_nothing_gets_something_finite(interpreted, used):
+@pytest.mark.parametrize("name", USED_PART)
+def test_a_query_that_sees_nothing_gets_something_finite(interpreted, name, used):
     request = over_cache(5)
     blind = dataclasses.replace(
         request, looks=jnp.zeros_like(request.looks), used_B=jnp.full(3, used, jnp.int32)
     )
-    assert np.isfinite(computed(used_blocks, blind)).all()
+    assert np.isfinite(computed(attend.form_named(name), blind)).all()
 
 
-def test_without_lengths_all_keys_are_used(interpreted):
+@pytest.mark.parametrize("name", USED_PART)
+def test_without_lengths_all_keys_are_used(interpreted, name):
     request = dataclasses.replace(over_cache(1), used_B=None)
     looks = jnp.ones_like(request.looks)
     request = dataclasses.replace(request, looks=looks)
-    np.testing.assert_allclose(computed(used_blocks, request), computed(dense, request), atol=2e-6)
+    found = computed(attend.form_named(name), request)
+    np.testing.assert_allclose(found, computed(dense, request), atol=2e-6)
 
 
 def gradients(form, request: Request):
@@ -264,6 +278,14 @@ def test_kernels_decline_what_does_not_divide_over_a_mesh():
     assert not flash_tpu.takes(of_rows(128, heads=(3, 3), mesh=mesh))
     assert used_blocks.takes(over_cache(1, mesh=mesh))
     assert not used_blocks.takes(over_cache(1, heads=(3, 3), mesh=mesh))
+
+
+def test_used_splits_decline_what_does_not_fit():
+    assert used_splits.takes(over_cache(16))
+    assert not used_splits.takes(over_cache(16, heads=(18, 2)))
+    assert not used_splits.takes(over_cache(16, mesh=make_mesh(MeshConfig(tensor=2))))
+    odd = over_cache(16)
+    assert not used_splits.takes(dataclasses.replace(odd, q_BTNH=odd.q_BTNH[..., :12]))
 
 
 def test_used_blocks_decline_more_queries_than_fit():

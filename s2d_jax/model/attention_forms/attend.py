@@ -12,7 +12,7 @@ from s2d_jax.model.attention_forms.request import Causal, Request
 from s2d_jax.sharding import mesh_in_use
 
 # Each is a module beside this one with `takes(request)`, whether the form has what is asked for, and `attend(request)`.
-FORMS = ("dense", "flash_gpu", "flash_tpu", "used_blocks")
+FORMS = ("dense", "flash_gpu", "flash_tpu", "used_blocks", "used_splits")
 
 
 def form_named(name: str) -> ModuleType:

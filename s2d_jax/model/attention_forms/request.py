@@ -72,6 +72,16 @@ class Request:
         B, T = self.q_BTNH.shape[:2]
         return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
 
+    @property
+    def reach(self) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+        """int32 `first_B` and `used_B`: no query looks at a key outside of [first, used), which holds at least one."""
+        B, S = len(self.q_BTNH), self.k_BKSH.shape[2]
+        used_B = jnp.full(B, S, jnp.int32) if self.used_B is None else jnp.clip(self.used_B, 1, S)
+        if self.window is None:
+            return jnp.zeros_like(used_B), used_B
+        oldest_B = jnp.min(self.at_BT, axis=1) - self.window + 1
+        return jnp.clip(oldest_B, 0, used_B - 1), used_B
+
     @cached_property
     def mask_BTS(self) -> Bool[Array, "B T S"]:
         """What each query looks at, the window included."""

@@ -35,18 +35,18 @@ def takes(request: Request) -> bool:
 
 def attend(request: Request) -> Float[Array, "B T N H"]:
     """Where a query may look at nothing, its result is some finite mix of what was read."""
-    block, S = _block_size(request), request.k_BKSH.shape[2]
+    block = _block_size(request)
     assert block is not None
-    used_B = request.used_B
-    if used_B is None:
-        used_B = jnp.full(request.q_BTNH.shape[0], S, jnp.int32)
-    used_B = jnp.clip(used_B, 1, S)
-    first_B = jnp.zeros_like(used_B)
-    if request.window is not None:
-        oldest_B = jnp.min(request.at_BT, axis=1) - request.window + 1
-        first_B = jnp.clip(oldest_B, 0, used_B - 1) // block
+    first_B, used_B = request.reach
     run = functools.partial(_run, block=block, factor=request.factor, soft_cap=request.soft_cap)
-    arrays = (request.q_BTNH, request.k_BKSH, request.v_BKSH, request.mask_BTS, first_B, used_B)
+    arrays = (
+        request.q_BTNH,
+        request.k_BKSH,
+        request.v_BKSH,
+        request.mask_BTS,
+        first_B // block,
+        used_B,
+    )
     if request.mesh is None:
         return run(*arrays)
     # The compiler cannot split a kernel: each device runs it on its own heads.
