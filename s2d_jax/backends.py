@@ -39,7 +39,9 @@ class Forms:
         search_bits: how many bits of a filter's threshold are found in one pass over the probabilities.
         search: the passes are "unrolled" behind a condition, or a "loop" of no trips where no row filters.
         top_k: "blocks" searches the k blocks with the largest maxima only; "whole" is `jax.lax.top_k`.
-        attention: the forms that `s2d_jax.model.attention` tries, in order; the first that takes the shapes is used.
+        attention: the forms (`s2d_jax.model.attention_forms`) that are tried in a pass without a cache, in order; the first
+            that takes what is asked for is used.
+        cached_attention: the same for passes over a cache: decoding, verifying, and chunks of prompts.
         compiler_options: given to XLA with every program of a round.
     """
 
@@ -52,7 +54,8 @@ class Forms:
     search_bits: int
     search: Literal["unrolled", "loop"]
     top_k: Literal["blocks", "whole"]
-    attention: tuple[str, ...] = ("dense",)
+    attention: tuple[str, ...]
+    cached_attention: tuple[str, ...]
     compiler_options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -85,6 +88,9 @@ CPU = Forms(
     search="loop",
     # A ninth of the time of `jax.lax.top_k`, inside a loop and with k = 10 of 49,152.
     top_k="blocks",
+    # The kernels are for other chips, and the identity of greedy output is tested with these sums.
+    attention=("dense",),
+    cached_attention=("dense",),
 )
 
 GPU = Forms(
@@ -101,6 +107,10 @@ GPU = Forms(
     search="unrolled",
     # One kernel instead of several.
     top_k="whole",
+    # Of long rows, dense keeps scores in f32 for the gradient: 21 GB for 8,192 positions of 32 heads, against 0.4 GB.
+    attention=("flash_gpu", "dense"),
+    # No kernel reads the used part of caches that lie as [B, K, S, H] under a mask (docs/experiments.md).
+    cached_attention=("dense",),
     compiler_options=(
         # The whole run is one command buffer, loops and conditions included: the host starts it once.
         (
@@ -123,6 +133,11 @@ TPU = Forms(
     search_bits=5,
     search="unrolled",
     top_k="blocks",
+    # A tenth of the bytes of dense at 2,048 positions of 32 heads, and an eightieth of its temporaries at 8,192.
+    attention=("flash_tpu", "dense"),
+    # "used_blocks" stands ready: it reads what is used, and copies no cache. Dense copies none either, and capacities grow
+    # with the texts, so that most of a cache is in use; whether the kernel is faster must be measured on a chip.
+    cached_attention=("dense",),
 )
 
 BACKENDS = MappingProxyType({"cpu": CPU, "gpu": GPU, "tpu": TPU})

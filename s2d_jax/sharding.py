@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.config.mesh import MESH_AXES as MESH_AXES
 from s2d_jax.config.mesh import MeshConfig as MeshConfig
@@ -155,6 +158,28 @@ def over_rows(x: jax.Array) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(("batch",)))
+
+
+_split_over: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def split_over(mesh: Mesh | None) -> Iterator[None]:
+    """Says to `mesh_in_use` which mesh the inputs of the program lie on that is traced in the block.
+
+    It stands inside of the function that is traced, like `backends.compiling_for`. Activations are not constrained by it.
+    """
+    token = _split_over.set(mesh)
+    try:
+        yield
+    finally:
+        _split_over.reset(token)
+
+
+def mesh_in_use() -> Mesh | AbstractMesh | None:
+    """The mesh of `split_over` or of `jax.set_mesh`; None where neither was given, or for a single device."""
+    mesh = _split_over.get() or jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: Mesh) -> Any:

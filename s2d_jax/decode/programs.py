@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from s2d_jax.backends import compiling_for, forms_of, platform_of_arrays
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.progress.compiling import compiling
+from s2d_jax.sharding import mesh_of, split_over
 
 
 class Programs(NamedTuple):
@@ -154,11 +155,11 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
 
 
 def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stages.Lowered:
-    """The function, traced for the backend that its inputs are on."""
-    platform = platform_of_arrays(inputs)
+    """The function, traced for the backend and the mesh that its inputs are on."""
+    platform, mesh = platform_of_arrays(inputs), mesh_of(inputs)
 
     def traced(*inputs):
-        with compiling_for(platform):
+        with compiling_for(platform), split_over(mesh):
             return function(*inputs)
 
     shardings = {} if out is None else {"out_shardings": out}

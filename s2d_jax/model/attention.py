@@ -1,16 +1,17 @@
-"""Rotary positions and grouped-query attention."""
+"""Rotary positions, and the block of attention."""
 
 from __future__ import annotations
 
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from s2d_jax.config.model import ModelConfig, RopeScaling
+from s2d_jax.model.attention_forms.attend import attention
+from s2d_jax.model.attention_forms.request import Causal
 from s2d_jax.model.kv_cache import write_caches
 from s2d_jax.model.layers import Linear
 
@@ -50,41 +51,6 @@ def rope(
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
-def attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
-    mask_BTS: Bool[Array, "B T S"],
-) -> Float[Array, "B T N*H"]:
-    """Grouped-query attention; softmax in f32.
-
-    Args:
-        q_BTNH: queries, N a multiple of K.
-        k_BKSH, v_BKSH: keys and values.
-        mask_BTS: bool, True where a query may look.
-
-    Returns:
-        The mixed values of all heads, in the dtype of the queries.
-    """
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    Q = N // K
-    # The queries that share a key head are the rows (A = Q * T) of one product per row and key head.
-    q_BKAH = q_BTNH.reshape(B, T, K, Q, H).transpose(0, 2, 3, 1, 4).reshape(B, K, Q * T, H)
-    scores_BKAS = jnp.einsum(
-        "BKAH,BKSH->BKAS", q_BKAH, k_BKSH, preferred_element_type=jnp.float32
-    ) / math.sqrt(H)
-    scores_BKQTS = scores_BKAS.reshape(B, K, Q, T, S)
-    scores_BKQTS = jnp.where(mask_BTS[:, None, None], scores_BKQTS, jnp.finfo(jnp.float32).min)
-    weights_BKQTS = jax.nn.softmax(scores_BKQTS, axis=-1).astype(q_BTNH.dtype)
-    weights_BKAS = weights_BKQTS.reshape(B, K, Q * T, S)
-    mixed_BKAH = jnp.einsum(
-        "BKAS,BKSH->BKAH", weights_BKAS, v_BKSH, preferred_element_type=jnp.float32
-    )
-    mixed_BTKQH = mixed_BKAH.reshape(B, K, Q, T, H).transpose(0, 3, 1, 2, 4)
-    return mixed_BTKQH.astype(q_BTNH.dtype).reshape(B, T, N * H)
-
-
 class Attention(nn.Module):
     """Projections, rotary positions, grouped-query attention over the window or a cache, output projection."""
 
@@ -102,12 +68,13 @@ class Attention(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: PerToken,
-        mask_BTS: Bool[Array, "B T S"],
+        looks: Bool[Array, "B T S"] | Causal,
         cache: CachePart | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[HeadStates, HeadStates]]:
         """Attends over the window itself, or over `cache = (k, v, start_B)` after writing the window into it at `start_B`.
 
-        Writing first keeps the cache in place inside a loop. Returns the mixed values, and keys and values.
+        Writing first keeps the cache in place inside a loop. `looks` is what each position looks at; behind the window it must
+        be nothing. Returns the mixed values, and keys and values.
         """
         c = self.config
         B, T, _ = x_BTD.shape
@@ -118,8 +85,10 @@ class Attention(nn.Module):
         q_BTNH = rope(q_BTNH, positions_BT, frequency_P)
         k = jnp.swapaxes(rope(k_BTKH, positions_BT, frequency_P), 1, 2)
         v = jnp.swapaxes(v_BTKH, 1, 2)
+        used_B = None
         if cache is not None:
             k_cache, v_cache, start_B = cache
             k, v = write_caches((k_cache, v_cache), (k, v), start_B, axis=2)
-        mixed = attention(q_BTNH, k.astype(x_BTD.dtype), v.astype(x_BTD.dtype), mask_BTS)
+            used_B = start_B + T
+        mixed = attention(q_BTNH, k, v, looks, used_B=used_B)
         return self.o_proj(mixed), (k, v)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from s2d_jax.config.draft import NO_PARTS, ExitParts
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.model.attention import Attention, CachePart, HeadStates, PerToken
+from s2d_jax.model.attention_forms.request import Causal
 from s2d_jax.model.kv_cache import KVCache
 from s2d_jax.model.layers import MLP, ExitAdapter, Linear, RMSNorm, logical_param
 from s2d_jax.model.place import Place
@@ -55,10 +56,10 @@ class Block(nn.Module):
         self,
         h_BTD: Float[Array, "B T D"],
         positions_BT: PerToken,
-        mask_BTS: Bool[Array, "B T S"],
+        looks: Bool[Array, "B T S"] | Causal,
         cache: CachePart | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[HeadStates, HeadStates]]:
-        mixed_BTD, written = self.attn(self.attn_norm(h_BTD), positions_BT, mask_BTS, cache)
+        mixed_BTD, written = self.attn(self.attn_norm(h_BTD), positions_BT, looks, cache)
         h_BTD = h_BTD + mixed_BTD
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), written
 
@@ -179,15 +180,13 @@ class Transformer(nn.Module):
             remat: recompute each block in the backward pass.
         """
         B, T = tokens_BT.shape
-        steps = jnp.arange(T, dtype=jnp.int32)
         if positions_BT is None:
+            steps = jnp.arange(T, dtype=jnp.int32)
             positions_BT = jnp.broadcast_to(steps[None], (B, T))
-        mask_BTS = jnp.broadcast_to((steps[None, :] <= steps[:, None])[None], (B, T, T))
-        if segment_ids_BT is not None:
-            mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+        looks = Causal(segment_ids_BT)
 
         def run(layer, h):
-            return over_rows(layer(h, positions_BT, mask_BTS)[0])
+            return over_rows(layer(h, positions_BT, looks)[0])
 
         h_BTD, exits = over_rows(self.embed(tokens_BT)), {}
         for depth, layer in enumerate(self.layers[: max(exit_layers)], start=1):

@@ -137,6 +137,7 @@ def test_files_and_functions_stay_small(path):
         ("from s2d_jax import load_model", {"torch", "transformers", "orbax", "tyro"}),
         ("import s2d_jax.progress.activity", {"jax", "rich", "numpy"}),
         ("from s2d_jax.model import selected", {"torch", "transformers"}),
+        ("import s2d_jax.model.transformer", {"jax.experimental.pallas"}),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(program, absent):
