@@ -160,6 +160,19 @@ def over_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(("batch",)))
 
 
+def looked_up_over_rows(h_BTD: jax.Array) -> jax.Array:
+    """`over_rows` for states that were just looked up in a table whose features are split over `fsdp`.
+
+    XLA leaves such states split over features. It cannot go from there to rows over `data` and `fsdp` in one move and would
+    first copy all of them to every device, also for the gradient. In two moves, features go to rows within `fsdp` only.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return h_BTD
+    features = PartitionSpec("data", None, RULES["embed"])
+    return over_rows(jax.lax.with_sharding_constraint(h_BTD, features))
+
+
 _split_over: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 

@@ -35,6 +35,7 @@ from s2d_jax.sharding import (
 )
 from train.config.sections import OptimSection
 from train.data.batch import Batch
+from train.step.for_mesh import for_mesh
 from train.step.optimizer import learning_rate, make_optimizer
 
 # Logical axes of the heads' parameters; heads are stacked on the first, which is not split.
@@ -305,7 +306,7 @@ class MedusaTrainer:
         """
         sharding, whole = self.state_sharding, replicated(self.mesh)
         step = jax.jit(
-            self._train_step,
+            for_mesh(self._train_step, self.mesh),
             in_shardings=(sharding, self.trunk_sharding, self.batch_sharding, whole),
             out_shardings=(sharding, whole),
             donate_argnums=0,

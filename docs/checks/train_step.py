@@ -36,7 +36,7 @@ class RowStep:
     def __init__(self, model: Model, exits: tuple[int, ...], dtype: str):
         config = Config(
             model=ModelSection(
-                path=model.source, num_layers=row.EXITS[-1], compute_dtype=dtype, remat=False
+                path=model.source, num_layers=row.EXITS[-1], compute_dtype=dtype, remat="none"
             ),
             data=DataSection(paths=("none",), max_length=row.LENGTH),
             draft=DraftSection(exit_layers=exits),

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.model.products.linear import linear
+from s2d_jax.model.remat import as_product
 
 _kernel_init = nn.initializers.normal(0.02)
 
@@ -63,7 +64,7 @@ class Linear(nn.Module):
             zeros = nn.initializers.zeros
             bias_O = logical_param(self, "bias", zeros, self.axes[:1], (self.out_dim,))
             out = out + jnp.expand_dims(bias_O.astype(x.dtype), tuple(range(x.ndim - 1)))
-        return out
+        return as_product(out)
 
 
 class ExitAdapter(nn.Module):

@@ -19,7 +19,8 @@ from s2d_jax.model.layers import MLP, ExitAdapter, Linear, RMSNorm, logical_para
 from s2d_jax.model.place import Place
 from s2d_jax.model.products.linear import linear
 from s2d_jax.model.products.weight_formats import Indices, embed
-from s2d_jax.sharding import over_rows
+from s2d_jax.model.remat import RematPolicy, recomputed
+from s2d_jax.sharding import looked_up_over_rows, over_rows
 
 
 class Embed(nn.Module):
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
         exit_layers: Sequence[int],
         positions_BT: PerToken | None = None,
         segment_ids_BT: PerToken | None = None,
-        remat: bool = False,
+        remat: RematPolicy = "none",
     ) -> tuple[Float[Array, "B T D"], ...]:
         """The states after each of `exit_layers` (ascending), without a cache.
 
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
             tokens_BT: int32.
             positions_BT: int32; 0..T-1 when absent.
             segment_ids_BT: int32; a token attends to earlier tokens of its own segment only.
-            remat: recompute each block in the backward pass.
+            remat: what of each block the backward pass computes again.
         """
         B, T = tokens_BT.shape
         if positions_BT is None:
@@ -188,9 +189,10 @@ class Transformer(nn.Module):
         def run(layer, h):
             return over_rows(layer(h, positions_BT, looks)[0])
 
-        h_BTD, exits = over_rows(self.embed(tokens_BT)), {}
+        h_BTD, exits = looked_up_over_rows(self.embed(tokens_BT)), {}
+        run = recomputed(run, remat)
         for depth, layer in enumerate(self.layers[: max(exit_layers)], start=1):
-            h_BTD = nn.remat(run)(layer, h_BTD) if remat else run(layer, h_BTD)
+            h_BTD = run(layer, h_BTD)
             exits[depth] = h_BTD
         return tuple(exits[depth] for depth in exit_layers)
 

@@ -11,11 +11,12 @@ from hf_tiny import expect_user_error
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config
 
+from s2d_jax.compilers.collectives import Collectives, count_collectives
 from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.formats.hf_config import config_to_hf
 from s2d_jax.sharding import MeshConfig, make_mesh
 from train.config.files import load_config
-from train.plan.__main__ import Collectives, count_collectives, draft_shape, main, make_plan
+from train.plan.__main__ import draft_shape, main, make_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = CONFIGS / "vicuna7b_soft.yaml"

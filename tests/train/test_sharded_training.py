@@ -46,7 +46,7 @@ GRADIENTS = OptimSection(learning_rate=1e-3, beta1=0.0, clip_norm=1e9)
 
 def config(mesh=ONE_DEVICE, *, optim=ADAMW, accumulate=1) -> Config:
     return Config(
-        model=ModelSection(path="tiny", compute_dtype="float32", remat=False),
+        model=ModelSection(path="tiny", compute_dtype="float32", remat="none"),
         data=DataSection(paths=("none",), max_length=LENGTH),
         draft=DraftSection(exit_layers=(1, 2, 3), exit_weights=(1.0, 2.0, 1.0)),
         optim=optim,

@@ -32,7 +32,7 @@ def test_defaults_are_the_papers_recipe(write):
     config = load_config(CONFIGS / "vicuna7b_soft.yaml")
     assert config.draft.exit_layers == (6, 9, 12)
     assert config.draft.loss_weights == (1.0, 1.0, 1.0)
-    assert (config.model.num_layers, config.model.remat) == (12, True)
+    assert (config.model.num_layers, config.model.remat) == (12, "block")
     assert (config.data.max_length, config.train.batch_size, config.train.epochs) == (2048, 128, 3)
     assert (config.optim.learning_rate, config.optim.warmup_fraction) == (2e-5, 0.04)
     assert config.optim.weight_decay == 0
@@ -48,12 +48,12 @@ def test_the_command_line_overrides_the_file(write):
     config = parse(
         write(MINIMAL + "optim: {learning_rate: 2e-5}\n"),
         *("--optim.learning-rate", "1e-4", "--draft.exit-layers", "4", "12"),
-        *("--draft.exit-weights", "1", "3", "--model.remat", "False", "--train.max-steps", "7"),
+        *("--draft.exit-weights", "1", "3", "--model.remat", "none", "--train.max-steps", "7"),
     )
     assert config.optim.learning_rate == 1e-4
     assert config.draft.exit_layers == (4, 12)
     assert config.draft.loss_weights == (1.0, 3.0)
-    assert config.model.remat is False
+    assert config.model.remat == "none"
     assert config.train.max_steps == 7
 
 
@@ -138,7 +138,7 @@ def test_a_bad_file_gets_one_line_that_names_it(write, text, message):
         (("--model.num-layers", "11"), "error: exit_layers=(6, 9, 12) exceeds num_layers=11; drop"),
         (
             ("--model.remat", "maybe"),
-            "--model.remat maybe: give --model.remat or --model.no-remat, without a value",
+            "--model.remat: invalid choice 'maybe'",
         ),
         (("--draft.exit-layers", "6", "x"), "--draft.exit-layers"),
         (("--model.path", "/nowhere/model"), "/nowhere/model does not exist; give a"),

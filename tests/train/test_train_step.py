@@ -39,7 +39,7 @@ COMPARED = pytest.mark.exhaustive("test_sharded_training.py compares every mesh 
 
 def config(mesh=ONE_DEVICE, **train) -> Config:
     return Config(
-        model=ModelSection(path="tiny", compute_dtype="float32", remat=False),
+        model=ModelSection(path="tiny", compute_dtype="float32", remat="none"),
         data=DataSection(paths=("none",), max_length=LENGTH),
         draft=DraftSection(exit_layers=(1, 2, 3), exit_weights=(1.0, 2.0, 1.0)),
         optim=OptimSection(learning_rate=1e-2, weight_decay=0.1),
@@ -112,7 +112,7 @@ def test_losses_and_parameters_equal_one_devices(one_device, other):
 
 def test_remat_changes_nothing(one_device):
     plain = config()
-    remat = dataclasses.replace(plain, model=dataclasses.replace(plain.model, remat=True))
+    remat = dataclasses.replace(plain, model=dataclasses.replace(plain.model, remat="block"))
     history, params = run(remat)
     expected = [m["loss"] for m in one_device[0]]
     np.testing.assert_allclose([m["loss"] for m in history], expected, rtol=1e-5)

@@ -74,6 +74,8 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     """`value` as `hint`, or UserError; an int is taken where a float is asked for."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.")
+    if isinstance(value, bool):
+        value = _FORMER_SWITCHES.get(name, {}).get(value, value)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         if value is None:
@@ -95,6 +97,8 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
+# Files of earlier versions, and of earlier runs, say true or false where there are names today.
+_FORMER_SWITCHES = {"model.remat": {True: "block", False: "none"}}
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS = {**_NAMES, list: "a list", dict: "a section", type(None): "empty"}
 

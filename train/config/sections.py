@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
@@ -14,6 +14,7 @@ from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.config.plain import plain_fields
 from s2d_jax.errors import require
 from s2d_jax.files import local_path
+from s2d_jax.model.remat import RematPolicy
 
 Part = Literal["trunk", "lora", "exit_heads", "exit_adapters"]
 # Fields of `train` that must be 1 or more.
@@ -41,11 +42,16 @@ class ModelSection:
     """Rank of low-rank adapters on every matrix of the layers; 0 adds none."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and products; master weights, loss and optimizer stay f32."""
-    remat: Switch = True
-    """Recompute each layer in the backward pass: less memory, a third more work."""
+    remat: RematPolicy = "block"
+    """What the backward pass computes again: none of a layer; all but its products with weights; or the whole block, with the
+    least memory and a third more work."""
 
     def __post_init__(self):
         plain_fields(self, "model.")
+        require(
+            self.remat in get_args(RematPolicy),
+            f"model.remat={self.remat!r} is unknown; use one of {', '.join(get_args(RematPolicy))}",
+        )
         require(bool(self.path), "model.path is empty; give a model directory, hub id or .gguf")
         require(
             self.num_layers is None or self.num_layers >= 1,

@@ -29,11 +29,13 @@ from s2d_jax.cli.flags import Switch, flag
 from s2d_jax.cli.outputs import check_directory
 from s2d_jax.cli.parsing import parse
 from s2d_jax.cli.screen import PlainColumn, screen
+from s2d_jax.compilers.chips import chip_named
 from s2d_jax.compilers.topologies import check_cpu_devices, topology_devices
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.files import expanded, read_json, write_text
 from s2d_jax.formats.hf_config import config_from_hf
+from s2d_jax.model.remat import RematPolicy
 from s2d_jax.sharding import MESH_AXES, MeshConfig, make_mesh
 from train.config.sections import Config, DataSection, DraftSection, ModelSection, TrainSection
 from train.medusa import MedusaConfig, MedusaTrainer
@@ -91,8 +93,9 @@ class Args:
     heads: int = 5
     """Medusa heads."""
     topology: Annotated[str, flag("TOPOLOGY")] = "auto"
-    """What to compile for: cpu (devices of this machine, however few cores it has), or TPU chips such as v5p:2x2x2.
-    TPU chips need the libtpu package but no TPU. auto is v5p:2x2x2 if libtpu is installed, else cpu."""
+    """What to compile for: cpu (devices of this machine, however few cores it has), TPU chips such as v5p:2x2x2, or GPUs such
+    as h100:8. Chips need their compiler (the extra s2d-jax[compilers]) but need not be here. auto is v5p:2x2x2 if libtpu is
+    installed, else cpu."""
     mesh: MeshConfig = MeshConfig(fsdp=8)
     batch_size: int = 128
     """Packed rows per step, over all devices."""
@@ -106,8 +109,8 @@ class Args:
     """Dtype of activations and products. Trained weights are float32."""
     target_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the frozen target's weights."""
-    remat: Switch = True
-    """Recompute the draft's layers in the backward pass. (A frozen target has no backward pass.)"""
+    remat: RematPolicy = "block"
+    """What of the draft's layers the backward pass computes again. (A frozen target has no backward pass.)"""
     quick: Switch = True
     """Let the TPU compiler optimise less: it compiles several times as fast, and temporaries differ a little."""
     out: Annotated[Path | None, flag("DIR", "the screen only")] = None
@@ -209,7 +212,7 @@ def _devices(topology: str, count: int) -> list[Any]:
     """Devices to compile for.
 
     Raises:
-        UserError: if libtpu is absent, or does not know the topology.
+        UserError: if the chip's compiler is absent, or does not know the topology.
     """
     if topology == "cpu":
         check_cpu_devices(count)
@@ -281,7 +284,9 @@ def _caption(args: Args, topology: str) -> str:
     mesh = " x ".join(
         f"{axis} {size}" for axis, size in zip(MESH_AXES, args.mesh.shape, strict=True) if size > 1
     )
-    what = f"XLA's {'CPU' if topology == 'cpu' else 'TPU'} compiler, {topology}"
+    chip = chip_named(topology.partition(":")[0])
+    kind = "CPU" if topology == "cpu" else (chip.platform if chip else "tpu").upper()
+    what = f"XLA's {kind} compiler, {topology}"
     return (
         "GB (1e9 bytes) on each device; total: on all; paper: for how many devices it does not say. "
         f"Compiled by {what}, mesh {mesh or 'of one device'}. "

@@ -13,6 +13,7 @@ from s2d_jax.config.draft import ExitParts
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.formats.names import EXIT_ADAPTERS, EXIT_HEADS, get_weight, shared_head
 from s2d_jax.model.params import Params
+from s2d_jax.model.remat import RematPolicy
 from s2d_jax.model.transformer import Transformer, apply_model
 from s2d_jax.weights.vocabulary import TRIMMED, TRIMMED_HEAD
 from train.config.sections import ObjectiveSection
@@ -72,7 +73,9 @@ class Reading:
         }
         return {"final_norm": params["final_norm"], **own, **rows}
 
-    def exit_hiddens(self, params: Params, batch, *, remat: bool = False) -> tuple[jax.Array, ...]:
+    def exit_hiddens(
+        self, params: Params, batch, *, remat: RematPolicy = "none"
+    ) -> tuple[jax.Array, ...]:
         """The states `[B, T, D]` at the exits, for a `train.data.batch.Batch`."""
         return apply_model(
             self.transformer,

@@ -1,6 +1,7 @@
 """`python -m train.plan --config FILE --topology v5p:2x2x2`: what a training step needs on each chip, without weights or chips.
 
-The real step is compiled ahead of time for a TPU topology (libtpu is enough, no TPU is needed) or for fake CPU devices.
+The real step is compiled ahead of time for chips of a TPU or GPU (their compilers are enough, no chip is needed) or for
+fake CPU devices.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,8 @@ from s2d_jax.cli.command import status_of
 from s2d_jax.cli.flags import flag
 from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
+from s2d_jax.compilers.chips import Chip, chip_named
+from s2d_jax.compilers.collectives import Collectives, count_collectives
 from s2d_jax.compilers.topologies import check_cpu_devices, topology_devices
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
@@ -33,27 +34,8 @@ from s2d_jax.weights.load import read_description
 from train.config.files import FlagsWithConfig, parse_command_line
 from train.config.sections import Config
 from train.plan.step_memory import bytes_needed, bytes_per_device, shapes_of_batch
+from train.plan.step_work import work_of_step
 from train.step.trainer import Trainer
-
-_COLLECTIVE = re.compile(
-    r"^\s*(?:ROOT )?%\S+ = (?P<result>.*?) "
-    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
-    re.MULTILINE,
-)
-_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collectives:
-    """Instructions of one kind in the compiled step; those inside a loop count once.
-
-    Attributes:
-        count: how many.
-        bytes: bytes of their results on one chip, added up.
-    """
-
-    count: int
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +48,8 @@ class StepPlan:
         arguments: all arguments as the compiler counts them, with its padding.
         temporaries: activations, gradients and whatever else exists only during the step.
         collectives: what the chips send each other, by kind.
+        flops: operations of a step on one chip, computed from shapes (`work_of_step`).
+        least_bytes: bytes that a chip reads and writes at least, computed from shapes.
     """
 
     devices: int
@@ -75,6 +59,8 @@ class StepPlan:
     arguments: int
     temporaries: int
     collectives: dict[str, Collectives]
+    flops: float
+    least_bytes: float
 
     @property
     def total(self) -> int:
@@ -112,6 +98,7 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> StepPlan
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None  # CPU, GPU and TPU all tell
     assert hlo is not None
+    work = work_of_step(config, model_config, state.params, mesh)
     return StepPlan(
         devices=mesh.size,
         params=bytes_per_device(state.params),
@@ -120,28 +107,9 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> StepPlan
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         collectives=count_collectives(hlo),
+        flops=work.flops,
+        least_bytes=work.least_bytes,
     )
-
-
-def count_collectives(hlo: str) -> dict[str, Collectives]:
-    """The collectives in the text of a compiled program, by kind.
-
-    >>> count_collectives("%x = f32[8,4]{1,0} all-gather(f32[4,4] %y), dimensions={0}")
-    {'all-gather': Collectives(count=1, bytes=128)}
-    """
-    found: dict[str, Collectives] = {}
-    for match in _COLLECTIVE.finditer(hlo):
-        shapes = _SHAPE.findall(match["result"])
-        sizes = [_size(bits, dims) for _, bits, dims in shapes]
-        # A -start instruction also returns its operands; its result is the last and largest.
-        size = max(sizes, default=0) if "-start(" in match[0] else sum(sizes)
-        before = found.get(match["kind"], Collectives(0, 0))
-        found[match["kind"]] = Collectives(before.count + 1, before.bytes + size)
-    return dict(sorted(found.items()))
-
-
-def _size(bits: str, dims: str) -> int:
-    return math.prod(int(n) for n in dims.split(",") if n) * (int(bits) if bits else 8) // 8
 
 
 def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> ModelConfig:
@@ -176,7 +144,7 @@ def draft_shape(config: Config, config_file: Path, shape_file: Path | None) -> M
     return dataclasses.replace(shape, num_layers=depth)
 
 
-def _table(plan: StepPlan, title: str) -> Table:
+def _table(plan: StepPlan, title: str, chip: Chip | None) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("on each chip")
     table.add_column("GB", justify="right")
@@ -191,6 +159,12 @@ def _table(plan: StepPlan, title: str) -> Table:
     table.add_section()
     for kind, found in plan.collectives.items():
         table.add_row(f"{found.count} x {kind}, results", f"{found.bytes / 1e9:.2f}")
+    table.add_section()
+    table.add_row("read and written, from shapes: at least", f"{plan.least_bytes / 1e9:.2f}")
+    table.add_row("operations, from shapes: TFLOP", f"{plan.flops / 1e12:.2f}")
+    if chip is not None:
+        seconds = chip.seconds(plan.flops, plan.least_bytes)
+        table.add_row(f"a step on {chip.name} takes at least: seconds", f"{seconds:.3f}")
     return table
 
 
@@ -198,12 +172,12 @@ def _table(plan: StepPlan, title: str) -> Table:
 class Args(FlagsWithConfig):
     """What a training step needs on each chip, without weights or chips.
 
-    The real step is compiled ahead of time for a TPU topology, or for fake CPU devices.
-    libtpu is enough; no TPU is needed.
+    The real step is compiled ahead of time for chips of a TPU or GPU, or for fake CPU devices.
+    Their compilers are enough (the extra s2d-jax[compilers]); no chip is needed.
     """
 
-    topology: Annotated[str | None, flag("v5p:2x2x2", "as --devices says")] = None
-    """TPU chips to compile for."""
+    topology: Annotated[str | None, flag("TOPOLOGY", "as --devices says")] = None
+    """Chips to compile for: TPUs such as v5p:2x2x2, or GPUs such as h100:8."""
     devices: Annotated[int | None, flag("INT", "as --topology says")] = None
     """Or the number of fake CPU devices to compile for."""
     slices: int = 1
@@ -230,7 +204,7 @@ def run(args: Args) -> None:
         UserError: for an unknown model or topology, or values that do not go together.
     """
     if (args.topology is None) == (args.devices is None):
-        raise UserError("give --topology v5p:2x2x2 or --devices 8: one of them")
+        raise UserError("give --topology v5p:2x2x2, --topology h100:8 or --devices 8: one of them")
     if args.json is not None:
         check_writable(args.json, "--json")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
@@ -238,7 +212,9 @@ def run(args: Args) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     config, console = args.settings, screen()
     shape = draft_shape(config, here_or_shipped(args.config), args.shape)
+    chip = None
     if args.topology is not None:
+        chip = chip_named(args.topology.partition(":")[0])
         devices = topology_devices(args.topology, args.slices)
         place = f"{args.slices} x {args.topology}" if args.slices > 1 else args.topology
     else:
@@ -249,7 +225,7 @@ def run(args: Args) -> None:
         plan = make_plan(config, shape, mesh)
     rows = f"{config.train.batch_size} rows of {config.data.max_length} tokens"
     parts = f"in {config.train.accumulate} part(s)"
-    console.print(_table(plan, f"{args.config.name} on {place}: {rows} {parts}"))
+    console.print(_table(plan, f"{args.config.name} on {place}: {rows} {parts}", chip))
     if args.json is not None:
         write_text(args.json, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
 

@@ -23,6 +23,7 @@ from train.objective.exit_reader import Reading
 from train.objective.labels import Labels, TokenValues
 from train.objective.sorted_loss import sorted_loss, values_of_positions
 from train.objective.trainable import join_params, split_params
+from train.step.for_mesh import for_mesh
 from train.step.optimizer import learning_rate, make_optimizer
 
 
@@ -117,7 +118,7 @@ class Trainer:
         """
         sharding, whole = self.state_sharding, replicated(self.mesh)
         step = jax.jit(
-            self._train_step,
+            for_mesh(self._train_step, self.mesh),
             in_shardings=(sharding, self.teacher_sharding, self.batch_sharding, whole, whole),
             out_shardings=(sharding, whole),
             donate_argnums=0,
@@ -128,7 +129,7 @@ class Trainer:
     def compile_eval(self, params: Params, batch: Batch):
         """`(params, batch) -> TokenValues` of `Reading.watched` at every position, `[E, B, T]`, compiled."""
         step = jax.jit(
-            self._eval_step,
+            for_mesh(self._eval_step, self.mesh),
             in_shardings=(self.state_sharding.params, self.batch_sharding),
             out_shardings=replicated(self.mesh),
         )
@@ -167,7 +168,7 @@ class Trainer:
         trunk_learns = not {"trunk", "lora"}.isdisjoint(self.config.learned_parts)
         params = join_params(learned, frozen)
         hiddens = self.reading.exit_hiddens(
-            params, batch, remat=self.config.model.remat and trunk_learns
+            params, batch, remat=self.config.model.remat if trunk_learns else "none"
         )
         values, teacher_heads = self._teacher_values(teachers, batch)
         head_learned, head_frozen = self._split(self.reading.head_params(params))

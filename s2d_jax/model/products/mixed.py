@@ -58,11 +58,12 @@ def _transposed_first(dy_AO: jax.Array, x_AI: jax.Array) -> jax.Array:
     """The same, from a transposed copy of `dy`.
 
     XLA sees through a plain transposition and widens the operands. It does not see through one that is cut in two with a
-    barrier, and then takes the bf16 product.
+    barrier, and then takes the bf16 product. The cut makes few long pieces: rows that are split over up to as many devices
+    stay split, which many short pieces do not where their number does not divide.
     """
     missing = -dy_AO.shape[0] % _TRANSPOSED_ROWS
     dy_AO, x_AI = (jnp.pad(a, ((0, missing), (0, 0))) for a in (dy_AO, x_AI))
     rows, channels = dy_AO.shape
-    blocks = dy_AO.reshape(rows // _TRANSPOSED_ROWS, _TRANSPOSED_ROWS, channels)
+    blocks = dy_AO.reshape(_TRANSPOSED_ROWS, rows // _TRANSPOSED_ROWS, channels)
     dy_OA = jax.lax.optimization_barrier(blocks.transpose(2, 0, 1)).reshape(channels, rows)
     return jnp.matmul(dy_OA, x_AI, preferred_element_type=jnp.float32)
