@@ -34,6 +34,7 @@ from s2d_jax.files import write_text
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.text.conversations import content_hash
 from s2d_jax.weights.model import Model
+from s2d_jax.weights.prepare import format_kept
 
 if TYPE_CHECKING:
     from infer.generate.args import Args
@@ -116,11 +117,11 @@ def _settings(args: Args, target: Model, draft: Model | None) -> dict[str, Any]:
         "prompts": content_hash(args.prompts),
         "target": args.target[0],
         "target_weights": _weights_hash(target),
-        "target_format": args.loading.target_format,
+        "target_format": format_kept(target),
         "tokenizer": tokenizer_of(target).fingerprint(),
         "draft": args.draft,
         "draft_weights": None if draft is None else _weights_hash(draft),
-        "draft_format": args.loading.draft_format,
+        "draft_format": "f32" if draft is None else format_kept(draft),
         "draft_vocabulary": args.loading.draft_vocabulary,
         "batch_size": args.answering.batch_size,
         **dataclasses.asdict(args.sampling),

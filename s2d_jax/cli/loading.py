@@ -66,13 +66,15 @@ def load_target(
     return model
 
 
-def load_listed_draft(path: str | None, vocabulary: str | None, weight_format: str) -> Draft | None:
+def load_listed_draft(
+    path: str | None, vocabulary: str | None, weight_format: str | None
+) -> Draft | None:
     """The draft of `--draft`, its head read over the list of `--draft-vocabulary`.
 
     Args:
         path: where the draft is; None gives None.
         vocabulary: a file that `infer.trim` wrote, or `full` for all tokens; None keeps the draft's own list.
-        weight_format: of the draft's weights.
+        weight_format: of the draft's weights; None is as stored, and f32 on a CPU.
 
     Raises:
         UserError: for a list without a draft, or one that is not the draft's.

@@ -180,9 +180,13 @@ class DraftingOptions(TreeOptions, LengthOptions, ChainOptions):
 class LoadingOptions:
     """How models are read and kept."""
 
-    target_format: Literal["f32", "bf16", "int8"] = "f32"
+    target_format: Annotated[
+        Literal["f32", "bf16", "int8"] | None, flag(unset="as stored; f32 on a CPU")
+    ] = None
     """Format of the target's weights; int8 takes a quarter of the memory of f32, and changes the target a little."""
-    draft_format: Literal["f32", "bf16", "int8"] = "f32"
+    draft_format: Annotated[
+        Literal["f32", "bf16", "int8"] | None, flag(unset="as stored; f32 on a CPU")
+    ] = None
     """Format of the draft's weights; it does not change the output, which stays the target's."""
     draft_vocabulary: Annotated[
         str | None, flag("FILE", "the list in the draft's sorted_draft.json, if any")

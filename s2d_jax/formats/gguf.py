@@ -107,6 +107,10 @@ class GGUFFile:
                 f"{_FETCH_ALL} again"
             )
 
+    def is_f32(self, name: str) -> bool:
+        """Whether the tensor is stored as f32, neither in 16 bits nor in blocks."""
+        return self.tensors[name].ggml_type == self._gguf.GGMLQuantizationType.F32.value
+
     def tensor(self, name: str) -> np.ndarray:
         """f32, dequantised, in NumPy's order of dimensions.
 

@@ -57,6 +57,10 @@ class SafetensorsFiles:
                 self.shapes[name] = tuple(tensor.get_shape())
                 self._handles[name], self._paths[name] = handle, path
 
+    def is_f32(self, name: str) -> bool:
+        """Whether the tensor is stored as F32."""
+        return self._handles[name].get_slice(name).get_dtype() == _DTYPES["float32"]
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, as it is stored.
 

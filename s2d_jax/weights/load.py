@@ -19,13 +19,17 @@ from s2d_jax.formats.names import WeightName, get_weight, part_names, set_weight
 from s2d_jax.formats.safetensors import SafetensorsFiles
 from s2d_jax.model.lora import merged_kernel
 from s2d_jax.model.params import Params, abstract_params, logical_axes
-from s2d_jax.model.products.weight_formats import check_weight_format, compute_dtype
+from s2d_jax.model.products.weight_formats import (
+    check_weight_format,
+    chosen_format,
+    compute_dtype,
+)
 from s2d_jax.progress.activity import activity
 from s2d_jax.sharding import check_mesh, params_sharding
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.model import Draft, Model, with_trimmed_head
 from s2d_jax.weights.peft import read_peft
-from s2d_jax.weights.prepare import load_weight
+from s2d_jax.weights.prepare import format_kept, load_weight
 from s2d_jax.weights.sorted_draft import Base, base_fingerprint, read_sorted_draft
 from s2d_jax.weights.stored import (
     StoredModel,
@@ -39,7 +43,7 @@ from s2d_jax.weights.stored import (
 def load_model(
     path: str | Path,
     *,
-    weight_format: str = "f32",
+    weight_format: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     chat_template: str | None = None,
 ) -> Model:
@@ -48,21 +52,22 @@ def load_model(
     Args:
         path: a directory with config.json and safetensors, a hub id such as `org/name`, or a `.gguf` file.
         weight_format: "f32", "bf16" or "int8"; each tensor is converted as it is read, so memory stays near the final size.
+            None keeps the dtype that the model is stored in on GPUs and TPUs (bf16 for f16 and for quantised GGUF), and is
+            f32 on a CPU; `chosen_format` has the rule.
         mesh: places every tensor by `s2d_jax.sharding`; None leaves them on the default device.
         chat_template: the name of one of the model's chat templates, `vicuna`, or a file that holds one; None is its default.
 
     Raises:
         UserError: if the path holds no supported, complete model, the format is unknown, or there is no such chat template.
     """
-    check_weight_format(weight_format)
-    check_mesh(mesh)
+    _check(weight_format, mesh)
     return _load(locate(path), str(path), weight_format, mesh, chat_template)
 
 
 def _load(
     local: Path,
     source: str,
-    weight_format: str,
+    weight_format: str | None,
     mesh: jax.sharding.Mesh | None,
     chat_template: str | None = None,
 ) -> Model:
@@ -75,26 +80,26 @@ def _load(
                 f"{source} has no tokenizer, so chat_template={chat_template!r} serves nothing; leave it out"
             )
         tokenizer = tokenizer.with_chat_template(chat_template)
-    with _loading(stored, source, weight_format) as told:
-        params = _read_params(stored.config, stored.tensors(), weight_format, mesh, told=told)
+    kept = chosen_format(weight_format, stored.weight_format, platform_of(mesh))
+    with _loading(stored, source, kept) as told:
+        params = _read_params(stored.config, stored.tensors(), kept, mesh, told=told)
     return Model(stored.config, params, tokenizer, source, notices=stored.notices)
 
 
 def load_draft(
-    path: str | Path, *, weight_format: str = "f32", mesh: jax.sharding.Mesh | None = None
+    path: str | Path, *, weight_format: str | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> Draft:
     """Reads an exported sorted draft, whole or on a base; any other model becomes a draft whose only exit is its last layer.
 
     Args:
         path, weight_format, mesh: as for `load_model`. Low-rank adapters are folded into their kernels before these are
-            converted.
+            converted. Without a format, the model that a draft is a part of decides, or its own trunk.
 
     Raises:
         UserError: as `load_model`, and if an exit is deeper than the draft, its vocabulary was made for another tokenizer, or
             its base is missing or is another model.
     """
-    check_weight_format(weight_format)
-    check_mesh(mesh)
+    _check(weight_format, mesh)
     local, source = locate(path), str(path)
     file = local / SORTED_DRAFT
     if not file.exists():
@@ -109,10 +114,16 @@ def load_draft(
     parts = described.draft_config.parts
     if parts.exits:
         tensors = _tensors_of_parts(local / EXIT_PARTS, model.config, parts)
-        added = _read_params(model.config, tensors, weight_format, mesh, parts)
+        added = _read_params(model.config, tensors, format_kept(model), mesh, parts)
         model = dataclasses.replace(model, params=model.params | added)
     draft = _draft(model, described.draft_config)
     return with_trimmed_head(draft, described.vocabulary)
+
+
+def _check(weight_format: str | None, mesh: jax.sharding.Mesh | None) -> None:
+    if weight_format is not None:
+        check_weight_format(weight_format)
+    check_mesh(mesh)
 
 
 def _draft(model: Model, draft_config: DraftConfig) -> Draft:
@@ -167,7 +178,7 @@ def _tensors_of_parts(file: Path, config: ModelConfig, parts: ExitParts):
 
 
 def _load_on_base(
-    local: Path, source: str, base: Base, weight_format: str, mesh: jax.sharding.Mesh | None
+    local: Path, source: str, base: Base, weight_format: str | None, mesh: jax.sharding.Mesh | None
 ) -> Model:
     """The trunk of a draft that was exported without it."""
     try:
@@ -188,8 +199,9 @@ def _load_on_base(
                 array = np.asarray(merged_kernel(array.astype(np.float32), *factors[name.ours]))
             yield name, array
 
-    with _loading(stored, base.path, weight_format, layers) as told:
-        params = _read_params(config, tensors(), weight_format, mesh, told=told)
+    kept = chosen_format(weight_format, stored.weight_format, platform_of(mesh))
+    with _loading(stored, base.path, kept, layers) as told:
+        params = _read_params(config, tensors(), kept, mesh, told=told)
     if not seen.matches(base.fingerprint):
         raise UserError(
             f"{base.path} is not the model that {local} was trained on (fingerprint {seen}, {base.fingerprint} is expected); "

@@ -11,6 +11,7 @@ import numpy as np
 
 from s2d_jax.backends import platform_of
 from s2d_jax.model.lora import merge_lora
+from s2d_jax.model.products.linear import format_of
 from s2d_jax.model.products.weight_formats import (
     Int8Weight,
     channel_sharding,
@@ -46,6 +47,11 @@ def prepare_for_decode(model: ModelT, weight_format: str) -> ModelT:
         lambda leaf: _converted(leaf, weight_format, dtype), params, is_leaf=is_weight
     )
     return dataclasses.replace(model, params=prepared)
+
+
+def format_kept(model: Model) -> str:
+    """The weight format that a model's matrices are in."""
+    return format_of(model.params["embed"]["embedding"])
 
 
 def load_weight(

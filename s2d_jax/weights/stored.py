@@ -28,7 +28,10 @@ from s2d_jax.text.tokenizer_files import TOKENIZER_FILES
 
 
 class WeightSource(Protocol):
-    """Tensors by name: `shapes` says what there is, `read` gives one as NumPy, `num_bytes` is the size of their files."""
+    """Tensors by name: `shapes` says what there is, `read` gives one as NumPy, `num_bytes` is the size of their files.
+
+    `is_f32` says whether a tensor is stored in 32 bits, and not in fewer.
+    """
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -37,6 +40,8 @@ class WeightSource(Protocol):
     def num_bytes(self) -> int: ...
 
     def read(self, name: str) -> np.ndarray: ...
+
+    def is_f32(self, name: str) -> bool: ...
 
 
 class GGUFWeights:
@@ -51,6 +56,10 @@ class GGUFWeights:
         self.shapes = {
             name: info.shape for name, info in file.tensors.items() if name != ROPE_FACTORS
         }
+
+    def is_f32(self, name: str) -> bool:
+        """Whether the tensor is stored in 32 bits."""
+        return self._file.is_f32(name)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in f32, rows of q and k in Hugging Face's order. Raises UserError if it holds NaN or infinity."""
@@ -152,6 +161,15 @@ class StoredModel:
         """Every tensor, as a NumPy array, with its name; `layers` gives those of the model of these layers, with its names."""
         for name in self._names(layers):
             yield name, np.asarray(self.source.read(self.name_of(name)))
+
+    @property
+    def weight_format(self) -> str:
+        """The format that most numbers in the matrices fit into: "f32", or "bf16" for all that are stored in fewer bits."""
+        sizes = {True: 0, False: 0}
+        for name in map(self.name_of, self._names(None)):
+            if len(shape := self.source.shapes[name]) > 1:
+                sizes[self.source.is_f32(name)] += math.prod(shape)
+        return "f32" if sizes[True] >= sizes[False] else "bf16"
 
     def num_weights(self, layers: Sequence[int] | None = None) -> int:
         """How many numbers `tensors` gives."""

@@ -47,7 +47,9 @@ def load_start(config: Config, mesh: Mesh) -> Start:
             is no tokenizer.
     """
     section = config.model
-    model = load_model(section.path, mesh=mesh, chat_template=config.data.chat_template)
+    # Master weights are f32, whatever the model is stored in.
+    template = config.data.chat_template
+    model = load_model(section.path, weight_format="f32", mesh=mesh, chat_template=template)
     if section.layers:
         model_config, params = selected(model.config, model.params, section.layers)
     else:

@@ -56,6 +56,25 @@ def check_weight_format(weight_format: str) -> None:
         )
 
 
+def chosen_format(asked: str | None, stored: str, platform: str) -> str:
+    """The weight format that a model is loaded in.
+
+    Args:
+        asked: what the user asked for, which always holds; None keeps a model as it is stored where the backend's products
+            are as fast in that dtype (`Forms.keeps_dtype`), and else makes it f32.
+        stored: "f32", or "bf16" for whatever takes fewer bits: bf16 itself; f16, whose range is too small for the activations
+            of models that were trained in bf16; and the blocks of GGUF, which no backend multiplies as they are.
+        platform: "cpu", "gpu", "tpu".
+
+    Raises:
+        UserError: for an unknown format.
+    """
+    if asked is not None:
+        check_weight_format(asked)
+        return asked
+    return stored if forms_of(platform).keeps_dtype else "f32"
+
+
 def compute_dtype(weight_format: str, platform: str) -> Any:
     """The dtype of activations, norms and biases beside weights of this format.
 
