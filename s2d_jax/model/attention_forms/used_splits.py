@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from s2d_jax.model.attention_forms.request import Causal, Request
 
 _BLOCK = 64
-# Triton multiplies tiles of 16 rows at least; with more than 128 rows, tiles of queries and scores leave the registers.
+# Triton multiplies tiles of 16 rows at least. The f32 sums of 128 rows fill a quarter of an H100 processor's registers.
 _FEWEST_ROWS, _MOST_ROWS = 16, 128
 # A row's used part is cut into so many; with 8 key heads and 2 rows, each of the 132 processors of an H100 has about one.
 _PARTS = 8
