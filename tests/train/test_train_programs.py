@@ -41,9 +41,7 @@ for mesh in sys.argv[1:]:
 """
 
 
-def config_of(
-    mesh: MeshConfig = ONE_DEVICE, *, length: int = 32, rows: int = 8, **train
-) -> Config:
+def config_of(mesh: MeshConfig = ONE_DEVICE, *, length: int = 32, rows: int = 8, **train) -> Config:
     return Config(
         model=ModelSection(path="tiny"),
         data=DataSection(paths=("none",), max_length=length),
