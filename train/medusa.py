@@ -277,8 +277,7 @@ class MedusaTrainer:
 
     def abstract_trunk(self) -> Params:
         """Shapes and dtypes of the frozen weights; nothing is computed."""
-        dtype = jnp.dtype(self.config.target_dtype)
-        return self._trunk(abstract_params(self.model_config, dtype))
+        return self._trunk(abstract_params(self.model_config, jnp.dtype(self.config.target_dtype)))
 
     def abstract_state(self) -> MedusaState:
         """Shapes and dtypes of the state; nothing is computed."""

@@ -138,7 +138,7 @@ def test_a_bad_file_gets_one_line_that_names_it(write, text, message):
         (("--model.num-layers", "11"), "error: exit_layers=(6, 9, 12) exceeds num_layers=11; drop"),
         (
             ("--model.remat", "maybe"),
-            "--model.remat: invalid choice 'maybe'",
+            "invalid choice 'maybe' for argument '--model.remat'. Expected one of ('none', ",
         ),
         (("--draft.exit-layers", "6", "x"), "--draft.exit-layers"),
         (("--model.path", "/nowhere/model"), "/nowhere/model does not exist; give a"),
