@@ -67,7 +67,8 @@ def write_report(directory: Path, report: Report) -> None:
     exits = ", ".join(map(str, subject["exits"]))
     intro = (
         f"Measured on {report['devices_used']} x {report['device_kind']}: {subject['name']} ({subject['why']}) in bf16, "
-        f"a draft with exits {exits}, one row. Each figure is the median of {report['repeats']} runs, in turn with the others of its part."
+        f"a draft with exits {exits}, one row. "
+        f"Each figure is the median of {report['repeats']} runs, in turn with the others of its part."
     )
     pieces = ["# What this accelerator reaches", intro]
     for name, figures in report["parts"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ from infer.accelerator_check.arithmetic import head_weights, layer_weights
 from s2d_jax.config.draft import DraftConfig
 from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.config.model import ModelConfig
-from s2d_jax.errors import UserError
 from s2d_jax.machine import memory_of_a_device
 from s2d_jax.model.params import Params, abstract_params, logical_axes
 from s2d_jax.sharding import make_mesh, params_sharding, replicated
@@ -144,16 +144,20 @@ def subject_of(args: Args) -> Subject:
         prompts = tuple(n for n in SIZES["7b"].prompts if n <= longest) or (longest,)
         size = Size(model.config, exits, prompts=prompts, length=min(2048, longest))
         return Subject(args.model, size, None, args.seed, model)
-    tensor = args.mesh.tensor or len(jax.devices())
-    mesh = make_mesh(MeshConfig(tensor=tensor)) if tensor > 1 else None
-    name = args.size or choose_size(jax.default_backend(), memory_of_a_device(), tensor)
+    devices = args.mesh.tensor or len(jax.devices())
+    name = args.size or choose_size(jax.default_backend(), memory_of_a_device(), devices)
     size = SIZES[name]
-    if size.config.num_kv_heads % tensor:
-        raise UserError(
-            f"size {name} has {size.config.num_kv_heads} key/value heads, which do not split over {tensor} devices; "
-            f"give --mesh.tensor a divisor of {size.config.num_kv_heads}"
-        )
+    tensor = args.mesh.tensor or most_devices(size.config, devices)
+    mesh = make_mesh(MeshConfig(tensor=tensor)) if tensor > 1 else None
+    if mesh is not None:  # a size that does not divide is refused before anything is measured
+        params_sharding(size.config, logical_axes(size.config), mesh)
     return Subject(name, size, mesh, args.seed)
+
+
+def most_devices(config: ModelConfig, devices: int) -> int:
+    """The most of so many devices over which key/value heads, hidden units and vocabulary divide evenly."""
+    common = math.gcd(config.num_heads, config.num_kv_heads, config.ffw_dim, config.vocab_size)
+    return max(count for count in range(1, devices + 1) if common % count == 0)
 
 
 def random_params(config: ModelConfig, dtype: Any, seed: int, sharding: Any = None) -> Params:

@@ -91,9 +91,9 @@ def _batch(rows: int, length: int, subject: Subject) -> Batch:
     shape = (rows, length)
     tokens_BT = rng.integers(0, subject.size.config.vocab_size, shape, np.int32)
     return Batch(
-        tokens_BT=tokens_BT,
-        targets_BT=np.roll(tokens_BT, -1, axis=1),
-        weights_BT=np.ones(shape, np.float32),
-        positions_BT=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
-        segment_ids_BT=np.ones(shape, np.int32),
+        tokens_BT=jnp.asarray(tokens_BT),
+        targets_BT=jnp.asarray(np.roll(tokens_BT, -1, axis=1)),
+        weights_BT=jnp.ones(shape, jnp.float32),
+        positions_BT=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape),
+        segment_ids_BT=jnp.ones(shape, jnp.int32),
     )
