@@ -60,7 +60,6 @@ def programs(decoder: Decoder, prompt_width: int, args: tuple) -> tuple[Programs
 
     The arguments are arrays, or `jax.ShapeDtypeStruct`s that say where the arrays will be.
     """
-
     program, state, spent = prefill_program(decoder, prompt_width, args)
     params, request, *_ = args
     run, more = run_program(decoder, (params, request, state))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from infer_tiny import failing_run, run
-from tiny import tiny_model
+from tiny import tiny_config, tiny_params
 
 from infer.accelerator_check import __main__ as command
 from infer.accelerator_check import check as checking
@@ -270,9 +270,10 @@ def test_the_largest_form_lowers_without_weights():
 
 
 def test_a_model_is_measured_beside_a_random_draft_of_its_shape(tmp_path):
-    save_model(tiny_model(num_layers=8), tmp_path)
-    subject = subject_of(Args(model=str(tmp_path)))
-    assert (subject.name, subject.mesh) == (str(tmp_path), None)
+    config = tiny_config(num_layers=8)
+    save_model(tmp_path / "m", config, tiny_params(config), None)
+    subject = subject_of(Args(model=str(tmp_path / "m")))
+    assert (subject.name, subject.mesh) == (str(tmp_path / "m"), None)
     assert subject.target.dtype == subject.draft.dtype == jnp.bfloat16
     assert (subject.size.exits, subject.size.prompts) == ((1, 2, 3), (128,))
     assert (subject.target.config.num_layers, subject.draft.config.num_layers) == (8, 3)
