@@ -221,10 +221,10 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
     return array.nbytes / best / 1e9
 
 
-def matmul_peak() -> float:
-    """GF/s of one large square f32 product."""
+def matmul_peak(dtype: Any = jnp.float32) -> float:
+    """GF/s of one large square product."""
     size = 2048 if platform_of(None) == "cpu" else 8192
-    a = jnp.ones((size, size), jnp.float32)
+    a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: a @ b)
     return 2 * size**3 / _median_seconds(lambda: jax.block_until_ready(product(a, a))) / 1e9
 

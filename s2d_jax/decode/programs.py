@@ -61,14 +61,20 @@ def programs(decoder: Decoder, prompt_width: int, args: tuple) -> tuple[Programs
 
     The arguments are arrays, or `jax.ShapeDtypeStruct`s that say where the arrays will be.
     """
+    program, state, spent = prefill_program(decoder, prompt_width, args)
+    params, request, *_ = args
+    run, more = run_program(decoder, (params, request, state))
+    return Programs(program, run), spent + more
+
+
+def prefill_program(decoder: Decoder, prompt_width: int, args: tuple) -> tuple[Any, Any, float]:
+    """`Programs.prefill` for `args` as `programs` takes them, the shapes of its state, and the seconds spent compiling."""
 
     def prefill(params, request, tokens_BC, length_B):
         return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
 
     (program, state), spent = _compiled(("prefill", decoder, prompt_width), prefill, args)
-    params, request, *_ = args
-    run, more = run_program(decoder, (params, request, state))
-    return Programs(program, run), spent + more
+    return program, state, spent
 
 
 def run_program(decoder: Decoder, inputs: tuple) -> tuple[Any, float]:

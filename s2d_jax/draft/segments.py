@@ -187,7 +187,8 @@ class Segments:
             return jnp.any(carry[0].segments[s].length_B < end_B)
 
         def run_chunk(carry):
-            return self._run_chunk(params, *carry, s, tokens_BC, end_B, width, slots)
+            state, last_BTD = carry
+            return self._run_chunk(params, state, last_BTD, s, tokens_BC, end_B, width, slots)
 
         return jax.lax.while_loop(behind, run_chunk, (state, nothing_BTD))
 

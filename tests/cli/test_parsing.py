@@ -20,7 +20,7 @@ from s2d_jax.errors import UserError
 
 COMMANDS = (
     "infer.generate", "infer.bench", "infer.calibrate", "infer.trim", "infer.export", "infer.demo_model",
-    "train.main", "train.plan", "train.memory",
+    "infer.accelerator_check", "train.main", "train.plan", "train.memory",
 )  # fmt: skip
 
 

@@ -88,4 +88,12 @@ COMMANDS = [
         "[True for _ in answers]",
         "infer/test_infer_generate.py -k cut_off",
     ),
+    Fault(
+        "coins-turned",
+        "coins of a simulated acceptance accept what they should reject",
+        "infer/accelerator_check/coins.py",
+        "coin_BG < request.acceptance_B[:, None]",
+        "coin_BG >= request.acceptance_B[:, None]",
+        "infer/test_accelerator_check.py -k coins",
+    ),
 ]

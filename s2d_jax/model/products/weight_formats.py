@@ -157,11 +157,12 @@ def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*batch I"] | Int8W
 def embed(weight: Weight, tokens: Indices) -> Float[Array, "*batch I"]:
     """Rows of an embedding table as vectors: f32 from an int8 table, else the table's dtype."""
     if not isinstance(weight, Int8Weight):
-        return take_rows(weight, tokens)
+        return jnp.take(weight, tokens, axis=0, mode="clip")
     # For a single row XLA's TPU compiler would copy the whole table into another layout; for two it does not.
     flat = tokens.reshape(-1)
-    found = take_rows(weight, jnp.tile(flat, 2) if flat.size == 1 else flat)
-    vectors = found.values.astype(jnp.float32) * found.scale[:, None]
+    rows = jnp.tile(flat, 2) if flat.size == 1 else flat
+    values, scale = (jnp.take(a, rows, axis=0, mode="clip") for a in (weight.values, weight.scale))
+    vectors = values.astype(jnp.float32) * scale[:, None]
     return vectors[: flat.size].reshape(*tokens.shape, -1)
 
 
