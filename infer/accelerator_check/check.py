@@ -13,6 +13,7 @@ from infer.accelerator_check.memory import is_out_of_memory
 from infer.accelerator_check.parts import PARTS, Part
 from infer.accelerator_check.report import show_part, write_report
 from infer.accelerator_check.subject import Subject, subject_of
+from s2d_jax.backends import platform_of
 from s2d_jax.cli.command import say_devices
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.loading import keep_programs
@@ -51,7 +52,7 @@ def _begun(args: Args, subject: Subject) -> dict[str, Any]:
         why = "the model of --model, with a random draft"
     elif args.size is None:
         why = "random weights; the largest size that fits here"
-        if jax.default_backend() == "cpu":
+        if platform_of(None) == "cpu":
             why = "random weights; a CPU gets the smallest size"
     devices = 1 if subject.mesh is None else subject.mesh.size
     return {

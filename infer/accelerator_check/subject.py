@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from infer.accelerator_check.args import Args
 from infer.accelerator_check.arithmetic import head_weights, layer_weights
+from s2d_jax.backends import platform_of
 from s2d_jax.config.draft import DraftConfig
 from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.config.model import ModelConfig
@@ -145,7 +146,7 @@ def subject_of(args: Args) -> Subject:
         size = Size(model.config, exits, prompts=prompts, length=min(2048, longest))
         return Subject(args.model, size, None, args.seed, model)
     devices = args.mesh.tensor or len(jax.devices())
-    name = args.size or choose_size(jax.default_backend(), memory_of_a_device(), devices)
+    name = args.size or choose_size(platform_of(None), memory_of_a_device(), devices)
     size = SIZES[name]
     tensor = args.mesh.tensor or most_devices(size.config, devices)
     mesh = make_mesh(MeshConfig(tensor=tensor)) if tensor > 1 else None
