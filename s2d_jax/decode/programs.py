@@ -180,14 +180,14 @@ def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lo
         prompt_width: of the prefill that would come before; nothing of it is compiled.
         args: shapes with shardings.
     """
-    params, request, *_ = args
+    params, request, tokens_BC, length_B = args
     mesh = decoder.target.mesh
 
-    def prefill(*args):
-        return decoder.prefill(*args, prompt_width)
+    def prefill(params, request, tokens_BC, length_B):
+        return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
 
     whole, heads = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), (None, "tensor")))
-    state = jax.eval_shape(prefill, *args)
+    state = jax.eval_shape(prefill, params, request, tokens_BC, length_B)
     cache = state.target_cache
     in_place = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
     split = jax.tree.map(
