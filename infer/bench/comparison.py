@@ -23,6 +23,8 @@ from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen
 from s2d_jax.cli.short_text import short_name
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
+from s2d_jax.weights.model import Model
+from s2d_jax.weights.prepare import format_kept
 
 
 def bench(args: Args) -> None:
@@ -51,10 +53,11 @@ def bench(args: Args) -> None:
         load_listed_draft(path, vocabulary if path else None, args.loading.draft_format)
         for path in (args.draft, args.measuring.independent_draft)
     )
-    rows, samples, dtype = [], [], ""
+    rows, samples, dtype, formats = [], [], "", []
     for path in args.target:
         target = load_target(path, args.loading, [draft, independent], raw=args.measuring.raw)
         dtype = target.dtype.name
+        formats.append(format_kept(target))
         methods = build_methods(names, target, draft, independent, args.drafting)
         for method in methods:  # reports a missing policy before anything is measured
             method.decoder.settled(args.sampling.temperature)
@@ -74,7 +77,7 @@ def bench(args: Args) -> None:
         if args.measuring.profile is not None:
             _profile(args, args.measuring.profile / short_name(path), target, methods, questions[0])
         del target, methods
-    settings = _settings(args, questions)
+    settings = _settings(args, questions, formats, [draft, independent])
     write_report(args.out, environment(dtype), settings, rows)
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_text(args.out / "samples.jsonl", "".join(lines))
@@ -125,7 +128,13 @@ def _sample_row(target: str, sample: Sample) -> dict:
     return {**row, "tokens_per_second": sample.tokens_per_second, "mean_acceptance_length": mat}
 
 
-def _settings(args: Args, questions: list[Question]) -> dict:
+def _settings(
+    args: Args,
+    questions: list[Question],
+    target_formats: Sequence[str],
+    drafts: Sequence[Model | None],
+) -> dict:
+    """What was asked for; of the weight formats, what the models were loaded in."""
     return {
         "questions": str(args.questions),
         "prompts": len(questions),
@@ -139,4 +148,15 @@ def _settings(args: Args, questions: list[Question]) -> dict:
         **dataclasses.asdict(args.sampling),
         **dataclasses.asdict(args.drafting),
         **dataclasses.asdict(args.loading),
+        "target_format": _listed(target_formats),
+        "draft_format": _listed([format_kept(draft) for draft in drafts if draft is not None]),
     }
+
+
+def _listed(formats: Sequence[str]) -> str | None:
+    """The format of all models, or of each in their order where they differ; None of no model.
+
+    >>> _listed(["f32", "f32"]), _listed(["bf16", "f32"]), _listed([])
+    ('f32', 'bf16, f32', None)
+    """
+    return (formats[0] if len(set(formats)) == 1 else ", ".join(formats)) or None

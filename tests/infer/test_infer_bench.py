@@ -71,6 +71,9 @@ def test_two_targets_are_measured_with_one_loaded_draft(
     assert loaded == [models.draft, None]  # no independent draft
     report = json.loads((out / "report.json").read_text())
     assert {"cpu", "cores", "threads", "jax", "dtype", "commit"} <= set(report["environment"])
+    # What was loaded, not that no flag was given.
+    formats = [report["settings"][f"{role}_format"] for role in ("target", "draft")]
+    assert formats == ["f32", "f32"]
     rows = report["rows"]
     assert [row["method"] for row in rows] == ["ar", "sd@1", "s2d"] * 2
     assert [row["target"] for row in rows] == [models.large] * 3 + [models.draft] * 3

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_tiny import expect_user_error
-from tiny import tiny_config, tiny_params, tiny_tokenizer
+from hf_tiny import expect_user_error, write_gguf
+from tiny import adapted, tiny_config, tiny_params, tiny_tokenizer, with_parts
 
 from s2d_jax import backends
-from s2d_jax.config.draft import DraftConfig
+from s2d_jax.config.draft import DraftConfig, ExitParts
 from s2d_jax.formats.gguf import GGUFFile
+from s2d_jax.model.lora import LoraConfig
 from s2d_jax.model.products.weight_formats import Int8Weight, chosen_format
-from s2d_jax.weights.export import export_draft, save_model
+from s2d_jax.weights.export import export_draft, export_parts, save_model
 from s2d_jax.weights.load import load_draft, load_model
 from s2d_jax.weights.model import Draft
 from s2d_jax.weights.prepare import format_kept
@@ -119,27 +123,60 @@ def test_a_draft_follows_its_own_trunk(stored, as_an_accelerator):
     assert _dtypes(load_draft(stored / "draft", weight_format="f32")) == {"float32"}
 
 
-def test_most_of_the_matrices_decide(stored):
+def test_parts_and_adapters_follow_the_base(stored, as_an_accelerator, tmp_path):
+    """What was trained beside a base is stored in f32, and the base in bf16."""
+    base = load_model(stored / "bfloat16", weight_format="f32")
+    own = ExitParts(heads=(1,), adapters=(2,), adapter_rank=4)
+    config = DraftConfig((1, 2))
+    draft = with_parts(Draft(base.config, base.params, base.tokenizer, "draft", config), own)
+    draft = dataclasses.replace(draft, params=adapted(draft.params, LoraConfig(2)))
+    export_parts(draft, tmp_path / "draft", base=stored / "bfloat16", provenance={})
+    assert _dtypes(load_draft(tmp_path / "draft")) == {"bfloat16"}
+    assert _dtypes(load_draft(tmp_path / "draft", weight_format="f32")) == {"float32"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_is_known_whatever_its_draft_is_loaded_in(
+    stored, as_an_accelerator, tmp_path, dtype
+):
+    """Its fingerprint is of the numbers in its files; f16 would be rounded on the way to bf16."""
+    for name, asked in (("widened", "f32"), ("kept", None)):
+        trunk = load_model(stored / dtype, weight_format=asked)
+        draft = Draft(trunk.config, trunk.params, None, "draft", DraftConfig((1, 2)))
+        export_parts(draft, tmp_path / name, base=stored / dtype, provenance={})
+    files = [tmp_path / name / "sorted_draft.json" for name in ("widened", "kept")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def test_most_numbers_in_the_matrices_decide(stored):
+    """Neither the number of tensors decides, nor one odd tensor; norms do not count."""
     model = open_model(stored / "bfloat16")
-    assert model.weight_format == "bf16"
-    largest = max(model.source.shapes, key=lambda name: np.prod(model.source.shapes[name]))
-    few = {name for name in model.source.shapes if name != largest}
+    sizes = {name: math.prod(shape) for name, shape in model.source.shapes.items()}
+    matrices = {name for name, shape in model.source.shapes.items() if len(shape) > 1}
+    norms, largest = set(sizes) - matrices, max(matrices, key=sizes.__getitem__)
+    smallest = min(matrices, key=sizes.__getitem__)
 
-    class Mixed:
-        shapes, num_bytes = model.source.shapes, 0
+    def format_with(in_f32: set[str]) -> str:
+        source = SimpleNamespace(shapes=model.source.shapes, is_f32=in_f32.__contains__)
+        return dataclasses.replace(model, source=source).weight_format
 
-        def __init__(self, wide):
-            self.wide = wide
+    assert format_with(set()) == format_with(norms) == format_with({smallest}) == "bf16"
+    assert format_with(matrices) == format_with(matrices - {smallest}) == "f32"
+    # The table of the vocabulary is one of many tensors, and holds less than half of the numbers.
+    assert 0 < 2 * sizes[largest] < sum(sizes[name] for name in matrices)
+    assert format_with({largest}) == "bf16"
+    assert format_with(matrices - {largest}) == "f32"
 
-        def is_f32(self, name):
-            return name in self.wide
 
-    def of(wide):
-        return dataclasses.replace(model, source=Mixed(wide)).weight_format
-
-    norms = {name for name in few if len(model.source.shapes[name]) == 1}
-    assert of(norms) == "bf16"  # norms do not count
-    assert of(set(model.source.shapes)) == "f32"
+def test_quantised_gguf_becomes_bf16(as_an_accelerator, tmp_path):
+    config = tiny_config(num_layers=2, ffw_dim=64)
+    q4 = gguf.GGMLQuantizationType.Q4_0
+    file = write_gguf(tmp_path / "q4.gguf", config, tiny_params(config), matrix_type=q4)
+    whole = write_gguf(tmp_path / "f32.gguf", config, tiny_params(config))
+    assert _dtypes(load_model(file)) == {"bfloat16"}
+    assert _dtypes(load_model(file, weight_format="f32")) == {"float32"}
+    assert format_kept(load_model(file, weight_format="int8")) == "int8"
+    assert _dtypes(load_model(whole)) == {"float32"}
 
 
 @pytest.mark.weights
