@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,7 +121,7 @@ def load_draft(
     return with_trimmed_head(draft, described.vocabulary)
 
 
-def _check(weight_format: str | None, mesh: jax.sharding.Mesh | None) -> None:
+def _check(weight_format: str | None, mesh: Any) -> None:
     if weight_format is not None:
         check_weight_format(weight_format)
     check_mesh(mesh)
