@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import jax
 import pytest
@@ -58,6 +59,7 @@ def caches_alive(batch):
 
 def test_closing_stops_decoding_and_frees_the_caches(decoder):
     whole = decoder.generate(PROMPTS, GREEDY)
+    gc.collect()  # what other tests left behind
     assert not caches_alive(len(PROMPTS))
     with decoder.stream(PROMPTS, GREEDY, rounds_per_look=1) as stream:
         for number, _ in enumerate(stream):
