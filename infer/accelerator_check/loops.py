@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from infer.accelerator_check.coins import CoinRequest, CoinVerifier
 from s2d_jax.calibration.timing import filled, prepared, rotated
@@ -19,6 +18,7 @@ from s2d_jax.decode.programs import run_program
 from s2d_jax.decode.state import DecodeState
 from s2d_jax.decode.timed_rounds import ROUND_PHASES, timed_rounds
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.sharding import replicated
 from s2d_jax.weights.model import Draft, Model
 
 Name = TypeVar("Name", bound=Hashable)
@@ -89,7 +89,7 @@ def simulated_loop(
     key_B = jax.vmap(jax.random.key)(jnp.full(1, seed, jnp.uint32))
     drawn = (key_B, jnp.full(1, acceptance, jnp.float32))
     if static.target.mesh is not None:
-        drawn = jax.device_put(drawn, NamedSharding(static.target.mesh, PartitionSpec()))
+        drawn = jax.device_put(drawn, replicated(static.target.mesh))
     request = CoinRequest.of(loop.request.replace(key_B=drawn[0]), drawn[1])
     return dataclasses.replace(loop, request=request)
 
@@ -99,19 +99,9 @@ def _loop(static: Decoder, args: tuple, state: DecodeState, rounds: int) -> Loop
     limit = jnp.int32(rounds)
     mesh = static.target.mesh
     if mesh is not None:
-        limit = jax.device_put(limit, NamedSharding(mesh, PartitionSpec()))
-        state = _placed(state, mesh)
+        limit = jax.device_put(limit, replicated(mesh))
+        state = jax.device_put(state, state.shardings(mesh))
     return Loop(static, params, request.replace(max_rounds=limit), state, rounds)
-
-
-def _placed(state: DecodeState, mesh: Any) -> DecodeState:
-    """The state as prefill leaves it: the target's keys and values split by heads, anything else whole on every device."""
-    heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))
-    cache = state.target_cache
-    split = jax.device_put((cache.keys, cache.values), heads)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    kept = state.target_cache.replace(keys=split[0], values=split[1])
-    return state.replace(target_cache=kept)
 
 
 def interleaved(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 
+from s2d_jax.compilers.hlo import shapes_in
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(
-    r"^\s*(?:ROOT )?%\S+ = (?P<result>.*?) "
-    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
-    re.MULTILINE,
+    rf"^\s*(?:ROOT )?%\S+ = (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\(", re.MULTILINE
 )
-_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +34,9 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
     """
     found: dict[str, Collectives] = {}
     for match in _COLLECTIVE.finditer(hlo):
-        shapes = _SHAPE.findall(match["result"])
-        sizes = [_size(bits, dims) for _, bits, dims in shapes]
+        sizes = [shape.num_bytes for shape in shapes_in(match["result"])]
         # A -start instruction also returns its operands; its result is the last and largest.
         size = max(sizes, default=0) if "-start(" in match[0] else sum(sizes)
         before = found.get(match["kind"], Collectives(0, 0))
         found[match["kind"]] = Collectives(before.count + 1, before.bytes + size)
     return dict(sorted(found.items()))
-
-
-def _size(bits: str, dims: str) -> int:
-    return math.prod(int(n) for n in dims.split(",") if n) * (int(bits) if bits else 8) // 8

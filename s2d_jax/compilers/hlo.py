@@ -22,6 +22,16 @@ _REFERENCE = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="(?P<name>[^"]*)"')
 _SPACE = re.compile(r"S\((\d+)\)")
 
+# Instructions that compute nothing and move nothing.
+BOOKKEEPING = frozenset(
+    (
+        *("parameter", "constant", "iota", "partition-id", "replica-id"),
+        *("tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"),
+        *("copy-done", "slice-done", "async-done", "async-update"),
+        *("all-reduce-done", "all-gather-done", "collective-permute-done"),
+    )
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

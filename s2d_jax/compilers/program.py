@@ -13,19 +13,10 @@ from typing import Any
 import jax
 
 from s2d_jax.backends import forms_of
-from s2d_jax.compilers.hlo import Hlo, Instruction, parse_hlo
+from s2d_jax.compilers.collectives import KINDS
+from s2d_jax.compilers.hlo import BOOKKEEPING, Hlo, Instruction, parse_hlo
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions that compute nothing and move nothing.
-_FREE = frozenset(
-    (
-        *("parameter", "constant", "iota", "partition-id", "replica-id"),
-        *("tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"),
-        *("while", "conditional", "call"),
-        *("copy-done", "slice-done", "async-done", "async-update"),
-        *("all-reduce-done", "all-gather-done", "collective-permute-done"),
-    )
-)
+_CONTROL = ("while", "conditional", "call")
 _HOST_MEMORY = 5
 _HOST = ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
 _THUNK = re.compile(r"^\s*\d+: (k\w+)", re.MULTILINE)
@@ -78,7 +69,10 @@ class Program:
         """Steps that the device runs, those inside of loops once; of a TPU, the instructions that are no mere bookkeeping."""
         if self.thunks:
             return sum(n for kind, n in self.thunks.items() if kind not in _NO_KERNELS)
-        return sum(i.opcode not in _FREE and not is_copy(i) for i in self.hlo.walk())
+        return sum(
+            i.opcode not in BOOKKEEPING and i.opcode not in _CONTROL and not is_copy(i)
+            for i in self.hlo.walk()
+        )
 
     @property
     def command_buffers(self) -> int:
@@ -100,7 +94,7 @@ class Program:
     def collectives(self) -> dict[str, int]:
         """How many there are of each kind, those inside of loops once."""
         kinds = (i.opcode.removesuffix("-start") for i in self.hlo.walk())
-        return dict(sorted(collections.Counter(k for k in kinds if k in COLLECTIVES).items()))
+        return dict(sorted(collections.Counter(k for k in kinds if k in KINDS).items()))
 
     @property
     def host_transfers(self) -> int:

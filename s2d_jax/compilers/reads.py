@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from s2d_jax.compilers.hlo import Computation, Hlo, Instruction
+from s2d_jax.compilers.hlo import BOOKKEEPING, Computation, Hlo, Instruction
 
 # For a loop, how often its body runs; for a condition, the number of the branch that is taken (0: it does not hold).
 Taken = Callable[[Instruction], int]
@@ -13,11 +13,6 @@ Taken = Callable[[Instruction], int]
 _READS_ITS_RESULT = ("dynamic-slice", "slice", "gather")
 # They overwrite a part of their first operand where it lies.
 _WRITES_IN_PLACE = ("dynamic-update-slice", "scatter")
-_READS_NOTHING = (
-    *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all"),
-    *("partition-id", "replica-id", "opt-barrier", "copy-done", "slice-done", "async-done"),
-    *("async-update", "all-reduce-done", "all-gather-done", "collective-permute-done"),
-)
 _BRANCHES = ("false_computation", "true_computation")
 
 
@@ -47,7 +42,7 @@ def _bytes_of(hlo: Hlo, computation: Computation, instruction: Instruction, take
         return bytes_read(hlo, name, taken)
     if instruction.opcode == "call":
         return bytes_read(hlo, called["to_apply"], taken)
-    if instruction.opcode in _READS_NOTHING:
+    if instruction.opcode in BOOKKEEPING:
         return 0
     return sum(
         _bytes_of_operand(hlo, instruction, number, computation.by_name[name])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from s2d_jax.backends import compiling_for, forms_of, platform_of_arrays
 from s2d_jax.decode.loop import Decoder
@@ -186,15 +185,11 @@ def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lo
     def prefill(params, request, tokens_BC, length_B):
         return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
 
-    whole, heads = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), (None, "tensor")))
     state = jax.eval_shape(prefill, params, request, tokens_BC, length_B)
-    cache = state.target_cache
-    in_place = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
-    split = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=heads), (cache.keys, cache.values)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        *(state, state.shardings(mesh)),
     )
-    kept = in_place.target_cache.replace(keys=split[0], values=split[1])
-    state = in_place.replace(target_cache=kept)
     return _lowered(decoder.run, (params, request, state), 2)
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.draft.guard import GuardState
 from s2d_jax.model.kv_cache import KVCache
+from s2d_jax.sharding import replicated
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -41,6 +43,14 @@ class DecodeState(flax.struct.PyTreeNode):
     accepted_BG: jax.Array
     proposed_BE: jax.Array
     guard: GuardState
+
+    def shardings(self, mesh: Mesh) -> DecodeState:
+        """Where prefill leaves the state: the target's keys and values split by heads, anything else whole on every device."""
+        whole, heads = replicated(mesh), NamedSharding(mesh, PartitionSpec(None, "tensor"))
+        everywhere = jax.tree.map(lambda _: whole, self)
+        split = tuple(heads for _ in self.target_cache.keys)
+        cache = everywhere.target_cache.replace(keys=split, values=split)
+        return everywhere.replace(target_cache=cache)
 
 
 class Verified(flax.struct.PyTreeNode):

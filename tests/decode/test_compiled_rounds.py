@@ -10,9 +10,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import compiled_rounds
 import pytest
-from compiled_rounds import QUICK, WHOLE, Round
+from compiled_rounds import ALL, QUICK, WHOLE, Round
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "docs" / "lab" / "programs.json").read_text())
@@ -75,30 +74,28 @@ def _check_recorded(chip: str, rows: dict[str, dict]) -> None:
         assert rows[name] == known[name], "run docs/checks/compiled_rounds.py --set shown --out ..."
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_rounds_are_what_the_table_says(chip):
-    rows = _compiled(chip, "quick")
-    for round in (round for round in QUICK if round.chip == chip):
+def _compile_and_check(chip: str, which: str, rounds: list[Round]) -> None:
+    rows = _compiled(chip, which)
+    for round in (round for round in rounds if round.chip == chip):
         _check(round, rows[round.name])
     _check_recorded(chip, rows)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rounds_are_what_the_table_says(chip):
+    _compile_and_check(chip, "quick", QUICK)
 
 
 @pytest.mark.exhaustive("each takes a minute to compile")
 @pytest.mark.parametrize("chip", CHIPS)
 def test_all_of_llama2_7b_with_a_draft_of_twelve_layers(chip):
-    rows = _compiled(chip, "whole")
-    for round in (round for round in WHOLE if round.chip == chip):
-        _check(round, rows[round.name])
-    _check_recorded(chip, rows)
+    _compile_and_check(chip, "whole", WHOLE)
 
 
 @pytest.mark.exhaustive("a hundred rounds for each chip; the rest has each value of every axis")
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_whole_matrix(chip):
-    rows = _compiled(chip, "all")
-    for round in (round for round in compiled_rounds.ALL if round.chip == chip):
-        _check(round, rows[round.name])
-    _check_recorded(chip, rows)
+    _compile_and_check(chip, "all", ALL)
 
 
 def test_the_page_shows_what_was_recorded():

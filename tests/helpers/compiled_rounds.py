@@ -171,13 +171,11 @@ def _taken(exit: int) -> Taken:
 
 def _caches(program: Program) -> list[Shape]:
     """The K/V caches among the arguments of the program."""
-    entry = program.hlo.computations[program.hlo.entry].instructions
-    arguments = [i.shapes[0] for i in entry if i.opcode == "parameter"]
-    return [shape for shape in arguments if len(shape.dims) == 4 and shape.element == "bf16"]
+    return [shape for shape in _kept(program) if len(shape.dims) == 4]
 
 
 def _kept(program: Program) -> list[Shape]:
-    """The caches, and the states at the exits `[B, C, D]`, whatever the order in which the compiler writes their axes."""
+    """The caches, and the states at the exits `[B, C, D]`."""
     entry = program.hlo.computations[program.hlo.entry].instructions
     arguments = [i.shapes[0] for i in entry if i.opcode == "parameter"]
     return [shape for shape in arguments if len(shape.dims) >= 3 and shape.element == "bf16"]
