@@ -148,6 +148,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "length")))
 
 
+def axes_that_split_rows() -> tuple[str, ...]:
+    """The axes of the mesh of `jax.set_mesh` that split a batch over several devices; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else tuple(x for x in RULES["batch"] or () if mesh.shape[x] > 1)
+
+
 def over_rows(x: jax.Array) -> jax.Array:
     """Keeps activations `[B, ...]` split over rows where a mesh is set with `jax.set_mesh`; elsewhere nothing happens.
 

@@ -28,9 +28,11 @@ BOOKKEEPING = frozenset(
         *("parameter", "constant", "iota", "partition-id", "replica-id"),
         *("tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"),
         *("copy-done", "slice-done", "async-done", "async-update"),
-        *("all-reduce-done", "all-gather-done", "collective-permute-done"),
+        *("all-reduce-done", "all-gather-done", "all-to-all-done", "collective-permute-done"),
     )
 )
+# Instructions that run other computations one after another with the rest, unlike fusions.
+CALLERS = ("while", "conditional", "call", "async-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Hlo:
         """The instructions of a computation (None: the entry) and of the loops, conditions and calls in it; not of fusions."""
         for instruction in self.computations[name or self.entry].instructions:
             yield instruction
-            if instruction.opcode in ("while", "conditional", "call", "async-start"):
+            if instruction.opcode in CALLERS:
                 for called in instruction.called.values():
                     yield from self.walk(called)
 
@@ -158,7 +160,9 @@ def parse_hlo(text: str) -> Hlo:
             if match := _COMPUTATION.match(line):
                 name, instructions = match["name"], []
                 entry = name if match[1] else entry
-        elif line.startswith("}"):
+        elif (
+            line.rstrip() == "}"
+        ):  # a kernel's description may have lines of its own that begin with more brackets
             computations[name] = Computation(name, tuple(instructions))
             name = None
         elif match := _INSTRUCTION.match(line):

@@ -83,6 +83,20 @@ def test_a_program_is_walked_through_its_loops():
     assert "dynamic-slice" not in opcodes  # inside of a fusion
 
 
+def test_a_kernels_description_over_several_lines_ends_no_computation():
+    """Pallas kernels carry theirs in a string with line breaks, behind which the instruction goes on."""
+    program = parse_hlo("""
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %k = f32[4]{0} custom-call(%x), custom_call_target="t", frontend_attributes={metadata={
+"block": 512
+}}, metadata={op_name="jit(f)/kernel"}
+  ROOT %n = f32[4]{0} negate(%k)
+}
+""")
+    assert [instruction.opcode for instruction in program.walk()][1:] == ["custom-call", "negate"]
+
+
 @pytest.mark.parametrize("trips", [1, 5])
 def test_bytes_that_are_read(trips):
     program = parse_hlo(TEXT)

@@ -109,6 +109,13 @@ def needs_compiler_of(topology: str) -> None:
     pytest.importorskip(module, reason="pip install 's2d-jax[compilers]' to compile for chips")
 
 
+def test_chunks_of_the_loss_send_nothing():
+    """Heads are gathered before the first chunk, and their gradient is added up after the last."""
+    sent = planned(MeshConfig(data=2, fsdp=4), jax.devices("cpu")).collectives
+    assert sent["all-gather"].count > 0
+    assert all(found.in_loops == 0 for found in sent.values()), sent
+
+
 ALL_CHIPS = pytest.mark.exhaustive("one GPU is compiled for always; more chips take minutes")
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from s2d_jax.sharding import axes_that_split_rows
 from train.objective.counted_positions import _Walk
 from train.objective.labels import Labels, TokenFunction, TokenValues
 
@@ -75,29 +77,62 @@ def sorted_loss(
 def _value_and_gradients(
     chunk_loss, learned, hiddens, fixed, labels: Labels, chunk: int, *, through_hiddens: bool
 ):
-    """`(loss, sums)` over all chunks, and the gradients of the loss by `learned` and the states (None if not asked for)."""
-    walk = _Walk.over(labels.weights_BT, chunk)
+    """`(loss, sums)` over all chunks, and the gradients of the loss by `learned` and the states (None if not asked for).
+
+    On a mesh each group of devices walks over its own rows, with the heads gathered before the first chunk. What the groups
+    found is added up after the last one: inside of the walk, XLA would gather heads and add up gradients for every chunk.
+    """
+    groups = axes_that_split_rows()
+
+    def of_rows(learned, hiddens, fixed, labels):
+        walk = _Walk.over(labels.weights_BT, chunk)
+        if groups:
+            walk = walk.replace(chunks=jax.lax.pmax(walk.chunks, groups))
+        summed, hidden_grad = _sum_over_chunks(
+            chunk_loss, learned, hiddens, fixed, labels, walk, through_hiddens=through_hiddens
+        )
+        return (jax.lax.psum(summed, groups) if groups else summed), hidden_grad
+
+    if groups:
+        whole, rows = PartitionSpec(), PartitionSpec(groups)
+        of_rows = jax.shard_map(
+            of_rows,
+            in_specs=(whole, rows, whole, rows),
+            out_specs=(whole, rows),
+            axis_names=set(groups),
+            check_vma=False,
+        )
+    (total, sums, learned_grad), hidden_grad = of_rows(learned, hiddens, fixed, labels)
+    return (total, sums), (learned_grad, hidden_grad)
+
+
+def _sum_over_chunks(
+    chunk_loss, learned, hiddens, fixed, labels: Labels, walk: _Walk, *, through_hiddens: bool
+):
+    """`((loss, sums, gradient by learned), gradient by the states)`, for these rows."""
     argnums = (0, 1) if through_hiddens else (0,)
     gradient = jax.value_and_grad(chunk_loss, argnums=argnums, has_aux=True)
 
-    def step(i, carry):
-        total, sums, learned_grad, hidden_grad_EBCD = carry
-        h_EBWD, piece = walk.take(i, hiddens), walk.labels(i, labels)
-        (value, found), grads = gradient(learned, h_EBWD, fixed, piece)
-        if through_hiddens:
-            hidden_grad_EBCD = walk.put(i, hidden_grad_EBCD, grads[1])
-        add = jax.tree.map(jnp.add, (total, sums, learned_grad), (value, found, grads[0]))
-        return *add, hidden_grad_EBCD
+    def of_chunk(i):
+        (value, found), grads = gradient(
+            learned, walk.take(i, hiddens), fixed, walk.labels(i, labels)
+        )
+        return (value, found, grads[0]), grads[1:]
 
-    first = (learned, walk.take(0, hiddens), fixed, walk.labels(0, labels))
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
-    start = (*zeros(jax.eval_shape(chunk_loss, *first)), zeros(learned))
+    def step(i, carry):
+        summed, hidden_grad_EBCD = carry
+        found, by_hiddens = of_chunk(i)
+        if through_hiddens:
+            hidden_grad_EBCD = walk.put(i, hidden_grad_EBCD, by_hiddens[0])
+        return jax.tree.map(jnp.add, summed, found), hidden_grad_EBCD
+
+    shapes = jax.eval_shape(of_chunk, 0)[0]
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     hidden_grad = walk.empty(hiddens) if through_hiddens else None
-    *found, hidden_grad = jax.lax.fori_loop(0, walk.chunks, step, (*start, hidden_grad))
-    total, sums, learned_grad = found
+    summed, hidden_grad = jax.lax.fori_loop(0, walk.chunks, step, (start, hidden_grad))
     if through_hiddens:
         hidden_grad = walk.put_back(hidden_grad, len(hiddens))
-    return (total, sums), (learned_grad, hidden_grad)
+    return summed, hidden_grad
 
 
 def values_of_positions(

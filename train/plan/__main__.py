@@ -23,6 +23,7 @@ from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.screen import screen
 from s2d_jax.compilers.chips import Chip, chip_named
 from s2d_jax.compilers.collectives import Collectives, count_collectives
+from s2d_jax.compilers.hlo import parse_hlo
 from s2d_jax.compilers.topologies import check_cpu_devices, topology_devices
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
@@ -106,7 +107,7 @@ def make_plan(config: Config, model_config: ModelConfig, mesh: Mesh) -> StepPlan
         batch=bytes_per_device(batch),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=count_collectives(hlo),
+        collectives=count_collectives(parse_hlo(hlo)),
         flops=work.flops,
         least_bytes=work.least_bytes,
     )
@@ -158,7 +159,8 @@ def _table(plan: StepPlan, title: str, chip: Chip | None) -> Table:
         table.add_row(name, f"{size / 1e9:.2f}")
     table.add_section()
     for kind, found in plan.collectives.items():
-        table.add_row(f"{found.count} x {kind}, results", f"{found.bytes / 1e9:.2f}")
+        beside = f" ({found.overlapped} beside other work)" if found.overlapped else ""
+        table.add_row(f"{found.count} x {kind}{beside}, results", f"{found.bytes / 1e9:.2f}")
     table.add_section()
     table.add_row("read and written, from shapes: at least", f"{plan.least_bytes / 1e9:.2f}")
     table.add_row("operations, from shapes: TFLOP", f"{plan.flops / 1e12:.2f}")

@@ -94,8 +94,8 @@ TRAINING = [
         "gradient-of-one-chunk",
         "the gradient by the states is kept for one chunk of positions only",
         "train/objective/sorted_loss.py",
-        "hidden_grad_EBCD = walk.put(i, hidden_grad_EBCD, grads[1])",
-        "hidden_grad_EBCD = walk.put(0, hidden_grad_EBCD, grads[1])",
+        "hidden_grad_EBCD = walk.put(i, hidden_grad_EBCD, by_hiddens[0])",
+        "hidden_grad_EBCD = walk.put(0, hidden_grad_EBCD, by_hiddens[0])",
         "train/test_losses.py -k gradient_equals",
     ),
     Fault(
@@ -164,6 +164,22 @@ SHARDING = [
         'return jax.lax.with_sharding_constraint(x, partition_spec(("batch",)))',
         "return x",
         "train/test_sharded_training.py -k activations",
+    ),
+    Fault(
+        "loss-sends-for-every-chunk",
+        "heads are gathered and their gradient is added up for every chunk of the loss",
+        "train/objective/sorted_loss.py",
+        "groups = axes_that_split_rows()",
+        "groups = ()",
+        "train/test_train_programs.py -k chunks",
+    ),
+    Fault(
+        "gradient-of-own-rows",
+        "devices keep the gradient of their own rows",
+        "train/objective/sorted_loss.py",
+        "return (jax.lax.psum(summed, groups) if groups else summed), hidden_grad",
+        "return summed, hidden_grad",
+        "train/test_sharded_training.py -k gradients_and_plain",
     ),
 ]
 
