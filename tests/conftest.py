@@ -56,6 +56,10 @@ def pytest_configure(config):
     """Tests compile much and compute little: programs are kept on disk for all workers, their processes, and later runs."""
     flags = [] if config.getoption("--optimize") else _QUICK_COMPILATION
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+    # A process that a test starts finds no compiler for GPUs unless it is given it: JAX would say that there is no GPU.
+    folders = os.environ.pop("PYTHONPATH", "").split(os.pathsep)
+    if rest := [x for x in folders if x and not (Path(x) / "jax_plugins").exists()]:
+        os.environ["PYTHONPATH"] = os.pathsep.join(rest)
     kept = os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "programs")
     )

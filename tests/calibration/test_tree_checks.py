@@ -69,6 +69,7 @@ def test_what_cannot_be_swept_is_said_before_anything_is_loaded(tmp_path, flags,
         sweep.main(sweep.Args(target="t", draft="d", questions=tmp_path, out=tmp_path, **flags))
 
 
+@pytest.mark.exhaustive("half a minute; what it prints and how it reads flags is tested always")
 def test_sweep(models, questions, tmp_path, capsys):
     sweep = script("tree_sweep")
     args = sweep.Args(

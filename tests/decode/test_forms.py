@@ -128,8 +128,10 @@ WAYS = {
 def _mixtures():
     always = {("gpu", "s2d", 1), ("gpu", "tree", 2), ("tpu", "tree", 1)}
     rest = pytest.mark.exhaustive("each way, batch and platform is in the others")
-    for mixture in itertools.product(("gpu", "tpu"), WAYS, (1, 2)):
-        yield pytest.param(*mixture, marks=() if mixture in always else rest)
+    return [
+        pytest.param(*mixture, marks=() if mixture in always else rest)
+        for mixture in itertools.product(("gpu", "tpu"), WAYS, (1, 2))
+    ]
 
 
 @pytest.mark.parametrize(("platform", "way", "batch"), _mixtures())

@@ -126,7 +126,12 @@ def _append(rng, reference, tokens, row):
     reference.tokens[row].append(token)
 
 
-@pytest.mark.parametrize("num_exits", [2, 3, 4])
+OTHER_EXITS = pytest.mark.exhaustive("three exits have all that two and four have")
+
+
+@pytest.mark.parametrize(
+    "num_exits", [pytest.param(2, marks=OTHER_EXITS), 3, pytest.param(4, marks=OTHER_EXITS)]
+)
 @settings(
     max_examples=EXAMPLES // 3 + 1,
     deadline=None,

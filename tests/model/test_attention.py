@@ -23,6 +23,7 @@ from s2d_jax.model.attention_forms import (
 )
 from s2d_jax.model.attention_forms.request import Causal, Request
 from s2d_jax.model.kv_cache import KVCache
+from s2d_jax.model.remat import RematPolicy
 from s2d_jax.model.transformer import Transformer, apply_model
 from s2d_jax.model.tree_mask import mask as tree_mask
 from s2d_jax.sharding import MeshConfig, make_mesh, split_over
@@ -336,7 +337,7 @@ def test_a_model_decodes_with_used_blocks(interpreted, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def exits_for(platform: str, T: int, rows: int, remat: bool = False):
+def exits_for(platform: str, T: int, rows: int, remat: RematPolicy = "none"):
     """The function that computes the states after each layer as on `platform`, and its arguments."""
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 60, (rows, T)), jnp.int32)
     ids_BT = jnp.asarray(np.arange(T)[None] // 100 + np.zeros((rows, 1)), jnp.int32)
@@ -367,7 +368,7 @@ def test_a_model_trains_with_flash(interpreted, split):
         np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "block"])
 @pytest.mark.parametrize(("platform", "squares"), [("tpu", False), ("cpu", True)])
 def test_long_rows_have_no_square_of_their_length(platform, squares, remat):
     """Neither a mask nor scores of T x T, forwards or backwards."""

@@ -167,6 +167,7 @@ def _build_elsewhere(config):
     return np.asarray(rows["tokens"][:]).tolist(), report.cache
 
 
+@pytest.mark.exhaustive("half a minute of starting processes")
 def test_processes_at_once(config, tokenizer):
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
