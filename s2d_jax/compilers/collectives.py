@@ -8,6 +8,8 @@ from s2d_jax.compilers.hlo import BOOKKEEPING, CALLERS, Computation, Hlo, Instru
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _START, _DONE = "-start", "-done"
+# With options that ask for it, a TPU's compiler cuts a collective into pieces of the products beside it.
+_IN_PIECES = "async-collective-start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +64,28 @@ def _count(hlo: Hlo, name: str, in_loop: bool, found: dict[str, Collectives]) ->
 
 
 def _kind(hlo: Hlo, instruction: Instruction) -> str | None:
-    """The kind of collective that an instruction is or, as `async-start`, begins."""
-    if instruction.opcode == "async-start":
-        inside = hlo.computations[instruction.called["calls"]].root.opcode
-        return inside if inside in KINDS else None
+    """The kind of collective that an instruction is, or begins."""
+    if instruction.opcode == "async-start" or instruction.name.startswith(_IN_PIECES):
+        inside = hlo.computations[instruction.called["calls"]].instructions
+        return next((i.opcode for i in inside if i.opcode in KINDS), None)
     kind = instruction.opcode.removesuffix(_START)
     return kind if kind in KINDS else None
 
 
 def _result(instruction: Instruction) -> int:
-    # A -start instruction also returns its operands; its result is the last and largest.
-    if instruction.opcode.endswith(_START):
+    # What begins one also returns its operands; its result is the largest.
+    if _begins(instruction):
         return max((shape.num_bytes for shape in instruction.shapes), default=0)
     return instruction.num_bytes
 
 
+def _begins(instruction: Instruction) -> bool:
+    return instruction.opcode.endswith(_START) or instruction.name.startswith(_IN_PIECES)
+
+
 def _works_meanwhile(hlo: Hlo, computation: Computation, start: Instruction) -> bool:
     """Whether a computation does something else between the beginning of a collective and its end."""
-    if not start.opcode.endswith(_START):
+    if not _begins(start):
         return False
     behind = computation.instructions[computation.instructions.index(start) + 1 :]
     for instruction in behind:

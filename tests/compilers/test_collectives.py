@@ -50,6 +50,32 @@ def test_the_example_in_the_documentation_is_right():
     assert (failed, tried) == (0, 2)
 
 
+def test_a_collective_in_pieces_of_products_is_one():
+    found = count_collectives(
+        parse_hlo("""
+%first (x: f32[4]) -> (f32[4], f32[8]) {
+  %x = f32[4]{0} parameter(0)
+  %g = f32[8]{0} all-gather(%x), dimensions={0}
+  ROOT %t = (f32[4]{0}, f32[8]{0}) tuple(%x, %g)
+}
+
+%last (y: f32[8]) -> f32[8] {
+  %y = f32[8]{0} parameter(0)
+  ROOT %h = f32[8]{0} all-gather(%y), dimensions={0}
+}
+
+ENTRY %main (a: f32[4]) -> f32[8] {
+  %a = f32[4]{0} parameter(0)
+  %async-collective-start.1 = (f32[4]{0}, f32[8]{0}) fusion(%a), kind=kCustom, calls=%first
+  %piece = f32[8]{0} get-tuple-element(%async-collective-start.1), index=1
+  %product = f32[4]{0} multiply(%a, %a)
+  ROOT %async-collective-done.1 = f32[8]{0} fusion(%piece), kind=kCustom, calls=%last
+}
+""")
+    )
+    assert found == {"all-gather": Collectives(1, 32, overlapped=1)}
+
+
 def test_collectives_are_counted_once_each_with_their_results():
     assert count_collectives(parse_hlo(TEXT)) == {
         "all-gather": Collectives(3, 128 + 128 + 64, in_loops=1, overlapped=1),
