@@ -12,6 +12,7 @@ import pytest
 from infer_tiny import failing_run
 
 from infer import export
+from infer.accelerator_check import __main__ as accelerator_check
 from infer.bench import __main__ as bench
 from infer.bench import args as bench_args
 from infer.bench import comparison
@@ -119,6 +120,7 @@ def test_damaged_files_of_prompts_are_one_line(reader, damage, place, capsys):
         (calibrate, (*MODELS, "--out", "{}/new")),
         (trim, ("--draft", "nowhere", "--answers", "{}/good", "--out", "{}/new.json")),
         (export, ("--run", "nowhere", "--out", "{}/new")),
+        (accelerator_check, ("--model", "nowhere", "--out", "{}/new")),
         (train, ("--config", "{}/run.yaml", "--train.run-dir", "{}/new")),
         (memory, ("--target", "nowhere", "--topology", "cpu", "--out", "{}/new")),
         (plan, ("--config", "{}/run.yaml", "--devices", "1", "--json", "{}/new")),
@@ -149,6 +151,7 @@ DIRECTORIES = {
     "bench --compile-cache": (bench, (*MODELS, "--out", "{}/new", "--compile-cache")),
     "calibrate --compile-cache": (calibrate, (*MODELS, "--compile-cache")),
     "export --out": (export, ("--run", "nowhere", "--out")),
+    "accelerator_check --out": (accelerator_check, ("--model", "nowhere", "--out")),
     "train.run_dir": (train, ("--config", "{}/run.yaml", "--train.run-dir")),
     "memory --out": (memory, ("--topology", "cpu", "--out")),
 }  # fmt: skip
@@ -171,7 +174,10 @@ def test_outputs_that_cannot_be_written_are_refused_before_a_model_is_looked_for
     assert (place / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("command", [generate, bench, calibrate, trim, export, train, memory, plan])
+COMMANDS = [generate, bench, calibrate, trim, export, accelerator_check, train, memory, plan]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_cache_that_cannot_be_kept_is_refused(command, place, refused, monkeypatch):
     arguments = {
         trim: ("--draft", "nowhere"),
