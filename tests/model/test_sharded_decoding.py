@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_rounds import LLAMA2_7B
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny_config, tiny_params, with_noise
 
+from s2d_jax.compilers.collectives import count_collectives
+from s2d_jax.compilers.hlo import parse_hlo
 from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import DraftConfig
@@ -20,7 +23,8 @@ from s2d_jax.decode.programs import programs
 from s2d_jax.errors import UserError
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.model.params import abstract_params, logical_axes
-from s2d_jax.sharding import MeshConfig, make_mesh, params_sharding
+from s2d_jax.model.products.weight_formats import embed
+from s2d_jax.sharding import MeshConfig, make_mesh, params_sharding, split_over
 from s2d_jax.weights.model import Draft, Model
 from s2d_jax.weights.prepare import prepare_for_decode
 
@@ -105,6 +109,27 @@ def test_the_cache_is_split_on_heads_and_never_gathered(target, draft):
     assert f"f32[2,1,128,{c.head_dim}]" in text  # one of eight heads a device
     target_gathers = re.findall(rf"= f32\[2,8,128,{c.head_dim}\]\S* all-gather", text)
     assert not target_gathers
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "v5p:2x2x2"])
+def test_an_embedding_table_is_not_gathered_to_look_up_a_token(topology):
+    """To look up a single row is to take a slice, for which XLA would send the table of every GPU to every other."""
+    module = "jax_plugins.xla_cuda12" if topology.startswith("h100") else "libtpu"
+    pytest.importorskip(module, reason="install s2d-jax[compilers] to compile for chips")
+    mesh = make_mesh(MeshConfig(tensor=8), topology_devices(topology))
+
+    def look_up(table_VD, ids):
+        with split_over(mesh):
+            return embed(table_VD, ids)
+
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("tensor",), ()))
+    table_VD = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=rows)
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32, sharding=whole)
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # nobody here can read such programs
+    compiled = jax.jit(look_up).lower(table_VD, ids).compile()
+    jax.config.update("jax_enable_compilation_cache", before)
+    assert set(count_collectives(parse_hlo(compiled.as_text()))) == {"all-reduce"}
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from s2d_jax.backends import forms_of
 from s2d_jax.errors import UserError
+from s2d_jax.sharding import mesh_in_use
 
 WEIGHT_FORMATS = ("f32", "bf16", "int8")
 
@@ -156,14 +157,15 @@ def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*batch I"] | Int8W
 
 def embed(weight: Weight, tokens: Indices) -> Float[Array, "*batch I"]:
     """Rows of an embedding table as vectors: f32 from an int8 table, else the table's dtype."""
-    if not isinstance(weight, Int8Weight):
-        return jnp.take(weight, tokens, axis=0, mode="clip")
-    # For a single row XLA's TPU compiler would copy the whole table into another layout; for two it does not.
+    quantised = isinstance(weight, Int8Weight)
     flat = tokens.reshape(-1)
-    rows = jnp.tile(flat, 2) if flat.size == 1 else flat
-    values, scale = (jnp.take(a, rows, axis=0, mode="clip") for a in (weight.values, weight.scale))
-    vectors = values.astype(jnp.float32) * scale[:, None]
-    return vectors[: flat.size].reshape(*tokens.shape, -1)
+    # To look up a single row is to take a slice, for which XLA copies the whole table: to every GPU if its rows are split, and
+    # into another layout on a TPU if it is int8. For two rows it does not.
+    if flat.size == 1 and (quantised or mesh_in_use() is not None):
+        flat = jnp.tile(flat, 2)
+    rows = jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=0, mode="clip"), weight)
+    vectors = rows.values.astype(jnp.float32) * rows.scale[:, None] if quantised else rows
+    return vectors[: tokens.size].reshape(*tokens.shape, -1)
 
 
 def weight_bytes(params: Any) -> int:
