@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # The shapes that public signatures declare are checked on every call that a test makes.
@@ -115,6 +116,17 @@ def _forget_compiled_programs():
         compilation._CACHE.clear()
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def compiled_anew():
+    """No program is kept on disk or read from there: one for chips that are not here could not be read back."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX notes once whether programs are kept
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def _from_environment(variable: str) -> Path | None:

@@ -160,9 +160,8 @@ def parse_hlo(text: str) -> Hlo:
             if match := _COMPUTATION.match(line):
                 name, instructions = match["name"], []
                 entry = name if match[1] else entry
-        elif (
-            line.rstrip() == "}"
-        ):  # a kernel's description may have lines of its own that begin with more brackets
+        # The description of a kernel may have lines of its own, one of which begins with "}}".
+        elif line.rstrip() == "}":
             computations[name] = Computation(name, tuple(instructions))
             name = None
         elif match := _INSTRUCTION.match(line):

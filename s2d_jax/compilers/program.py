@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from s2d_jax.backends import forms_of
-from s2d_jax.compilers.collectives import KINDS
+from s2d_jax.compilers.collectives import count_collectives
 from s2d_jax.compilers.hlo import BOOKKEEPING, Hlo, Instruction, parse_hlo
 
 _CONTROL = ("while", "conditional", "call")
@@ -93,8 +93,7 @@ class Program:
     @property
     def collectives(self) -> dict[str, int]:
         """How many there are of each kind, those inside of loops once."""
-        kinds = (i.opcode.removesuffix("-start") for i in self.hlo.walk())
-        return dict(sorted(collections.Counter(k for k in kinds if k in KINDS).items()))
+        return {kind: found.count for kind, found in count_collectives(self.hlo).items()}
 
     @property
     def host_transfers(self) -> int:

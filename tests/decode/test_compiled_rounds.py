@@ -56,8 +56,11 @@ def _check(round: Round, row: dict) -> None:
         # One more for every layer whose only row is written. A tree writes the draft's twice, and moves its path in all. More
         # than 16 rows are scattered: two loops for every layer, the draft's when it drafts and when it catches up.
         drafting = 0 if round.method == "plain" else round.left_at[-1]
-        writes = {1: (round.layers + drafting) * (5 if round.method == "tree" else 1)}
-        writes = writes.get(round.batch, 2 * (round.layers + 2 * drafting) * (round.batch > 16))
+        writes = 0
+        if round.batch == 1:
+            writes = (round.layers + drafting) * (5 if round.method == "tree" else 1)
+        elif round.batch > 16:
+            writes = 2 * (round.layers + 2 * drafting)
         assert row["loops"] <= 4 + 2 * boundaries + writes, row
     # The blocks' sums, two in a layer and one of the embeddings, and one gathering of the logits: none inside of a filter.
     # An int8 table has scales, which are looked up as well.

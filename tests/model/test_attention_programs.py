@@ -8,42 +8,21 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from chips_elsewhere import chips
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from s2d_jax.backends import compiling_for, forms_of
 from s2d_jax.compilers.hlo import parse_hlo
-from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.model.attention_forms import attend, flash_gpu, used_blocks
 from s2d_jax.model.attention_forms.request import Causal, Request
 from s2d_jax.model.kv_cache import write_caches
 from s2d_jax.sharding import MeshConfig, make_mesh
 
-NO_TPU = "install jax[tpu] to compile for TPU topologies"
-NO_GPU = "install s2d-jax[compilers] to compile for GPUs"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_anew():
-    """A program for a GPU that is not here can be kept on disk, but not be read again without a client."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def shapes(sharding, *sizes, dtype=jnp.bfloat16):
     return [jax.ShapeDtypeStruct(size, dtype, sharding=sharding) for size in sizes]
-
-
-def devices(topology: str) -> list:
-    """Skips the test where the compiler is not installed."""
-    if topology.startswith("h100"):
-        pytest.importorskip("jax_plugins.xla_cuda12", reason=NO_GPU)
-    else:
-        pytest.importorskip("libtpu", reason=NO_TPU)
-    return topology_devices(topology)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +31,7 @@ def devices(topology: str) -> list:
 def test_kernels_read_caches_where_they_lie(monkeypatch, topology, name):
     """Inside a loop that writes them first, as a round does."""
     B, T, N, K, H, C = 2, 5, 8, 2, 128, 1024
-    device = devices(topology)[0]
+    device = chips(topology)[0]
     on_chip, platform = SingleDeviceSharding(device), device.platform
     selected = dataclasses.replace(forms_of(platform), cached_attention=(name,))
     monkeypatch.setattr(attend, "forms", lambda: selected)
@@ -87,7 +66,7 @@ def test_kernels_read_caches_where_they_lie(monkeypatch, topology, name):
 @pytest.mark.exhaustive("only a change of the kernel's sizes can break it")
 def test_the_largest_pass_that_the_kernel_takes_fits():
     T, N, K, H = 64, 32, 16, 256
-    on_chip = SingleDeviceSharding(devices("v5p:2x2x2")[0])
+    on_chip = SingleDeviceSharding(chips("v5p:2x2x2")[0])
 
     def run(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
         request = Request(q_BTNH, k_BKSH, v_BKSH, mask_BTS, soft_cap=5.0)
@@ -126,7 +105,7 @@ def gradient_of(platform: str, T: int):
 )
 def test_rows_of_8k_have_no_square_on_a_tpu():
     """On a mesh, too: each chip runs the kernel on its own rows and heads, and nothing is gathered."""
-    T, mesh = 8192, make_mesh(MeshConfig(data=4, tensor=2), devices("v5p:2x2x2"))
+    T, mesh = 8192, make_mesh(MeshConfig(data=4, tensor=2), chips("v5p:2x2x2"))
     q_axes = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     k_axes = NamedSharding(mesh, PartitionSpec("data", "tensor"))
     inputs = shapes(q_axes, (4, T, 4, 64)) + shapes(k_axes, (4, 2, T, 64), (4, 2, T, 64))
@@ -140,7 +119,7 @@ def test_rows_of_8k_have_no_square_on_a_tpu():
 
 def test_long_rows_have_no_square_on_a_gpu():
     T = flash_gpu.LEAST_LENGTH
-    on_chip = SingleDeviceSharding(devices("h100:1")[0])
+    on_chip = SingleDeviceSharding(chips("h100:1")[0])
     inputs = shapes(on_chip, (1, T, 4, 64), (1, 2, T, 64), (1, 2, T, 64))
     inputs += shapes(on_chip, (1, T), dtype=jnp.int32)
     text = gradient_of("gpu", T).lower(*inputs).compile().as_text()

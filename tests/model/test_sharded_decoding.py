@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips_elsewhere import chips
 from compiled_rounds import LLAMA2_7B
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny_config, tiny_params, with_noise
 
 from s2d_jax.compilers.collectives import count_collectives
 from s2d_jax.compilers.hlo import parse_hlo
-from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import DraftConfig
 from s2d_jax.config.sampling import SamplingParams
@@ -112,23 +111,11 @@ def test_the_cache_is_split_on_heads_and_never_gathered(target, draft):
     assert not target_gathers
 
 
-@pytest.fixture
-def no_cache():
-    """A cached program for chips that are not there cannot be read back."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
-@pytest.mark.usefixtures("no_cache")
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("topology", ["h100:8", "v5p:2x2x2"])
 def test_an_embedding_table_is_not_gathered_to_look_up_a_token(topology):
     """To look up a single row is to take a slice, for which XLA would send the table of every GPU to every other."""
-    module = "jax_plugins.xla_cuda12" if topology.startswith("h100") else "libtpu"
-    pytest.importorskip(module, reason="install s2d-jax[compilers] to compile for chips")
-    mesh = make_mesh(MeshConfig(tensor=8), topology_devices(topology))
+    mesh = make_mesh(MeshConfig(tensor=8), chips(topology))
 
     def look_up(table_VD, ids):
         with split_over(mesh):
@@ -155,8 +142,7 @@ def test_a_mesh_of_too_many_devices_is_refused():
 @pytest.fixture
 def tpu_mesh():
     """Eight chips of a v5p slice, known to the compiler only."""
-    pytest.importorskip("libtpu", reason="install s2d-jax[compilers] to compile for TPUs")
-    return make_mesh(MeshConfig(tensor=8), topology_devices("v5p:2x2x2"))
+    return make_mesh(MeshConfig(tensor=8), chips("v5p:2x2x2"))
 
 
 MINUTES = pytest.mark.exhaustive("a minute to compile; test_compiled_rounds has smaller rounds")

@@ -107,17 +107,8 @@ def test_the_papers_recipe_needs_no_weights():
     assert (shape.num_layers, shape.embed_dim, shape.vocab_size) == (12, 4096, 32_000)
 
 
-@pytest.fixture
-def no_cache():
-    """A cached program for chips that are not there cannot be read back."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-
-
-@pytest.mark.usefixtures("no_cache")
-@pytest.mark.exhaustive("a step of one tenth of the size compiles always; this takes minutes")
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.exhaustive("minutes each; smaller steps compile for chips in every run")
 @pytest.mark.parametrize(
     ("topology", "slices", "mesh"),
     [

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from chips_elsewhere import chips
 from tiny import tiny_config
 
 from s2d_jax import backends
-from s2d_jax.compilers.topologies import topology_devices
 from s2d_jax.sharding import MeshConfig, make_mesh
 from s2d_jax.weights.checkpoints import placed
 from train.config.files import load_config
@@ -95,20 +95,6 @@ transformer.looked_up_over_rows = transformer.over_rows
     assert COPIED_TO_ALL in stderr_of_compiling([(2, 2, 2)], one_move + COMPILE)
 
 
-@pytest.fixture
-def no_cache():
-    """A cached program for chips that are not there cannot be read back."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-
-
-def needs_compiler_of(topology: str) -> None:
-    module = "jax_plugins.xla_cuda12" if topology.startswith("h100") else "libtpu"
-    pytest.importorskip(module, reason="pip install 's2d-jax[compilers]' to compile for chips")
-
-
 def test_chunks_of_the_loss_send_nothing():
     """Heads are gathered before the first chunk, and their gradient is added up after the last."""
     sent = planned(MeshConfig(data=2, fsdp=4), jax.devices("cpu")).collectives
@@ -119,7 +105,7 @@ def test_chunks_of_the_loss_send_nothing():
 ALL_CHIPS = pytest.mark.exhaustive("one GPU is compiled for always; more chips take minutes")
 
 
-@pytest.mark.usefixtures("no_cache")
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize(
     ("topology", "mesh"),
     [
@@ -130,24 +116,22 @@ ALL_CHIPS = pytest.mark.exhaustive("one GPU is compiled for always; more chips t
     ],
 )
 def test_a_step_compiles_for_chips(topology, mesh):
-    needs_compiler_of(topology)
-    plan = planned(mesh, topology_devices(topology))
+    plan = planned(mesh, chips(topology))
     assert plan.devices == mesh.data * mesh.fsdp * mesh.tensor
     assert plan.temporaries > 0
     assert bool(plan.collectives) == (plan.devices > 1)
 
 
-@pytest.mark.usefixtures("no_cache")
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.exhaustive("twelve layers of 7B with rows of 8192 tokens compile for minutes")
 @pytest.mark.parametrize("topology", ["v5p:2x2x2", "h100:8"])
 def test_rows_of_8192_tokens_compile(topology):
-    needs_compiler_of(topology)
     config = load_config(PAPER)
     train = dataclasses.replace(config.train, batch_size=8)
     config = dataclasses.replace(
         config, train=train, data=dataclasses.replace(config.data, max_length=8192)
     )
-    mesh = make_mesh(config.mesh, topology_devices(topology))
+    mesh = make_mesh(config.mesh, chips(topology))
     plan = make_plan(config, draft_shape(config, PAPER, None), mesh)
     print(topology, plan)
     assert plan.batch == 5 * 4 * 8192

@@ -86,12 +86,11 @@ def _value_and_gradients(
 
     def of_rows(learned, hiddens, fixed, labels):
         walk = _Walk.over(labels.weights_BT, chunk)
-        if groups:
-            walk = walk.replace(chunks=jax.lax.pmax(walk.chunks, groups))
+        walk = walk.replace(chunks=jax.lax.pmax(walk.chunks, groups))
         summed, hidden_grad = _sum_over_chunks(
             chunk_loss, learned, hiddens, fixed, labels, walk, through_hiddens=through_hiddens
         )
-        return (jax.lax.psum(summed, groups) if groups else summed), hidden_grad
+        return jax.lax.psum(summed, groups), hidden_grad
 
     if groups:
         whole, rows = PartitionSpec(), PartitionSpec(groups)

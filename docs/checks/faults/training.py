@@ -177,7 +177,7 @@ SHARDING = [
         "gradient-of-own-rows",
         "devices keep the gradient of their own rows",
         "train/objective/sorted_loss.py",
-        "return (jax.lax.psum(summed, groups) if groups else summed), hidden_grad",
+        "return jax.lax.psum(summed, groups), hidden_grad",
         "return summed, hidden_grad",
         "train/test_sharded_training.py -k gradients_and_plain",
     ),

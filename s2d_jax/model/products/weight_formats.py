@@ -157,14 +157,13 @@ def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*batch I"] | Int8W
 
 def embed(weight: Weight, tokens: Indices) -> Float[Array, "*batch I"]:
     """Rows of an embedding table as vectors: f32 from an int8 table, else the table's dtype."""
-    quantised = isinstance(weight, Int8Weight)
     flat = tokens.reshape(-1)
     # To look up a single row is to take a slice, for which XLA copies the whole table: to every GPU if its rows are split, and
     # into another layout on a TPU if it is int8. For two rows it does not.
-    if flat.size == 1 and (quantised or mesh_in_use() is not None):
+    if flat.size == 1 and (isinstance(weight, Int8Weight) or mesh_in_use() is not None):
         flat = jnp.tile(flat, 2)
-    rows = jax.tree.map(lambda leaf: jnp.take(leaf, flat, axis=0, mode="clip"), weight)
-    vectors = rows.values.astype(jnp.float32) * rows.scale[:, None] if quantised else rows
+    rows = take_rows(weight, flat)
+    vectors = dequantise(rows) if isinstance(rows, Int8Weight) else rows
     return vectors[: tokens.size].reshape(*tokens.shape, -1)
 
 
