@@ -157,14 +157,15 @@ def take_rows(weight: Weight, rows: Indices) -> Float[Array, "*batch I"] | Int8W
 
 def embed(weight: Weight, tokens: Indices) -> Float[Array, "*batch I"]:
     """Rows of an embedding table as vectors: f32 from an int8 table, else the table's dtype."""
-    flat = tokens.reshape(-1)
+    quantised = isinstance(weight, Int8Weight)
+    if not quantised and (tokens.size > 1 or mesh_in_use() is None):
+        return jnp.take(weight, tokens, axis=0, mode="clip")
     # To look up a single row is to take a slice, for which XLA copies the whole table: to every GPU if its rows are split, and
     # into another layout on a TPU if it is int8. For two rows it does not.
-    if flat.size == 1 and (isinstance(weight, Int8Weight) or mesh_in_use() is not None):
-        flat = jnp.tile(flat, 2)
-    rows = take_rows(weight, flat)
-    vectors = dequantise(rows) if isinstance(rows, Int8Weight) else rows
-    return vectors[: tokens.size].reshape(*tokens.shape, -1)
+    flat = tokens.reshape(-1)
+    rows = take_rows(weight, jnp.tile(flat, 2) if flat.size == 1 else flat)
+    vectors = jnp.asarray(dequantise(rows) if isinstance(rows, Int8Weight) else rows)
+    return vectors[: flat.size].reshape(*tokens.shape, -1)
 
 
 def weight_bytes(params: Any) -> int:
