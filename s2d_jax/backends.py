@@ -118,6 +118,8 @@ GPU = Forms(
             "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
         ),
         ("xla_gpu_graph_min_graph_size", 1),
+        # Products of the same input stay apart. Merged, their weights would be put side by side anew in every round.
+        ("xla_gpu_dot_merger_threshold_mb", 0),
     ),
 )
 

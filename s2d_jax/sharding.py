@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,7 +104,7 @@ def _hybrid(config: MeshConfig, slices: int, devices: list) -> np.ndarray:
 
 
 def partition_spec(axes: tuple[str, ...], rules: dict[str, MeshAxes] = RULES) -> PartitionSpec:
-    """The mesh axes of an array with these logical axes.
+    """The mesh axes of an array with these logical axes; inside of a `jax.shard_map`, only those that it has not split.
 
     Raises:
         ValueError: for a logical axis without a rule.
@@ -111,7 +112,14 @@ def partition_spec(axes: tuple[str, ...], rules: dict[str, MeshAxes] = RULES) ->
     for axis in axes:
         if axis not in rules:
             raise ValueError(f"no rule for axis {axis!r}; have {sorted(rules)}")
-    return PartitionSpec(*(rules[axis] for axis in axes))
+    split = jax.sharding.get_abstract_mesh().manual_axes
+
+    def left(names: MeshAxes) -> MeshAxes:
+        if isinstance(names, str):
+            return None if names in split else names
+        return None if names is None else tuple(name for name in names if name not in split)
+
+    return PartitionSpec(*(left(rules[axis]) for axis in axes))
 
 
 def params_sharding(config: ModelConfig, logical_axes: Any, mesh: Mesh) -> Any:
@@ -196,9 +204,31 @@ def split_over(mesh: Mesh | None) -> Iterator[None]:
 
 
 def mesh_in_use() -> Mesh | AbstractMesh | None:
-    """The mesh of `split_over` or of `jax.set_mesh`; None where neither was given, or for a single device."""
-    mesh = _split_over.get() or jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    """The mesh of `split_over` or of `jax.set_mesh`; None where neither was given, or where nothing is left to split.
+
+    Inside of a `jax.shard_map` it is the mesh there, whose `manual_axes` are split already.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    mesh = here if here.manual_axes else _split_over.get() or here
+    return None if mesh.empty or math.prod(free_axes(mesh).values()) == 1 else mesh
+
+
+def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """The axes of a mesh that no `jax.shard_map` around the caller has split, with their sizes."""
+    split = set(mesh.manual_axes)
+    return {name: size for name, size in mesh.shape.items() if name not in split}
+
+
+def kept_split(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
+    """`x`, laid out over the tensor axis of `mesh` as `spec` says; inside of a `jax.shard_map` over all axes nothing is left to do."""
+    if mesh is None:
+        return x
+    here = jax.sharding.get_abstract_mesh()
+    if here.manual_axes:
+        if not free_axes(here):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(here, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: Mesh) -> Any:

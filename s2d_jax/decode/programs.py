@@ -12,6 +12,7 @@ import jax
 
 from s2d_jax.backends import compiling_for, forms_of, platform_of_arrays
 from s2d_jax.decode.loop import Decoder
+from s2d_jax.decode.row_groups import over_groups
 from s2d_jax.progress.compiling import compiling
 from s2d_jax.sharding import mesh_of, split_over
 
@@ -165,7 +166,7 @@ def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stag
 
     def traced(*inputs):
         with compiling_for(platform), split_over(mesh):
-            return function(*inputs)
+            return over_groups(function, mesh, inputs)(*inputs)
 
     shardings = {} if out is None else {"out_shardings": out}
     return jax.jit(traced, donate_argnums=donate, **shardings).lower(*inputs)

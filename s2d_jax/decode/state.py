@@ -8,9 +8,9 @@ import flax.struct
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from s2d_jax.decode.row_groups import ROWS
 from s2d_jax.draft.guard import GuardState
 from s2d_jax.model.kv_cache import KVCache
-from s2d_jax.sharding import replicated
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -45,12 +45,15 @@ class DecodeState(flax.struct.PyTreeNode):
     guard: GuardState
 
     def shardings(self, mesh: Mesh) -> DecodeState:
-        """Where prefill leaves the state: the target's keys and values split by heads, anything else whole on every device."""
-        whole, heads = replicated(mesh), NamedSharding(mesh, PartitionSpec(None, "tensor"))
-        everywhere = jax.tree.map(lambda _: whole, self)
+        """Where prefill leaves the state: rows over the data axis, and the target's keys and values by heads over the tensor axis."""
+        rows, heads = (
+            NamedSharding(mesh, ROWS),
+            NamedSharding(mesh, PartitionSpec("data", "tensor")),
+        )
+        by_rows = jax.tree.map(lambda _: rows, self)
         split = tuple(heads for _ in self.target_cache.keys)
-        cache = everywhere.target_cache.replace(keys=split, values=split)
-        return everywhere.replace(target_cache=cache)
+        cache = by_rows.target_cache.replace(keys=split, values=split)
+        return by_rows.replace(target_cache=cache)
 
 
 class Verified(flax.struct.PyTreeNode):

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from s2d_jax.model.kv_cache import KVCache
 from s2d_jax.model.place import Place
 from s2d_jax.model.transformer import Transformer, apply_model
+from s2d_jax.sharding import kept_split
 
 FINAL_NORM = "final_norm"
 
@@ -80,8 +81,5 @@ class Target:
         They are gathered once, so that no filter and no argmax sends anything.
         """
         logits = apply_model(self.model, params, "logits", h)
-        if self.mesh is None:
-            return logits
         anyhow = PartitionSpec.UNCONSTRAINED
-        spec = PartitionSpec(*(anyhow,) * (logits.ndim - 1), None)
-        return jax.lax.with_sharding_constraint(logits, NamedSharding(self.mesh, spec))
+        return kept_split(logits, self.mesh, PartitionSpec(*(anyhow,) * (logits.ndim - 1), None))

@@ -6,14 +6,15 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from s2d_jax.sharding import mesh_of, replicated
+from s2d_jax.decode.row_groups import WHOLE, groups_of, specs_of
+from s2d_jax.sharding import mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Replicates arrays over a mesh.
+    """Puts the arguments of programs on a mesh: rows over its data axis, anything else on every device.
 
     Attributes:
         mesh: the mesh of the target's parameters; None leaves arrays where they are.
@@ -29,13 +30,28 @@ class Placement:
         first = jax.tree.leaves(params)[0]
         return cls(mesh_of(params), isinstance(first, jax.ShapeDtypeStruct))
 
-    def put(self, tree: Any) -> Any:
-        """The arrays of `tree`, replicated."""
-        if self.mesh is None:
+    def padding(self, rows: int) -> int:
+        """How many rows make the batch divide over the mesh."""
+        return -rows % groups_of(self.mesh)
+
+    def put(self, argument: Any) -> Any:
+        """An argument of a program, split as `row_groups.specs_of` says."""
+        return self._put(argument, specs_of(argument))
+
+    def put_whole(self, tree: Any) -> Any:
+        """The arrays of `tree`, on every device."""
+        return self._put(tree, WHOLE)
+
+    def _put(self, tree: Any, specs: Any) -> Any:
+        mesh = self.mesh
+        if mesh is None:
             return tree
-        everywhere = replicated(self.mesh)
+        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
         if self.abstract:
+            each = jax.tree.broadcast(shardings, tree)
             return jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                *(tree, each),
             )
-        return jax.device_put(tree, everywhere)
+        return jax.device_put(tree, shardings)

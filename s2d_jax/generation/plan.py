@@ -31,6 +31,7 @@ class Plan:
         stop_ids: int32, token ids that end each row, as in the request, but on the host.
         exits: the draft's exits in use, for the statistics.
         prompts: token ids of each row.
+        padding: rows behind them that the mesh needs and nobody reads: each has a prompt of one token, and ends with prefill.
         context: positions that the target can take.
         prefill_chunk: the most positions that one pass over a prompt computes.
         initial_room: new tokens that the caches have room for at first.
@@ -45,6 +46,7 @@ class Plan:
     stop_ids: np.ndarray
     exits: tuple[int, ...]
     prompts: list[list[int]]
+    padding: int
     context: int
     prefill_chunk: int
     initial_room: int
@@ -82,8 +84,9 @@ class Plan:
 
     def arrays(self, capacity: int) -> tuple[Any, Any]:
         """`tokens_BC` with the prompts on the left, and `length_B`, on the device."""
-        tokens = np.zeros((len(self.prompts), capacity), np.int32)
+        padding = [1] * self.padding
+        tokens = np.zeros((len(self.prompts) + len(padding), capacity), np.int32)
         for row, ids in enumerate(self.prompts):
             tokens[row, : len(ids)] = ids
-        lengths = np.array([len(ids) for ids in self.prompts], np.int32)
+        lengths = np.array([*map(len, self.prompts), *padding], np.int32)
         return self.placement.put((jnp.asarray(tokens), jnp.asarray(lengths)))

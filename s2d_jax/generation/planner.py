@@ -35,6 +35,8 @@ from s2d_jax.text.prompts import (
 from s2d_jax.weights.model import Model
 
 _STOP_SLOTS = 8
+# A prompt of one token, and the token that prefill emits.
+_PADDING_LENGTH = 2
 
 
 class Planner:
@@ -61,7 +63,7 @@ class Planner:
         self._settled: dict[float, Planner] = {}
         self._params = {
             "target": target.device_params,
-            "draft": {} if draft is None else self.placement.put(draft.device_params),
+            "draft": {} if draft is None else self.placement.put_whole(draft.device_params),
         }
 
     def settled(self, temperature: float) -> Planner:
@@ -138,17 +140,21 @@ class Planner:
             min(len(ids) + row.max_new_tokens, context)
             for ids, row in zip(prompt_ids, rows, strict=True)
         ]
-        stop_ids = self._stop_ids(rows)
+        # Rows that are done with prefill fill the batch up to what the mesh takes.
+        padding = self.placement.padding(len(rows))
+        limits += [_PADDING_LENGTH] * padding
+        padded = [*rows, *rows[:1] * padding]
+        stop_ids = self._stop_ids(padded)
         decoder = self.decoder(greedy=all(row.temperature == 0.0 for row in rows))
         request = Request(
-            sampling=SamplingArrays.stack(rows),
-            key_B=keys_of([row.seed for row in rows]),
+            sampling=SamplingArrays.stack(padded),
+            key_B=keys_of([row.seed for row in padded]),
             max_length_B=jnp.asarray(limits, jnp.int32),
             stop_ids_BZ=jnp.asarray(stop_ids),
             exit_threshold_E=jnp.asarray(self.thresholds, jnp.float32),
             max_rounds=jnp.asarray(UNLIMITED, jnp.int32),
             vocabulary_U=None if listed is None else jnp.asarray(listed.ids_U),
-            drafting=self._drafting(rows, decoder.drafter.width),
+            drafting=self._drafting(padded, decoder.drafter.width),
         )
         plan = Plan(
             decoder=decoder,
@@ -158,6 +164,7 @@ class Planner:
             stop_ids=stop_ids,
             exits=self.exits,
             prompts=prompt_ids,
+            padding=padding,
             context=context,
             prefill_chunk=self.config.prefill_chunk,
             initial_room=self.config.initial_room,

@@ -60,7 +60,7 @@ class Session:
         if any(kept):
             self._grow(max(capacity, self._capacity), phase)
             arrays = plan.arrays(self._capacity)
-            kept_B = plan.placement.put(jnp.asarray(kept, jnp.int32))
+            kept_B = plan.placement.put(jnp.asarray(kept + [0] * plan.padding, jnp.int32))
             inputs = (plan.params, plan.request, self._taken(), *arrays, kept_B)
             program, spent = compilation.extend_program(plan.decoder, width, inputs)
         else:
@@ -133,7 +133,9 @@ class Session:
         """What the host can see now; waits for the device."""
         assert self._state is not None, "begin first"
         counters = self._plan.decoder.drafter.stats(self._state.draft_state)
-        self._look = Look(*jax.device_get((_without_caches(self._state), counters)))
+        state, counters = jax.device_get((_without_caches(self._state), counters))
+        asked = len(self._plan.prompts)
+        self._look = Look(jax.tree.map(lambda rows: rows[:asked], state), counters)
         return self._look
 
     def end_rows(self, ended: Sequence[bool]) -> None:
@@ -141,6 +143,7 @@ class Session:
         assert self._state is not None, "begin first"
         assert self._look is not None, "look first"
         done_B = np.asarray(ended) | self._look.state.done_B
+        done_B = np.append(done_B, [True] * self._plan.padding)
         sharding = self._state.done_B.sharding
         self._state = self._state.replace(done_B=jax.device_put(done_B, sharding))
 

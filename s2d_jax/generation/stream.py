@@ -217,7 +217,7 @@ class Stream(Iterator[Delta]):
     @property
     def _draft_forwards(self) -> dict[int, int]:
         assert self._look is not None
-        passes = np.asarray(self._look.counters.get("segment_passes", ()))
+        passes = self._look.counters.get("segment_passes", np.zeros((1, 0))).sum(axis=0)
         return {exit: int(n) for exit, n in zip(self._plan.exits, passes, strict=True)}
 
 

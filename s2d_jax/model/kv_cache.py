@@ -11,11 +11,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from s2d_jax.backends import forms
 from s2d_jax.model.conditional import run_if
+from s2d_jax.sharding import kept_split
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -49,10 +50,7 @@ class KVCache(flax.struct.PyTreeNode):
 
         def zeros():
             array = jnp.zeros((batch, num_kv_heads, capacity, head_dim), dtype)
-            if mesh is not None:
-                heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))
-                array = jax.lax.with_sharding_constraint(array, heads)
-            return array
+            return kept_split(array, mesh, PartitionSpec(None, "tensor"))
 
         return cls(
             keys=tuple(zeros() for _ in range(num_layers)),

@@ -12,7 +12,8 @@ import pytest
 from chips_elsewhere import chips
 from compiled_rounds import LLAMA2_7B
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import tiny_config, tiny_params, with_noise
+from split_pair import noisy_draft, split, tiny_target
+from tiny import tiny_config, tiny_params
 
 from s2d_jax.compilers.collectives import count_collectives
 from s2d_jax.compilers.hlo import parse_hlo
@@ -31,21 +32,14 @@ from s2d_jax.weights.prepare import prepare_for_decode
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50]]
 
 
-def _sharded(model: Model, mesh) -> Model:
-    shardings = params_sharding(model.config, logical_axes(model.config), mesh)
-    return dataclasses.replace(model, params=jax.device_put(model.params, shardings))
-
-
 @pytest.fixture(scope="module")
 def target() -> Model:
-    config = tiny_config(num_layers=2, num_heads=8, num_kv_heads=8, ffw_dim=64)
-    return Model(config, tiny_params(config, spread=14.0), None, "tiny")
+    return tiny_target()
 
 
 @pytest.fixture(scope="module")
 def draft(target) -> Draft:
-    noisy = with_noise(target.params, 0.04, seed=4)
-    return Draft(target.config, noisy, None, "noisy", DraftConfig((1, 2), (0.6, 0.0)))
+    return noisy_draft(target)
 
 
 OTHERS = pytest.mark.exhaustive("each value of every axis is in the rest")
@@ -69,14 +63,14 @@ def test_tokens_equal_those_of_one_device(target, draft, tensor, temperature, us
     sampling = SamplingParams(temperature=temperature, max_new_tokens=30)
     one = SpeculativeDecoder(target, drafting).generate(PROMPTS, sampling)
     mesh = make_mesh(MeshConfig(tensor=tensor))
-    many = SpeculativeDecoder(_sharded(target, mesh), drafting).generate(PROMPTS, sampling)
+    many = SpeculativeDecoder(split(target, mesh), drafting).generate(PROMPTS, sampling)
     assert many.token_ids == one.token_ids
     assert many.stats.exit_histogram == one.stats.exit_histogram
     assert [row.drafted_by for row in many] == [row.drafted_by for row in one]
 
 
 def test_logits_and_scores_equal_those_of_one_device(target):
-    many = _sharded(target, make_mesh(MeshConfig(tensor=8)))
+    many = split(target, make_mesh(MeshConfig(tensor=8)))
     close = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(many.logits(PROMPTS[0]), target.logits(PROMPTS[0]), **close)
     (ours,), (expected,) = many.score(PROMPTS[0]), target.score(PROMPTS[0])
@@ -86,7 +80,7 @@ def test_logits_and_scores_equal_those_of_one_device(target):
 def test_caches_of_a_sharded_target_grow_and_serve_the_next_turn(target, draft):
     mesh = make_mesh(MeshConfig(tensor=8))
     config = DecodeConfig(initial_room=8)
-    decoder = SpeculativeDecoder(_sharded(target, mesh), draft, config)
+    decoder = SpeculativeDecoder(split(target, mesh), draft, config)
     conversation, sampling = decoder.conversation(), SamplingParams(max_new_tokens=60)
     assert decoder.prepare(PROMPTS, sampling)[2][2].shape == (2, 128)  # 156 positions are needed
     first = conversation.generate(PROMPTS, sampling)
@@ -100,7 +94,7 @@ def test_caches_of_a_sharded_target_grow_and_serve_the_next_turn(target, draft):
 
 def test_the_cache_is_split_on_heads_and_never_gathered(target, draft):
     mesh = make_mesh(MeshConfig(tensor=8))
-    decoder = SpeculativeDecoder(_sharded(target, mesh), draft)
+    decoder = SpeculativeDecoder(split(target, mesh), draft)
     static, width, args = decoder.prepare(PROMPTS, SamplingParams(max_new_tokens=30))
     (prefill, run), _ = programs(static, width, args)
     cache = prefill.output_shardings.target_cache

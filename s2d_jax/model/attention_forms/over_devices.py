@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from s2d_jax.model.attention_forms.request import Causal, Request
-from s2d_jax.sharding import RULES, partition_spec
+from s2d_jax.sharding import RULES, free_axes, partition_spec
 
 
 def divides(request: Request) -> bool:
@@ -17,9 +17,10 @@ def divides(request: Request) -> bool:
     mesh = request.mesh
     if mesh is None:
         return True
-    rows = math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+    free = free_axes(mesh)
+    rows = math.prod(free.get(axis, 1) for axis in RULES["batch"] or ())
     B, K = request.k_BKSH.shape[:2]
-    return B % rows == 0 and K % mesh.shape["tensor"] == 0
+    return B % rows == 0 and K % free.get("tensor", 1) == 0
 
 
 def over_devices(run: Callable[..., jax.Array], request: Request) -> Float[Array, "B T N H"]:
@@ -33,6 +34,7 @@ def over_devices(run: Callable[..., jax.Array], request: Request) -> Float[Array
     split = jax.shard_map(
         run,
         mesh=request.mesh,
+        axis_names=set(free_axes(request.mesh)),
         in_specs=(*specs, partition_spec(("batch",))),
         out_specs=heads,
         check_vma=False,  # kernels do not say over which axes their results vary

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from s2d_jax.model.attention_forms.request import Causal, Request
+from s2d_jax.sharding import free_axes
 
 _BLOCKS = (512, 256, 128)
 # Bytes of a block of keys, and of a block's scores. Two blocks of keys and of values are in fast memory at a time, beside
@@ -56,7 +57,14 @@ def attend(request: Request) -> Float[Array, "B T N H"]:
         PartitionSpec(),
     )
     specs = (heads, keys, keys, whole, whole, whole)
-    split = jax.shard_map(run, mesh=request.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    split = jax.shard_map(
+        run,
+        mesh=request.mesh,
+        axis_names=set(free_axes(request.mesh)),
+        in_specs=specs,
+        out_specs=heads,
+        check_vma=False,
+    )
     return split(*arrays)
 
 
