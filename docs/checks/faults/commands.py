@@ -77,7 +77,7 @@ COMMANDS = [
         "a killed run goes on under other settings",
         "infer/generate/journal.py",
         "if before != now:",
-        "if begun.keys() != settings.keys():",
+        "if (before is None) != (now is None):",
         "infer/test_regenerate.py -k other_settings",
     ),
     Fault(
