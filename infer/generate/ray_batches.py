@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,37 +58,38 @@ def ray_engine(args: Args) -> Iterator[Engine]:
     with _connected(address):
         import ray
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = room_for(asked, nodes, one_each=args.cluster.ray_resources is None)
-        workers = args.cluster.ray_workers or room
-        if workers > room:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fits = decoders_that_fit(asked, machines)
+        one_each = args.cluster.ray_resources is None  # a decoder on a CPU uses all of it
+        workers = args.cluster.ray_workers or sum(min(fit, 1) if one_each else fit for fit in fits)
+        if workers > sum(fits):
             say_once(
-                f"the cluster has room for {room} of {workers} decoders; the others start when machines join it"
+                f"the cluster has room for {sum(fits)} of {workers} decoders; the others start when machines join it"
             )
         yield Engine(config, tokenizer, None, functools.partial(_answer, args, workers, asked))
 
 
-def room_for(asked: dict[str, float], nodes: Sequence[dict[str, float]], *, one_each: bool) -> int:
-    """How many decoders fit on the machines of a cluster.
+def decoders_that_fit(asked: dict[str, float], machines: Sequence[dict[str, float]]) -> list[int]:
+    """How many decoders fit on each machine of a cluster.
 
     Args:
         asked: what each decoder asks for.
-        nodes: what each machine has.
-        one_each: at most one on a machine.
+        machines: what each machine has.
 
     Raises:
-        UserError: if no machine has what one decoder asks for. Ray would wait for such a machine, without an end.
+        UserError: if none fits on any. Ray would wait for such a machine, without an end.
     """
     fits = [
-        int(min(node.get(name, 0.0) // amount for name, amount in asked.items())) for node in nodes
+        int(min(machine.get(name, 0.0) // amount for name, amount in asked.items()))
+        for machine in machines
     ]
     if not any(fits):
-        most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in asked}
+        most = {name: max((m.get(name, 0.0) for m in machines), default=0.0) for name in asked}
         raise UserError(
             f"--ray-resources {_amounts(asked)}: no machine of the cluster has all of it (the most on one: {_amounts(most)}); "
             "ask for less, or start such a machine first"
         )
-    return sum(min(fit, 1) if one_each else fit for fit in fits)
+    return fits
 
 
 def _amounts(amounts: dict[str, float]) -> str:
@@ -108,7 +110,8 @@ def _connected(address: str) -> Iterator[None]:
         settings["include_dashboard"] = False
     with activity(f"connecting to Ray at {address}", key="connecting to ray", guess=5.0):
         try:
-            ray.init(address=address, **settings)
+            with _silent_stderr():
+                ray.init(address=address, **settings)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"--ray {address}: no Ray cluster answers there ({_first_line(error)}); start one with ray start --head, or "
@@ -121,6 +124,21 @@ def _connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """What Ray's C++ parts write to stderr goes nowhere: they tell there that they were told to be silent. Python's stays."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with os.fdopen(os.dup(2), "w") as python_side, open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            with contextlib.redirect_stderr(python_side):
+                yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _first_line(error: BaseException) -> str:
@@ -188,7 +206,8 @@ def _answer(
     import ray
     import ray.data
 
-    starts = ray.remote(Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    as_actor: Any = ray.remote
+    starts = as_actor(Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     others = {name: amount for name, amount in asked.items() if name not in ("CPU", "GPU")}
     rows = [{"job": pickle.dumps(job)} for job in jobs]
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
