@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,9 @@ from s2d_jax.cli.options import (
     SamplingOptions,
     TreeOptions,
 )
-from s2d_jax.errors import UserError, shown
+from s2d_jax.errors import UserError, printable, shown
+
+_ADDRESS = re.compile(r"\S+:\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,12 @@ class RayOptions:
             raise UserError("--ray-workers and --ray-resources are of a cluster; give --ray, too")
         if self.ray is not None and self.ray.startswith("ray://"):
             raise UserError(
-                f"--ray {self.ray} is Ray Client's address, which Ray Data does not work with; run this on a machine of the "
-                "cluster with --ray auto (from elsewhere: ray job submit)"
+                f"--ray {printable(self.ray)} is an address of Ray Client, which Ray Data does not work with; run the command "
+                "on a machine of the cluster with --ray auto (from elsewhere: ray job submit)"
+            )
+        if self.ray not in (None, "auto", "local") and not _ADDRESS.fullmatch(self.ray):
+            raise UserError(
+                f"--ray {printable(self.ray)} is no HOST:PORT; give that, auto or local"
             )
         if self.ray_workers is not None and self.ray_workers < 1:
             raise UserError(f"ray-workers {self.ray_workers} must be at least 1")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from infer.generate.batching import Job
 from infer.generate.engine import Answered, Engine, load_decoder
 from s2d_jax.cli.command import say_once
-from s2d_jax.cli.loading import describe_target
+from s2d_jax.cli.loading import check_drafting, describe_target
 from s2d_jax.errors import UserError, printable
 from s2d_jax.progress.activity import activity
 
@@ -49,7 +49,7 @@ def ray_engine(args: Args) -> Iterator[Engine]:
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError("--ray needs Ray, which is not installed; pip install 's2d-jax[ray]'")
-    args.drafting.config()
+    check_drafting(args.draft, args.loading, args.drafting)
     config, tokenizer = describe_target(
         args.target[0], args.loading, args.draft, raw=args.answering.raw
     )
@@ -114,8 +114,8 @@ def _connected(address: str) -> Iterator[None]:
                 ray.init(address=address, **settings)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"--ray {address}: no Ray cluster answers there ({_first_line(error)}); start one with ray start --head, or "
-                "give --ray HOST:PORT"
+                f"--ray {address}: no Ray cluster answers ({_first_line(error)}); start one with ray start --head, give --ray "
+                "HOST:PORT, or for a cluster with tokens set RAY_AUTH_MODE=token"
             ) from None
     try:
         context = ray.data.DataContext.get_current()

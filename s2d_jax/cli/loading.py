@@ -139,17 +139,28 @@ def load_drafting(
     Raises:
         UserError: for flags that need a draft where there is none.
     """
+    config = check_drafting(path, loading, drafting)
+    return load_listed_draft(path, loading.draft_vocabulary, loading.draft_format), config
+
+
+def check_drafting(
+    path: str | None, loading: LoadingOptions, drafting: DraftingOptions
+) -> DecodeConfig:
+    """How the draft of `--draft` is used, before it is loaded. Raises UserError for flags that do not go together."""
     config = drafting.config()
     if (given := drafting.tree_flags()) and not drafting.tree:
         raise UserError(f"{given[0]} shapes a tree, and --tree is not given; give both")
-    draft = load_listed_draft(path, loading.draft_vocabulary, loading.draft_format)
-    if draft is None and (config.exits or config.exit_thresholds):
+    if path is not None:
+        return config
+    if loading.draft_vocabulary is not None:
+        raise UserError("--draft-vocabulary needs a draft; give --draft DIR")
+    if config.exits or config.exit_thresholds:
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
-    if draft is None and config.tree:
+    if config.tree:
         raise UserError("--tree is a tree of drafted tokens; give --draft DIR")
-    if draft is None and config.policy:
+    if config.policy:
         raise UserError("--policy auto chooses how to use a draft; give --draft DIR")
-    return draft, config
+    return config
 
 
 def tokenizer_of(model: Model) -> Tokenizer:
