@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -59,7 +59,7 @@ class Engine:
     config: ModelConfig
     tokenizer: Tokenizer
     models: dict[str, Any] | None
-    answer: Callable[[Sequence[Job]], Iterator[Answered]]
+    answer: Callable[[Sequence[Job]], Generator[Answered, None, None]]
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def engine_here(args: Args) -> Iterator[Engine]:
     """A decoder in this process. Raises UserError as `load_decoder`."""
     decoder, models = load_decoder(args)
 
-    def answer(jobs: Sequence[Job]) -> Iterator[Answered]:
+    def answer(jobs: Sequence[Job]) -> Generator[Answered, None, None]:
         for job in jobs:
             yield Answered(job.number, job.answers(decoder), models)
 
@@ -169,14 +169,16 @@ def answer_turn(
     talks = [[turn.talks[i] for i in batch.indices] for batch in batches]
     entries = journal.kept(turn.number, talks)
     jobs = [turn.job(n, batch) for n, batch in enumerate(batches) if n not in entries]
-    for done in engine.answer(jobs):
-        if done.number in entries:  # answered twice: once by a worker that was thought dead
-            continue
-        journal.settle(done.models)
-        entry = {"turn": turn.number, "talks": talks[done.number], "answers": told(done.answers)}
-        journal.add(entry)
-        entries[done.number] = entry
-        on_entry(entry)
+    with contextlib.closing(engine.answer(jobs)) as answered:
+        for done in answered:
+            if done.number in entries:  # answered twice: once by a worker that was thought dead
+                continue
+            journal.settle(done.models)
+            entry = {"turn": turn.number, "talks": talks[done.number]}
+            entry["answers"] = told(done.answers)
+            journal.add(entry)
+            entries[done.number] = entry
+            on_entry(entry)
     answers = {}
     for entry in entries.values():
         answers |= zip(entry["talks"], entry["answers"], strict=True)

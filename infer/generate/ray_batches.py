@@ -17,7 +17,7 @@ import os
 import pickle
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +199,7 @@ class Decoding:
 
 def _answer(
     args: Args, workers: int, asked: dict[str, float], jobs: Sequence[Job]
-) -> Iterator[Answered]:
+) -> Generator[Answered, None, None]:
     """Answers jobs on the cluster, in the order in which they are done."""
     if not jobs:
         return
@@ -224,15 +224,15 @@ def _answer(
         resources=others or None,
     )
     # Each is given out when it is there, not when the next one is, too.
-    tables = iter(
-        answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    )
-    while (table := _next(tables)) is not None:
-        for row in table.to_pylist():
-            result = pickle.loads(row["result"])
-            if isinstance(result, str):
-                raise UserError(result)
-            yield result
+    batches = answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    tables: Any = iter(batches)
+    with contextlib.closing(tables):  # Ray Data must have ended before Ray does
+        while (table := _next(tables)) is not None:
+            for row in table.to_pylist():
+                result = pickle.loads(row["result"])
+                if isinstance(result, str):
+                    raise UserError(result)
+                yield result
     if again := ray.get(starts.again.remote()):
         say_once(f"{again} of {len(jobs)} batches were answered again, after their workers died")
 
