@@ -81,7 +81,10 @@ class RayOptions:
                 asked[name] = float(number)
             except ValueError:
                 asked[name] = 0.0
-            if not name or not 0 < asked[name] < float("inf"):
+            whole = (
+                asked[name] < 1 or asked[name].is_integer()
+            )  # Ray shares one of a kind, but no two
+            if not name or not whole or not 0 < asked[name] < float("inf"):
                 raise UserError(
                     f"--ray-resources {shown(self.ray_resources)} is not a list of amounts; write it like GPU=1 or TPU=4"
                 )

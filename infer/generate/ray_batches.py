@@ -55,6 +55,8 @@ def ray_engine(args: Args) -> Iterator[Engine]:
     )
     address, asked = args.cluster.ray, args.cluster.asked()
     assert address is not None
+    if args.answering.as_conversations and args.loading.compile_cache is None:
+        say_once("decoders start anew in each turn; with --compile-cache DIR they compile once")
     with _connected(address):
         import ray
 
@@ -80,7 +82,7 @@ def decoders_that_fit(asked: dict[str, float], machines: Sequence[dict[str, floa
         UserError: if none fits on any. Ray would wait for such a machine, without an end.
     """
     fits = [
-        int(min(machine.get(name, 0.0) // amount for name, amount in asked.items()))
+        int(min(machine.get(name, 0.0) / amount for name, amount in asked.items()) + 1e-6)
         for machine in machines
     ]
     if not any(fits):

@@ -37,7 +37,8 @@ if (
 ):  # its import would read the environment before `cluster` sets it
     pytest.skip("needs Ray: pip install 's2d-jax[ray]'", allow_module_level=True)
 
-WORDS = ("one two", "the quick brown fox", "three", "a b c d e f g", "user asks", "x", "seven y z")
+# Four batches, each with a program of its own: a worker takes a second or two for any of them, in which it can be killed.
+WORDS = ("x", "one two", *("three " * count for count in (8, 10, 14, 16, 24)))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def cluster():
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
         command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block"]
         command += [f"--port={port}", f"--temp-dir={folder}", "--num-cpus=2"]
-        command += ["--include-dashboard=false", "--disable-usage-stats"]
+        command += ["--include-dashboard=false", "--disable-usage-stats", '--resources={"TPU": 8}']
         with (folder / "log").open("w") as log:
             head = psutil.Popen(
                 [*command, "--object-store-memory=100000000"], stdout=log, stderr=log
@@ -104,9 +105,15 @@ def answer(monkeypatch, models, source, out, *flags):
 
 
 def busy_workers(head):
-    """The processes that answer a batch now; Ray puts what a process does into its title."""
-    titles = {process: title(process) for process in head.children(recursive=True)}
-    return [p for p, text in titles.items() if "Decoding" in text and ".submit" in text]
+    """The processes that are amid a batch; Ray puts what a process does into its title."""
+
+    def answering():
+        titles = {process: title(process) for process in head.children(recursive=True)}
+        return {p for p, text in titles.items() if "Decoding" in text and ".submit" in text}
+
+    before = answering()
+    time.sleep(0.2)  # what has only just begun, or is as good as done, is busy once
+    return list(before & answering())
 
 
 def title(process):
@@ -142,7 +149,7 @@ def kill_a_worker(head):
 
     def act(entries):
         if len(entries) == 1:
-            os.kill(wait_until(lambda: busy_workers(head))[-1].pid, signal.SIGKILL)
+            os.kill(wait_until(lambda: busy_workers(head))[0].pid, signal.SIGKILL)
 
     return act
 
@@ -197,7 +204,7 @@ def test_kill_9_of_a_driver_and_of_a_worker(models, cluster, source, tmp_path, m
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     sampled = ("--temperature", 0.9, "--seed", 5, "--draft", models.draft)
     answer(monkeypatch, models, source, whole, *sampled)
-    on_ray = (*sampled, "--ray", address, "--ray-workers", 2)
+    on_ray = (*sampled, "--ray", address, "--ray-resources", "TPU=4,CPU=1")
     command = [sys.executable, "-m", "infer.generate", *flags_of(models, source, out), *on_ray]
     # A driver that computed anything would fail: JAX has no such platform. Workers have the environment of the cluster.
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
@@ -313,6 +320,7 @@ def test_decoders_that_fit():
         (("--ray", "auto", "--ray-workers", 0), "ray-workers 0 must be at least 1"),
         (("--ray", "auto", "--ray-resources", "GPU"), "is not a list of amounts; write it like"),
         (("--ray", "auto", "--ray-resources", "GPU=-1"), "is not a list of amounts; write it"),
+        (("--ray", "auto", "--ray-resources", "GPU=1.5"), "is not a list of amounts; write it"),
         (("--ray", "ray://head:10001"), "on a machine of the cluster with --ray auto"),
         (("--ray", "auto", "--stream"), "--stream does not go with --ray; leave it out"),
         (("--ray", "auto", "--explain", 2), "--explain does not go with --ray; leave it out"),
