@@ -25,6 +25,7 @@ from infer.generate.batching import Job
 from infer.generate.engine import Answered, Engine, load_decoder
 from s2d_jax.cli.command import say_once
 from s2d_jax.cli.loading import check_drafting, describe_target
+from s2d_jax.cli.screen import screen
 from s2d_jax.errors import UserError, printable
 from s2d_jax.progress.activity import activity
 
@@ -236,7 +237,8 @@ def _answer(
                     raise UserError(result)
                 yield result
     if again := ray.get(starts.again.remote()):
-        say_once(f"{again} of {len(jobs)} batches were answered again, after their workers died")
+        line = f"note: {again} of {len(jobs)} batches were answered again, after their workers died"
+        screen(stderr=True).print(line, soft_wrap=True)
 
 
 def _next(tables: Iterator[pyarrow.Table]) -> pyarrow.Table | None:
