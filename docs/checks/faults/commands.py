@@ -81,6 +81,14 @@ COMMANDS = [
         "infer/test_regenerate.py -k other_settings",
     ),
     Fault(
+        "answered-twice-written-twice",
+        "a batch that two workers answered stands in the journal twice",
+        "infer/generate/engine.py",
+        "if done.number in entries:",
+        "if False:",
+        "infer/test_ray_batches.py -k through_a_journal",
+    ),
+    Fault(
         "cut-off-called-finished",
         "answers that were cut off are called finished",
         "infer/generate/answering.py",
