@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 from rich.console import Console
 
 from infer.generate.args import Args
 from infer.generate.batching import Answer, answer_all
 from infer.generate.explain import drafting_trees, explain
+from infer.generate.journaled import answered_on_cluster, check_cluster_flags
 from infer.generate.regenerate import regenerate
 from infer.generate.streaming import stream_answers
 from s2d_jax.cli.loading import keep_programs, load_drafting, load_target, tokenizer_of
@@ -34,10 +36,15 @@ def generate(args: Args) -> None:
     if args.answering.as_conversations:
         regenerate(args)
         return
+    if args.cluster.ray is not None:
+        check_cluster_flags(args)
     _check_outputs(args)
     keep_programs(args.loading.compile_cache)
     questions, console = _questions(args), screen()
     args.sampling.params()
+    if args.cluster.ray is not None:
+        _generate_on_cluster(args, console, questions)
+        return
     draft, config = load_drafting(args.draft, args.loading, args.drafting)
     rows = []
     for path in args.target:
@@ -73,9 +80,24 @@ def generate(args: Args) -> None:
             write_profile(directory, decoder, prompt, args.sampling.params())
             console.print(f"trace written to {directory}", soft_wrap=True)
     if args.out is not None:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(args.out, "".join(lines))
-        console.print(f"{len(rows)} answers written to {args.out}", soft_wrap=True)
+        _write(args.out, rows, console)
+
+
+def _generate_on_cluster(args: Args, console: Console, questions: list[Question]) -> None:
+    assert args.out is not None
+    start, (path,) = time.perf_counter(), args.target
+    with answered_on_cluster(args, questions) as (conversations, stop_ids):
+        answered = zip(questions, conversations, strict=True)
+        rows = [_row(args, path, question, answers, stop_ids) for question, answers in answered]
+        flat = [answer.stats for answers in conversations for answer in answers]
+        _show_stats(console, path, sum_stats(flat), time.perf_counter() - start)
+        _write(args.out, rows, console)
+
+
+def _write(out: Path, rows: list[dict], console: Console) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(out, "".join(lines))
+    console.print(f"{len(rows)} answers written to {out}", soft_wrap=True)
 
 
 def _check_outputs(args: Args) -> None:
@@ -174,8 +196,9 @@ def _show_stats(console: Console, target: str, stats: GenerationStats, seconds: 
     row = {
         "new tokens": f"{stats.emitted_tokens:,}",
         "seconds": f"{seconds:.1f}",
-        "compiling": f"{stats.seconds['compile']:.1f}",
-        "tokens/s": f"{stats.emitted_tokens / stats.seconds['total']:.1f}",
+        # On a cluster, calls ran beside each other, some of them perhaps for an earlier process.
+        "compiling": f"{stats.seconds['compile']:.1f}" if stats.seconds else "-",
+        "tokens/s": f"{stats.tokens_per_second:.1f}" if stats.seconds else "-",
         "target passes": f"{stats.target_forwards:,}",
         "MAT": f"{stats.mean_acceptance_length:.2f}",
         "accepted": f"{stats.draft_acceptance_rate:.0%}" if stats.drafted_tokens else "-",

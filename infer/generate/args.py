@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,9 @@ from s2d_jax.cli.options import (
     SamplingOptions,
     TreeOptions,
 )
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, printable, shown
+
+_ADDRESS = re.compile(r"\S+:\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,55 @@ class AnsweringOptions:
     def __post_init__(self):
         if self.batch_size < 1:
             raise UserError(f"batch-size {self.batch_size} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RayOptions:
+    """A cluster of machines, each decoding with the whole model (docs/ray.md)."""
+
+    ray: Annotated[str | None, flag("ADDRESS", "this process answers")] = None
+    """auto: the Ray cluster that this machine belongs to; HOST:PORT: another one; local: a Ray that is started here.
+    Needs --out. A run that was killed goes on with the same command."""
+    ray_workers: Annotated[int | None, flag("INT", "as many as the cluster has room for")] = None
+    """Decoders, each with the whole target and draft."""
+    ray_resources: Annotated[str | None, flag("GPU=1", "one decoder per machine, on its CPU")] = (
+        None
+    )
+    """What each decoder asks for: GPU=1, or TPU=4, or several such as GPU=1,CPU=8."""
+
+    def __post_init__(self):
+        if self.ray is None and (self.ray_workers, self.ray_resources) != (None, None):
+            raise UserError("--ray-workers and --ray-resources are of a cluster; give --ray, too")
+        if self.ray is not None and self.ray.startswith("ray://"):
+            raise UserError(
+                f"--ray {printable(self.ray)} is an address of Ray Client, which Ray Data does not work with; run the command "
+                "on a machine of the cluster with --ray auto (from elsewhere: ray job submit)"
+            )
+        if self.ray not in (None, "auto", "local") and not _ADDRESS.fullmatch(self.ray):
+            raise UserError(
+                f"--ray {printable(self.ray)} is no HOST:PORT; give that, auto or local"
+            )
+        if self.ray_workers is not None and self.ray_workers < 1:
+            raise UserError(f"ray-workers {self.ray_workers} must be at least 1")
+        self.asked()
+
+    def asked(self) -> dict[str, float]:
+        """What each decoder asks for, by Ray's names; CPU is always among it. Raises UserError for what cannot be read."""
+        asked = {"CPU": 1.0}
+        for part in () if self.ray_resources is None else self.ray_resources.split(","):
+            name, _, number = part.strip().partition("=")
+            try:
+                asked[name] = float(number)
+            except ValueError:
+                asked[name] = 0.0
+            whole = (
+                asked[name] < 1 or asked[name].is_integer()
+            )  # Ray shares one of a kind, but no two
+            if not name or not whole or not 0 < asked[name] < float("inf"):
+                raise UserError(
+                    f"--ray-resources {shown(self.ray_resources)} is not a list of amounts; write it like GPU=1 or TPU=4"
+                )
+        return asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +129,7 @@ class Args:
     length: tyro.conf.OmitArgPrefixes[LengthOptions] = LengthOptions()
     tree: tyro.conf.OmitArgPrefixes[TreeOptions] = TreeOptions()
     loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
+    cluster: tyro.conf.OmitArgPrefixes[RayOptions] = RayOptions()
     looking: tyro.conf.OmitArgPrefixes[LookingOptions] = LookingOptions()
 
     @property

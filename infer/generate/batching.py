@@ -27,6 +27,26 @@ class PromptBatch:
     padding: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A batch as a decoder takes it, wherever that decoder is.
+
+    Attributes:
+        number: which of the batches that were planned together it is.
+        prompts: token ids of its prompts.
+        sampling: one for each prompt.
+        padding: rows that repeat the first prompt for one token.
+    """
+
+    number: int
+    prompts: tuple[list[int], ...]
+    sampling: tuple[SamplingParams, ...]
+    padding: int
+
+    def answers(self, decoder: SpeculativeDecoder) -> list[Answer]:
+        return answer_batch(decoder, self.prompts, self.sampling, self.padding)
+
+
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[PromptBatch]:
     """Sorts prompts by length and cuts them into batches of one size, so that one program serves all."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))

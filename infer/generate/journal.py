@@ -1,17 +1,21 @@
 """A file that long work is written to as it goes, so that a killed process loses at most one batch.
 
-The first line holds the settings of the work, each further line the answers of one batch. Lines are only appended, and each is
-on the disk before the next batch begins. Half a line at the end, left by a killed process, is dropped.
+The first line holds the settings of the work, each further line the answers of one batch. Batches may stand in any order: each
+names its turn and its talks. Lines are only appended, and each is on the disk before the next batch is asked for. Half a line
+at the end, left by a killed process, is dropped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from s2d_jax.cli.screen import screen
 from s2d_jax.errors import UserError, printable
 from s2d_jax.files import parse_json
 
@@ -22,6 +26,7 @@ class Journal:
     Args:
         path: the file; created if it does not exist.
         settings: everything that decides the answers, as JSON values.
+        later: keys of settings that are not known yet; `settle` must be called with them before `add`.
 
     Attributes:
         batches: the entries of earlier processes, in order.
@@ -30,13 +35,15 @@ class Journal:
         UserError: if another process has the file open, or it was begun with other settings, or it is damaged.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: Path, settings: dict[str, Any], later: Sequence[str] = ()):
         self.path = path
+        self._settings: dict[str, Any] = {}
+        self._begun = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._lock()
-            self.batches = self._read(parse_json(json.dumps(settings), "the settings"))
+            self.batches = self._read(_plain(settings), later)
         except BaseException:
             os.close(self._file)
             raise
@@ -47,8 +54,47 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
+    @property
+    def kept_answers(self) -> int:
+        """How many answers earlier processes left."""
+        return sum(len(batch["answers"]) for batch in self.batches)
+
+    def settle(self, found: dict[str, Any]) -> None:
+        """Takes settings that were left for `later`, or are known once more.
+
+        Raises:
+            UserError: if the journal was begun with others.
+        """
+        found = _plain(found)
+        if not self._begun:
+            self._begin({**self._settings, **found})
+        self._compare({**self._settings, **found}, ())
+
+    def kept(self, turn: int, groups: Sequence[Sequence[int]]) -> dict[int, dict[str, Any]]:
+        """The entries of a turn that earlier processes left, by the number of their batch.
+
+        Args:
+            turn: 0 for first turns.
+            groups: the talks of each batch of the turn.
+
+        Raises:
+            UserError: for an entry that is none of these batches, or a batch that is there twice.
+        """
+        numbers = {str(list(group)): number for number, group in enumerate(groups)}
+        found: dict[int, dict[str, Any]] = {}
+        for entry in self.batches:
+            if entry.get("turn") == turn or type(entry.get("turn")) is not int:
+                number = numbers.get(str(entry.get("talks")))
+                if number is None or number in found:
+                    raise UserError(
+                        f"{self.path} holds other batches than these conversations have; remove it to start again"
+                    )
+                found[number] = entry
+        return found
+
     def add(self, batch: dict[str, Any]) -> None:
         """Appends an entry and waits for the disk."""
+        assert self._begun, "settings are still missing"
         self._append(batch)
 
     def remove(self) -> None:
@@ -63,7 +109,7 @@ class Journal:
                 f"another process writes {self.path}; wait for it, or choose another --out"
             ) from None
 
-    def _read(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    def _read(self, settings: dict[str, Any], later: Sequence[str]) -> list[dict[str, Any]]:
         with os.fdopen(os.dup(self._file), "rb") as file:
             file.seek(0)
             whole, _, _ = file.read().rpartition(b"\n")
@@ -72,15 +118,23 @@ class Journal:
         os.ftruncate(self._file, length)
         os.lseek(self._file, length, os.SEEK_SET)
         entries = [self._parsed(number, line) for number, line in enumerate(lines, start=1)]
-        if not entries:
-            self._append(settings)
-            return []
-        begun = entries[0]
-        for key in sorted(begun.keys() | settings.keys()):
-            before, now = begun.get(key), settings.get(key)
+        self._settings, self._begun = settings, bool(entries)
+        if entries:
+            self._settings = entries[0]
+            self._compare(settings, later)
+        elif not later:
+            self._begin(settings)
+        return entries[1:]
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        self._append(settings)
+        self._settings, self._begun = settings, True
+
+    def _compare(self, settings: dict[str, Any], later: Sequence[str]) -> None:
+        for key in sorted((self._settings.keys() | settings.keys()) - set(later)):
+            before, now = self._settings.get(key), settings.get(key)
             if before != now:
                 raise self._begun_otherwise(key, before, now)
-        return entries[1:]
 
     def _begun_otherwise(self, key: str, before: Any, now: Any) -> UserError:
         if key == "tokenizer":
@@ -109,6 +163,29 @@ class Journal:
         while data:
             data = data[os.write(self._file, data) :]
         os.fsync(self._file)
+
+
+def journal_of(out: Path) -> Path:
+    """Where the answers are kept until all are done."""
+    return out.with_name(f"{out.name}.journal")
+
+
+@contextlib.contextmanager
+def resuming(journal: Journal) -> Iterator[None]:
+    """Says what an earlier process left, and after Ctrl-C that nothing is lost."""
+    if kept := journal.kept_answers:
+        screen().print(f"resuming {journal.path}: {kept:,} answers are there", soft_wrap=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = f"the answers so far are in {journal.path}; the same command goes on"
+        screen(stderr=True).print(message, soft_wrap=True)
+        raise
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they are read back from JSON."""
+    return parse_json(json.dumps(settings), "the settings")
 
 
 def _brief(value: Any) -> str:

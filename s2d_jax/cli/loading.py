@@ -10,11 +10,12 @@ from s2d_jax.cli.command import say_devices, say_once
 from s2d_jax.cli.options import DraftingOptions, LoadingOptions
 from s2d_jax.cli.outputs import check_directory
 from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.model import ModelConfig
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.text.tokenizer import Tokenizer
-from s2d_jax.weights.load import load_draft, load_model
+from s2d_jax.weights.load import load_draft, load_model, read_description
 from s2d_jax.weights.model import Draft, Model, with_trimmed_head
 from s2d_jax.weights.vocabulary import read_vocabulary
 
@@ -47,23 +48,60 @@ def load_target(
     Raises:
         UserError: if it has no tokenizer, drafts have another one, or a chat template was chosen and is not used.
     """
-    if raw and loading.chat_template is not None:
-        raise UserError(
-            "--raw leaves the chat template out, and --chat-template chooses one; leave one of them out"
-        )
+    _check_template(loading, raw)
     model = load_model(
         path, weight_format=loading.target_format, chat_template=loading.chat_template
     )
     tokenizer = tokenizer_of(model)
     say_devices()
-    notices = [*model.notices, *([] if raw else [tokenizer.template_notice])]
-    for draft in drafts:
-        if draft is not None and draft.tokenizer is not None:
-            notices += check_same_tokenizer(tokenizer, draft.tokenizer)
-    for line in notices:
+    others = [draft.tokenizer for draft in drafts if draft is not None]
+    _say_notices(model.notices, tokenizer, others, raw)
+    return model
+
+
+def describe_target(
+    path: str, loading: LoadingOptions, draft: str | None, *, raw: bool = False
+) -> tuple[ModelConfig, Tokenizer]:
+    """A target's shape and tokenizer as `load_target` gives them, and what it says, for a process that loads no weights.
+
+    Args:
+        path: where the model is.
+        loading: its chat template.
+        draft: where what drafts for it is, if anything does.
+        raw: prompts do not go through the chat template.
+
+    Raises:
+        UserError: as `load_target`.
+    """
+    _check_template(loading, raw)
+    config, tokenizer = read_description(path)
+    if tokenizer is None:
+        raise UserError(f"{path} has no tokenizer; add its tokenizer.json to the directory")
+    if loading.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(loading.chat_template)
+    others = [] if draft is None else [read_description(draft)[1]]
+    _say_notices((), tokenizer, others, raw)
+    return config, tokenizer
+
+
+def _check_template(loading: LoadingOptions, raw: bool) -> None:
+    if raw and loading.chat_template is not None:
+        raise UserError(
+            "--raw leaves the chat template out, and --chat-template chooses one; leave one of them out"
+        )
+
+
+def _say_notices(
+    notices: Sequence[str], tokenizer: Tokenizer, others: Sequence[Tokenizer | None], raw: bool
+) -> None:
+    """What a user should know of a target, of its chat template, and beside the tokenizers of drafts."""
+    lines = [*notices, *([] if raw else [tokenizer.template_notice])]
+    for other in others:
+        if other is not None:
+            lines += check_same_tokenizer(tokenizer, other)
+    for line in lines:
         if line is not None:
             say_once(line)
-    return model
 
 
 def load_listed_draft(
@@ -101,17 +139,28 @@ def load_drafting(
     Raises:
         UserError: for flags that need a draft where there is none.
     """
+    config = check_drafting(path, loading, drafting)
+    return load_listed_draft(path, loading.draft_vocabulary, loading.draft_format), config
+
+
+def check_drafting(
+    path: str | None, loading: LoadingOptions, drafting: DraftingOptions
+) -> DecodeConfig:
+    """How the draft of `--draft` is used, before it is loaded. Raises UserError for flags that do not go together."""
     config = drafting.config()
     if (given := drafting.tree_flags()) and not drafting.tree:
         raise UserError(f"{given[0]} shapes a tree, and --tree is not given; give both")
-    draft = load_listed_draft(path, loading.draft_vocabulary, loading.draft_format)
-    if draft is None and (config.exits or config.exit_thresholds):
+    if path is not None:
+        return config
+    if loading.draft_vocabulary is not None:
+        raise UserError("--draft-vocabulary needs a draft; give --draft DIR")
+    if config.exits or config.exit_thresholds:
         raise UserError("--exits and --exit-thresholds need a draft; give --draft DIR")
-    if draft is None and config.tree:
+    if config.tree:
         raise UserError("--tree is a tree of drafted tokens; give --draft DIR")
-    if draft is None and config.policy:
+    if config.policy:
         raise UserError("--policy auto chooses how to use a draft; give --draft DIR")
-    return draft, config
+    return config
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

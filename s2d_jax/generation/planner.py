@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.model import ModelConfig
 from s2d_jax.config.sampling import Sampling, SamplingParams, one_for_each
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.draft.guard import allowance
@@ -32,6 +33,7 @@ from s2d_jax.text.prompts import (
     names_of_prompts,
     split_prompts,
 )
+from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.model import Model
 
 _STOP_SLOTS = 8
@@ -101,12 +103,8 @@ class Planner:
 
     def _ids(self, prompt: OnePrompt, name: str) -> list[int]:
         """The prompt's token ids; messages about it begin with `name`."""
-        ids, context = self._encoded(prompt), self.target.config.max_context
-        check_ids(ids, self.target.config.vocab_size, name, self.target.tokenizer)
-        if len(ids) >= context:
-            raise UserError(
-                f"{name} has {len(ids)} tokens, the target's context is {context}; shorten the prompt"
-            )
+        ids = self._encoded(prompt)
+        check_prompt(ids, self.target.config, name, self.target.tokenizer)
         return ids
 
     def _encoded(self, prompt: OnePrompt) -> list[int]:
@@ -197,3 +195,14 @@ class Planner:
 def _hottest(rows: Sequence[SamplingParams]) -> float:
     """The highest temperature of a batch, which decides for it: a batch is greedy only if all rows are."""
     return max((row.temperature for row in rows), default=0.0)
+
+
+def check_prompt(
+    ids: list[int], config: ModelConfig, name: str, tokenizer: Tokenizer | None
+) -> None:
+    """Raises UserError, which begins with `name`, for token ids that a target of this shape cannot answer."""
+    check_ids(ids, config.vocab_size, name, tokenizer)
+    if len(ids) >= config.max_context:
+        raise UserError(
+            f"{name} has {len(ids)} tokens, the target's context is {config.max_context}; shorten the prompt"
+        )

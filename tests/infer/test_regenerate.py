@@ -17,8 +17,8 @@ from hf_tiny import expect_user_error
 from infer_tiny import failing_run, run, save_tiny_models
 
 from infer.generate import __main__ as generate
-from infer.generate import regenerate
-from infer.generate.journal import Journal
+from infer.generate.engine import weights_hash
+from infer.generate.journal import Journal, journal_of
 from infer.generate.talks import read_talks
 from s2d_jax.cli.options import SamplingOptions
 from s2d_jax.cli.prompts import Question
@@ -115,7 +115,7 @@ def test_every_answer_is_the_targets_own_and_later_turns_see_it(
     shown = capsys.readouterr().out
     assert "left out or ended early: roles do not alternate" in shown
     assert all(len(line) <= 100 for line in shown.splitlines() if "│" in line)
-    assert not regenerate.journal_of(out).exists()
+    assert not journal_of(out).exists()
 
 
 def test_the_rows_are_ready_for_training(models, source, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(
     whole, out = tmp_path / "whole.jsonl", tmp_path / "new.jsonl"
     again(monkeypatch, models, source, whole, *flags)
     killed(monkeypatch, batches, models, source, out, *flags)
-    journal = regenerate.journal_of(out)
+    journal = journal_of(out)
     assert not out.exists()
     assert len(journal.read_text().splitlines()) == 1 + batches
     with journal.open("a") as file:
@@ -184,7 +184,7 @@ def test_samples_do_not_depend_on_the_batch_and_every_turn_has_a_seed_of_its_own
 def test_other_settings_are_refused(models, source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new.jsonl"
     killed(monkeypatch, 1, models, source, out)
-    before = regenerate.journal_of(out).read_bytes()
+    before = journal_of(out).read_bytes()
     start = ("--as-conversations", "--prompts", source, "--out", out, *SHORT)
     for flags, message in (
         (("--target", models.small, "--batch-size", 3), "was begun with batch_size=2, not 3; go"),
@@ -198,15 +198,15 @@ def test_other_settings_are_refused(models, source, tmp_path, monkeypatch, capsy
     flags = ("--target", models.small, "--batch-size", 2)
     error = failing_run(generate.main, monkeypatch, capsys, *start, *flags)
     assert "was begun with prompts=" in error
-    assert regenerate.journal_of(out).read_bytes() == before
+    assert journal_of(out).read_bytes() == before
 
 
 def test_a_target_that_was_trained_on_under_the_same_name_is_another(models):
     model, other = load_model(models.small), load_model(models.small)
-    assert regenerate._weights_hash(model) == regenerate._weights_hash(other)
+    assert weights_hash(model) == weights_hash(other)
     moved = jax.tree.map(lambda x: x * 1.001 if x.ndim == 1 else x, other.params)
     other = dataclasses.replace(other, params=moved)
-    assert regenerate._weights_hash(model) != regenerate._weights_hash(other)
+    assert weights_hash(model) != weights_hash(other)
 
 
 def test_conversations_that_fill_the_context_end_early(models, tmp_path, monkeypatch, capsys):
@@ -338,7 +338,7 @@ def test_kill_9_at_any_moment(models, source, tmp_path, monkeypatch, moments):
         models.small,
     ]
     command += ["--prompts", str(source), "--out", str(out), "--batch-size", "2", *map(str, SHORT)]
-    journal = regenerate.journal_of(out)
+    journal = journal_of(out)
     for lines in moments:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (

@@ -77,8 +77,16 @@ COMMANDS = [
         "a killed run goes on under other settings",
         "infer/generate/journal.py",
         "if before != now:",
-        "if begun.keys() != settings.keys():",
+        "if (before is None) != (now is None):",
         "infer/test_regenerate.py -k other_settings",
+    ),
+    Fault(
+        "answered-twice-written-twice",
+        "a batch that two workers answered stands in the journal twice",
+        "infer/generate/engine.py",
+        "if done.number in entries:",
+        "if False:",
+        "infer/test_ray_batches.py -k through_a_journal",
     ),
     Fault(
         "cut-off-called-finished",
