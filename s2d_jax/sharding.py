@@ -220,7 +220,7 @@ def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 
 def kept_split(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
-    """`x`, laid out over the tensor axis of `mesh` as `spec` says; inside of a `jax.shard_map` over all axes nothing is left to do."""
+    """`x`, split over the tensor axis of `mesh` as `spec` says; itself inside of a `jax.shard_map` over all axes."""
     if mesh is None:
         return x
     here = jax.sharding.get_abstract_mesh()

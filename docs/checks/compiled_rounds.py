@@ -80,7 +80,8 @@ def _keep(file: Path, row: dict) -> None:
 
 def with_tables(page: str, recorded: dict) -> str:
     """The page with its tables made from what was recorded."""
-    for mark, lines in {"rounds": _rounds(recorded), "reads": _reads(recorded)}.items():
+    tables = {"rounds": _rounds, "reads": _reads, "beyond": _beyond}
+    for mark, lines in ((mark, table(recorded)) for mark, table in tables.items()):
         begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
         head, rest = page.split(begin)
         page = head + begin + "\n" + "".join(lines) + "\n" + end + rest.split(end)[1]
@@ -111,6 +112,17 @@ def _reads(recorded: dict) -> list[str]:
             least = read["least, MB"]
             figures = f"{read['MB']:,.0f}", f"{least:,.0f}", f"{read['MB'] / least:.3f}"
             lines.append(_line([row["round"], "-" if exit == "0" else exit, *figures]))
+    return lines
+
+
+def _beyond(recorded: dict) -> list[str]:
+    lines = [
+        _line(["round", "cache copies, round", "read over least"]),
+        _line(["---", "---:", "---"]),
+    ]
+    for name, found in recorded["beyond"].items():
+        ratios = ", ".join(map(str, found.get("read over least", ()))) or "-"
+        lines.append(_line([name, str(found.get("cache copies in a round", 0)), ratios]))
     return lines
 
 

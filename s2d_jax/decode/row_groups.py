@@ -23,7 +23,7 @@ def groups_of(mesh: Mesh | None) -> int:
 
 
 def specs_of(value: Any) -> Any:
-    """How an argument of a program is split: the arrays of a `Request` by their names, parameters (dicts) not, the rest by rows."""
+    """How an argument of a program is split: parameters (dicts) not, a `Request` by its arrays' names, the rest by rows."""
     if isinstance(value, Request):
         # A name ends in the letters of the array's axes, and B is the axis of rows.
         return jax.tree_util.tree_map_with_path(

@@ -45,7 +45,7 @@ class DecodeState(flax.struct.PyTreeNode):
     guard: GuardState
 
     def shardings(self, mesh: Mesh) -> DecodeState:
-        """Where prefill leaves the state: rows over the data axis, and the target's keys and values by heads over the tensor axis."""
+        """Where prefill leaves it: rows over the data axis, and the target's keys and values by heads over the tensor axis."""
         rows, heads = (
             NamedSharding(mesh, ROWS),
             NamedSharding(mesh, PartitionSpec("data", "tensor")),

@@ -39,8 +39,8 @@ class SortedState(flax.struct.PyTreeNode):
         entries: the state before each segment but the first, `[B, C, D]`, valid below the length of the segment before it.
         exit_counts_BE: int32, tokens that were run, by the exit they left at.
         step_counts_BE: int32, steps (a step runs one token of a chain, or a level of a tree) by the deepest exit.
-        segment_passes_1E: int32, how often each segment was run (prefill left out). Where a mesh splits the rows into groups that
-            run on their own, the host sees `[groups, E]`.
+        segment_passes_1E: int32, how often each segment was run (prefill left out). Where a mesh splits the rows into
+            groups that run on their own, the host sees `[groups, E]`.
     """
 
     segments: tuple[KVCache, ...]

@@ -23,6 +23,7 @@ from s2d_jax.fields import Fields
 from s2d_jax.files import expanded, local_path, read_json, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
 from s2d_jax.machine import device_kind
+from s2d_jax.sharding import mesh_of
 from s2d_jax.weights.fingerprint import Fingerprint
 from s2d_jax.weights.model import Model
 
@@ -38,7 +39,7 @@ class PolicyKey:
     Attributes:
         target, draft: fingerprints of the models.
         formats: dtypes of the weights, target/draft.
-        device: its kind; for a CPU the model and the number of cores.
+        device: its kind; for a CPU the model and the number of cores; and the mesh of the target, if it has one.
         temperature: 0 is greedy.
     """
 
@@ -59,7 +60,7 @@ class PolicyKey:
         """The key of these models here and now; `prints` are their fingerprints, if already known."""
         of_target, of_draft = prints or (fingerprint(target), fingerprint(draft))
         formats = f"{weight_format(target)}/{weight_format(draft)}"
-        return cls(str(of_target), str(of_draft), formats, device_kind(), float(temperature))
+        return cls(str(of_target), str(of_draft), formats, _devices(target), float(temperature))
 
     @property
     def temperature_class(self) -> str:
@@ -79,6 +80,13 @@ class Policy:
     key: PolicyKey
     config: DecodeConfig | None
     evidence: Mapping[str, Any]
+
+
+def _devices(target: Model) -> str:
+    """The kind of device, and how a target lies on several: as data 8 and as tensor 8 they are different machines."""
+    mesh = mesh_of(target.params)
+    axes = {} if mesh is None else mesh.shape
+    return ", ".join([device_kind(), *(f"{name} {n}" for name, n in axes.items() if n > 1)])
 
 
 def fingerprint(model: Model) -> Fingerprint:

@@ -17,6 +17,7 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.decode.programs import programs
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.generation.policy import PolicyKey
 from s2d_jax.sharding import MeshConfig, make_mesh
 
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50], [4], [8, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21]]
@@ -144,3 +145,17 @@ def _groups_that_send(text: str) -> list[list[int]]:
 
 def _numbers(listed: str) -> list[int]:
     return [int(number) for number in listed.split(",")]
+
+
+def test_a_policy_is_of_one_mesh(target, draft):
+    meshes = {
+        "": None,
+        "data 8": _mesh(8, 1),
+        "tensor 8": _mesh(1, 8),
+        "data 2, tensor 4": _mesh(2, 4),
+    }
+    models = [target if mesh is None else split(target, mesh) for mesh in meshes.values()]
+    keys = [PolicyKey.of(model, draft, 0.0) for model in models]
+    kind = keys[0].device
+    assert [key.device for key in keys] == [kind, *(f"{kind}, {name}" for name in list(meshes)[1:])]
+    assert len({key.target for key in keys}) == 1

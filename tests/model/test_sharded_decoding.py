@@ -13,7 +13,7 @@ from chips_elsewhere import chips
 from compiled_rounds import LLAMA2_7B
 from jax.sharding import NamedSharding, PartitionSpec
 from split_pair import noisy_draft, split, tiny_target
-from tiny import tiny_config, tiny_params
+from tiny import tiny_config
 
 from s2d_jax.compilers.collectives import count_collectives
 from s2d_jax.compilers.hlo import parse_hlo
