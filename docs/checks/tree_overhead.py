@@ -186,7 +186,7 @@ class Rounds:
     def _check(self, state) -> None:
         """The passes that were counted are those that were made."""
         assert int(state.rounds_B[0]) == self.rounds
-        made = self.static.drafter.stats(state.draft_state)["segment_passes"][0].tolist()
+        made = self.static.drafter.stats(state.draft_state)["segment_passes"].tolist()
         reached = range(len(made))
         expected = [self.rounds * self.growth.depth * (s <= self.exit_index) for s in reached]
         assert made == expected, f"segments ran {made} times, not {expected}"

@@ -39,15 +39,15 @@ class SortedState(flax.struct.PyTreeNode):
         entries: the state before each segment but the first, `[B, C, D]`, valid below the length of the segment before it.
         exit_counts_BE: int32, tokens that were run, by the exit they left at.
         step_counts_BE: int32, steps (a step runs one token of a chain, or a level of a tree) by the deepest exit.
-        segment_passes_1E: int32, how often each segment was run (prefill left out). Where a mesh splits the rows into
-            groups that run on their own, the host sees `[groups, E]`.
+        segment_passes_E: int32, how often each segment was run (prefill left out). Where a mesh splits the rows, the
+            host sees the counts of all groups, one group after the other.
     """
 
     segments: tuple[KVCache, ...]
     entries: tuple[jax.Array, ...]
     exit_counts_BE: jax.Array
     step_counts_BE: jax.Array
-    segment_passes_1E: jax.Array
+    segment_passes_E: jax.Array
 
 
 class Slots(flax.struct.PyTreeNode):
@@ -128,7 +128,7 @@ class Segments:
         entry = jnp.zeros((B, capacity, c.embed_dim), dtype)
         counts_BE = jnp.zeros((B, len(self.exit_layers)), jnp.int32)
         entries = (entry,) * (len(segments) - 1)
-        state = SortedState(segments, entries, counts_BE, counts_BE, counts_BE[:1])
+        state = SortedState(segments, entries, counts_BE, counts_BE, counts_BE[0])
         return self.extend(params, state, tokens_BC, length_B, prompt_width)
 
     def extend(
@@ -145,7 +145,7 @@ class Segments:
         return state.replace(
             exit_counts_BE=jnp.zeros_like(state.exit_counts_BE),
             step_counts_BE=jnp.zeros_like(state.step_counts_BE),
-            segment_passes_1E=jnp.zeros_like(state.segment_passes_1E),
+            segment_passes_E=jnp.zeros_like(state.segment_passes_E),
         )
 
     def grow(self, state: SortedState, capacity: int) -> SortedState:
@@ -216,7 +216,7 @@ class Segments:
         state = state.replace(
             segments=tuple(segments),
             entries=tuple(entries),
-            segment_passes_1E=state.segment_passes_1E.at[:, s].add(1),
+            segment_passes_E=state.segment_passes_E.at[s].add(1),
         )
         return state, last_BTD
 
@@ -335,7 +335,7 @@ class Segments:
         return {
             "exit_counts": state.exit_counts_BE,
             "step_counts": state.step_counts_BE,
-            "segment_passes": state.segment_passes_1E,
+            "segment_passes": state.segment_passes_E,
         }
 
 

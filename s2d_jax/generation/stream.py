@@ -7,8 +7,6 @@ import itertools
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 
-import numpy as np
-
 from s2d_jax.errors import UserError, shown
 from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.generation.result import FinishReason, GeneratedRow, GenerationResult
@@ -217,8 +215,12 @@ class Stream(Iterator[Delta]):
     @property
     def _draft_forwards(self) -> dict[int, int]:
         assert self._look is not None
-        passes = self._look.counters.get("segment_passes", np.zeros((1, 0))).sum(axis=0)
-        return {exit: int(n) for exit, n in zip(self._plan.exits, passes, strict=True)}
+        exits = self._plan.exits
+        if not exits:
+            return {}
+        # Where a mesh splits the rows, each group runs the draft for itself.
+        passes = self._look.counters["segment_passes"].reshape(-1, len(exits)).sum(axis=0)
+        return {exit: int(n) for exit, n in zip(exits, passes, strict=True)}
 
 
 def _growing_rounds(most: int) -> Iterator[int]:

@@ -81,7 +81,7 @@ def _rounds(decoder: SpeculativeDecoder, prompts, sampling) -> list[Round]:
         verified, state = verify(params, request, state, proposal)
         state = accept(request, state, verified)
         copies = jax.device_get((before, proposal, verified, state))
-        counts = [static.drafter.stats(copies[i].draft_state)["segment_passes"][0] for i in (0, 3)]
+        counts = [static.drafter.stats(copies[i].draft_state)["segment_passes"] for i in (0, 3)]
         found.append(Round(*copies, counts[1] - counts[0]))
     return found
 
