@@ -37,7 +37,7 @@ def over_groups(function: Callable, mesh: Mesh | None, inputs: tuple) -> Callabl
     """`function`, run by each group on its own rows; itself where there is only one group.
 
     Args:
-        function: takes `inputs`, and returns arrays whose first axis is that of rows; one that is not comes back once for each group.
+        function: takes `inputs`, returns arrays whose first axis is that of rows. Others come back one group after the other.
         mesh: where the inputs lie.
         inputs: as `specs_of` reads them.
     """

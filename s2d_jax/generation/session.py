@@ -143,7 +143,7 @@ class Session:
         assert self._state is not None, "begin first"
         assert self._look is not None, "look first"
         done_B = np.asarray(ended) | self._look.state.done_B
-        done_B = np.append(done_B, [True] * self._plan.padding)
+        done_B = np.append(done_B, np.ones(self._plan.padding, bool))
         sharding = self._state.done_B.sharding
         self._state = self._state.replace(done_B=jax.device_put(done_B, sharding))
 
