@@ -159,6 +159,7 @@ def each_once(entries, batches):
     return len(keys) == batches and set(keys.values()) == {1}
 
 
+@pytest.mark.exhaustive("half a minute alone, and up to three beside other tests on two cores")
 def test_a_killed_workers_batch_is_answered_again_and_written_once(
     models, cluster, source, tmp_path, monkeypatch, capfd
 ):
@@ -198,7 +199,7 @@ def test_resources_that_no_machine_has_are_refused(
     assert os.listdir(tmp_path) == [source.name]
 
 
-@pytest.mark.exhaustive("the test of a killed worker has one turn and a driver in this process")
+@pytest.mark.exhaustive("a minute, with a driver in a process of its own")
 def test_kill_9_of_a_driver_and_of_a_worker(models, cluster, source, tmp_path, monkeypatch, capfd):
     address, head = cluster
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
