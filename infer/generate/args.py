@@ -136,3 +136,10 @@ class Args:
     def drafting(self) -> DraftingOptions:
         """How tokens are drafted."""
         return DraftingOptions.of(self.chain, self.length, self.tree)
+
+
+def refuse_beside(chosen: str, **values: object) -> None:
+    """Raises UserError for the first of these flags that has a value and so does not go with the flag `chosen`."""
+    for name, value in values.items():
+        if value:
+            raise UserError(f"--{name} does not go with {chosen}; leave it out")

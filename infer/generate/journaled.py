@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from infer.generate.args import refuse_beside
 from infer.generate.batching import Answer
 from infer.generate.engine import Engine, Turn, answer_turn, open_journal
 from infer.generate.journal import Journal, resuming
@@ -31,14 +32,12 @@ def check_cluster_flags(args: Args) -> None:
         )
     if args.out is None:
         raise UserError("--ray keeps its answers in a file; give --out FILE.jsonl")
-    refused = {
-        "stream": args.answering.stream,
-        "profile": args.looking.profile,
-        "explain": args.looking.explain,
-    }
-    for flag, value in refused.items():
-        if value:
-            raise UserError(f"--{flag} does not go with --ray; leave it out")
+    refuse_beside(
+        "--ray",
+        stream=args.answering.stream,
+        profile=args.looking.profile,
+        explain=args.looking.explain,
+    )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from infer.generate.args import refuse_beside
 from infer.generate.batching import Answer
 from infer.generate.engine import Engine, Turn, answer_turn, engine_here, open_journal
 from infer.generate.journal import Journal, resuming
@@ -67,16 +68,14 @@ def _check(args: Args) -> None:
         )
     if args.prompts is None or args.out is None:
         raise UserError("--as-conversations needs --prompts CONVERSATIONS and --out FILE.jsonl")
-    refused = {
-        "prompt": args.prompt,
-        "stream": args.answering.stream,
-        "raw": args.answering.raw,
-        "profile": args.looking.profile,
-        "explain": args.looking.explain,
-    }
-    for flag, value in refused.items():
-        if value:
-            raise UserError(f"--{flag} does not go with --as-conversations; leave it out")
+    refuse_beside(
+        "--as-conversations",
+        prompt=args.prompt,
+        stream=args.answering.stream,
+        raw=args.answering.raw,
+        profile=args.looking.profile,
+        explain=args.looking.explain,
+    )
     check_writable(args.out)
     if args.out.exists():
         raise UserError(f"{args.out} is there already; choose another --out, or remove it")

@@ -75,8 +75,7 @@ def describe_target(
     """
     _check_template(loading, raw)
     config, tokenizer = read_description(path)
-    if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer; add its tokenizer.json to the directory")
+    tokenizer = _present(tokenizer, path)
     if loading.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(loading.chat_template)
     others = [] if draft is None else [read_description(draft)[1]]
@@ -165,6 +164,10 @@ def check_drafting(
 
 def tokenizer_of(model: Model) -> Tokenizer:
     """The model's tokenizer. Raises UserError if it has none."""
-    if model.tokenizer is None:
-        raise UserError(f"{model.source} has no tokenizer; add its tokenizer.json to the directory")
-    return model.tokenizer
+    return _present(model.tokenizer, model.source)
+
+
+def _present(tokenizer: Tokenizer | None, source: object) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(f"{source} has no tokenizer; add its tokenizer.json to the directory")
+    return tokenizer

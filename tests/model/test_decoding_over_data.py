@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from split_pair import noisy_draft, split, tiny_target
+from split_pair import check_next_turn, noisy_draft, split, tiny_target
 
 from s2d_jax.compilers.collectives import count_collectives
 from s2d_jax.compilers.hlo import parse_hlo
@@ -70,16 +70,7 @@ def test_tokens_equal_those_of_one_device(target, draft, method, temperature, da
 
 def test_caches_grow_and_serve_the_next_turn(target, draft):
     """Three prompts over two groups, so a row that nobody asked for grows and goes on as well."""
-    config, prompts = DecodeConfig(initial_room=8), PROMPTS[:3]
-    decoder = SpeculativeDecoder(split(target, _mesh(2, 1)), draft, config)
-    conversation, sampling = decoder.conversation(), SamplingParams(max_new_tokens=60)
-    first = conversation.generate(prompts, sampling)
-    later = [[*p, *ids, 3] for p, ids in zip(prompts, first.token_ids, strict=True)]
-    second = conversation.generate(later, sampling)
-    one = SpeculativeDecoder(target, draft, config)
-    assert first.token_ids == one.generate(prompts, sampling).token_ids
-    assert second.token_ids == one.generate(later, sampling).token_ids
-    assert [row.prefilled_tokens for row in second.row_stats] == [2, 2, 2]
+    check_next_turn(target, draft, _mesh(2, 1), PROMPTS[:3])
 
 
 def test_a_stream_and_timed_rounds_give_the_same_tokens(target, draft):

@@ -12,12 +12,11 @@ import pytest
 from chips_elsewhere import chips
 from compiled_rounds import LLAMA2_7B
 from jax.sharding import NamedSharding, PartitionSpec
-from split_pair import noisy_draft, split, tiny_target
+from split_pair import check_next_turn, noisy_draft, split, tiny_target
 from tiny import tiny_config
 
 from s2d_jax.compilers.collectives import count_collectives
 from s2d_jax.compilers.hlo import parse_hlo
-from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.draft import DraftConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.programs import programs
@@ -78,18 +77,7 @@ def test_logits_and_scores_equal_those_of_one_device(target):
 
 
 def test_caches_of_a_sharded_target_grow_and_serve_the_next_turn(target, draft):
-    mesh = make_mesh(MeshConfig(tensor=8))
-    config = DecodeConfig(initial_room=8)
-    decoder = SpeculativeDecoder(split(target, mesh), draft, config)
-    conversation, sampling = decoder.conversation(), SamplingParams(max_new_tokens=60)
-    assert decoder.prepare(PROMPTS, sampling)[2][2].shape == (2, 128)  # 156 positions are needed
-    first = conversation.generate(PROMPTS, sampling)
-    later = [[*p, *ids, 3] for p, ids in zip(PROMPTS, first.token_ids, strict=True)]
-    second = conversation.generate(later, sampling)
-    one = SpeculativeDecoder(target, draft, config)
-    assert first.token_ids == one.generate(PROMPTS, sampling).token_ids
-    assert second.token_ids == one.generate(later, sampling).token_ids
-    assert [row.prefilled_tokens for row in second.row_stats] == [2, 2]
+    check_next_turn(target, draft, make_mesh(MeshConfig(tensor=8)), PROMPTS)
 
 
 def test_the_cache_is_split_on_heads_and_never_gathered(target, draft):
