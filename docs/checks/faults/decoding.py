@@ -66,7 +66,7 @@ SAMPLING = [
         "all rows draw with the seed of the first",
         "s2d_jax/generation/planner.py",
         "keys_of([row.seed for row in rows])",
-        "keys_of([rows[0].seed for _ in rows])",
+        "keys_of([rows[0].seed for _ in padded])",
         "decode/test_decoder.py -k gives_each_row_its_seed",
     ),
     Fault(
@@ -304,8 +304,8 @@ DECODING = [
         "host-asks-twice",
         "the host fetches state and counters one after the other",
         "s2d_jax/generation/session.py",
-        "self._look = Look(*jax.device_get((_without_caches(self._state), counters)))",
-        "self._look = Look(*map(jax.device_get, (_without_caches(self._state), counters)))",
+        "state, counters = jax.device_get((_without_caches(self._state), counters))",
+        "state, counters = map(jax.device_get, (_without_caches(self._state), counters))",
         "decode/test_decoder.py -k host_is_asked_once",
     ),
     Fault(
