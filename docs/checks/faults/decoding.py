@@ -65,7 +65,7 @@ SAMPLING = [
         "rows-share-a-seed",
         "all rows draw with the seed of the first",
         "s2d_jax/generation/planner.py",
-        "keys_of([row.seed for row in rows])",
+        "keys_of([row.seed for row in padded])",
         "keys_of([rows[0].seed for _ in padded])",
         "decode/test_decoder.py -k gives_each_row_its_seed",
     ),
