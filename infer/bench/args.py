@@ -14,6 +14,7 @@ from s2d_jax.cli.options import (
     DraftingOptions,
     LengthOptions,
     LoadingOptions,
+    MeshOptions,
     SamplingOptions,
     TreeOptions,
 )
@@ -72,6 +73,7 @@ class Args:
     length: tyro.conf.OmitArgPrefixes[LengthOptions] = LengthOptions()
     tree: tyro.conf.OmitArgPrefixes[TreeOptions] = TreeOptions()
     loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
+    mesh: MeshOptions = MeshOptions()
 
     @property
     def drafting(self) -> DraftingOptions:

@@ -14,7 +14,13 @@ from infer.bench.methods import BASELINE, Method, build_methods, check_trees, pa
 from infer.bench.plots import write_plots
 from infer.bench.report import make_rows, show_report, write_report
 from s2d_jax.cli.environment import environment
-from s2d_jax.cli.loading import keep_programs, load_listed_draft, load_target, tokenizer_of
+from s2d_jax.cli.loading import (
+    keep_programs,
+    load_listed_draft,
+    load_target,
+    meshes_of_flags,
+    tokenizer_of,
+)
 from s2d_jax.cli.options import require_targets
 from s2d_jax.cli.outputs import check_directory
 from s2d_jax.cli.profiling import write_profile
@@ -49,13 +55,15 @@ def bench(args: Args) -> None:
     vocabulary = args.loading.draft_vocabulary
     if vocabulary is not None and not (args.draft or args.measuring.independent_draft):
         raise UserError("--draft-vocabulary needs a draft; give --draft or --independent-draft")
+    meshes, draft_format = meshes_of_flags(args.mesh), args.loading.draft_format
     draft, independent = (
-        load_listed_draft(path, vocabulary if path else None, args.loading.draft_format)
+        load_listed_draft(path, vocabulary if path else None, draft_format, meshes.draft)
         for path in (args.draft, args.measuring.independent_draft)
     )
     rows, samples, dtype, formats = [], [], "", []
     for path in args.target:
-        target = load_target(path, args.loading, [draft, independent], raw=args.measuring.raw)
+        drafts, raw = [draft, independent], args.measuring.raw
+        target = load_target(path, args.loading, drafts, raw=raw, mesh=meshes.target)
         dtype = target.dtype.name
         formats.append(format_kept(target))
         methods = build_methods(names, target, draft, independent, args.drafting)
@@ -148,6 +156,7 @@ def _settings(
         **dataclasses.asdict(args.sampling),
         **dataclasses.asdict(args.drafting),
         **dataclasses.asdict(args.loading),
+        **{f"mesh.{k}": v for k, v in dataclasses.asdict(args.mesh).items()},
         "target_format": _listed(target_formats),
         "draft_format": _listed([format_kept(draft) for draft in drafts if draft is not None]),
     }

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from s2d_jax.cli.flags import Switch, flag
-from s2d_jax.cli.options import LoadingOptions
+from s2d_jax.cli.options import LoadingOptions, MeshOptions
 from s2d_jax.config.plain import plain_fields
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.errors import UserError
@@ -61,6 +61,7 @@ class Args:
     """Write policies here (see --policy-file of infer.generate)."""
     effort: tyro.conf.OmitArgPrefixes[EffortOptions] = EffortOptions()
     loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
+    mesh: MeshOptions = MeshOptions()
 
     def __post_init__(self):
         for temperature in self.temperature:

@@ -14,7 +14,13 @@ from s2d_jax.calibration.candidates import best_of_families
 from s2d_jax.calibration.choose import Calibration, Choice, Effort
 from s2d_jax.calibration.time_trees import MEASURED_TOP_KS
 from s2d_jax.cli.environment import environment
-from s2d_jax.cli.loading import keep_programs, load_listed_draft, load_target, tokenizer_of
+from s2d_jax.cli.loading import (
+    keep_programs,
+    load_listed_draft,
+    load_target,
+    meshes_of_flags,
+    tokenizer_of,
+)
 from s2d_jax.cli.options import require_targets
 from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.prompts import Question, encode, read_questions
@@ -41,7 +47,8 @@ def calibrate(args: Args) -> None:
     keep_programs(args.loading.compile_cache)
     questions = read_questions(args.questions)
     vocabulary = args.loading.draft_vocabulary
-    draft = load_listed_draft(args.draft, vocabulary, args.loading.draft_format)
+    meshes = meshes_of_flags(args.mesh)
+    draft = load_listed_draft(args.draft, vocabulary, args.loading.draft_format, meshes.draft)
     assert draft is not None  # there is a path
     _check_trees(args, draft)
     file = check_writable(policy_file_of(draft, args.out))
@@ -49,7 +56,8 @@ def calibrate(args: Args) -> None:
     temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
     for path in args.target:
         started = time.perf_counter()
-        target = load_target(path, args.loading, [draft], raw=args.effort.raw)
+        raw = args.effort.raw
+        target = load_target(path, args.loading, [draft], raw=raw, mesh=meshes.target)
         # Prompts from all over the file.
         chosen = questions[:: max(1, len(questions) // args.effort.prompts)][: args.effort.prompts]
         prompts = [_prompt(target, question, raw=args.effort.raw) for question in chosen]

@@ -14,7 +14,13 @@ from infer.generate.explain import drafting_trees, explain
 from infer.generate.journaled import answered_on_cluster, check_cluster_flags
 from infer.generate.regenerate import regenerate
 from infer.generate.streaming import stream_answers
-from s2d_jax.cli.loading import keep_programs, load_drafting, load_target, tokenizer_of
+from s2d_jax.cli.loading import (
+    keep_programs,
+    load_drafting,
+    load_target,
+    meshes_of_flags,
+    tokenizer_of,
+)
 from s2d_jax.cli.options import require_targets
 from s2d_jax.cli.outputs import check_directory, check_writable
 from s2d_jax.cli.profiling import write_profile
@@ -45,10 +51,12 @@ def generate(args: Args) -> None:
     if args.cluster.ray is not None:
         _generate_on_cluster(args, console, questions)
         return
-    draft, config = load_drafting(args.draft, args.loading, args.drafting)
+    meshes = meshes_of_flags(args.mesh)
+    draft, config = load_drafting(args.draft, args.loading, args.drafting, meshes.draft)
     rows = []
     for path in args.target:
-        target = load_target(path, args.loading, [draft], raw=args.answering.raw)
+        raw = args.answering.raw
+        target = load_target(path, args.loading, [draft], raw=raw, mesh=meshes.target)
         decoder = SpeculativeDecoder(target, draft, config)
         if args.looking.explain:  # reports what cannot be shown before anything is answered
             drafting_trees(decoder, args.sampling.temperature)

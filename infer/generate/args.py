@@ -15,6 +15,7 @@ from s2d_jax.cli.options import (
     DraftingOptions,
     LengthOptions,
     LoadingOptions,
+    MeshOptions,
     SamplingOptions,
     TreeOptions,
 )
@@ -129,6 +130,7 @@ class Args:
     length: tyro.conf.OmitArgPrefixes[LengthOptions] = LengthOptions()
     tree: tyro.conf.OmitArgPrefixes[TreeOptions] = TreeOptions()
     loading: tyro.conf.OmitArgPrefixes[LoadingOptions] = LoadingOptions()
+    mesh: MeshOptions = MeshOptions()
     cluster: tyro.conf.OmitArgPrefixes[RayOptions] = RayOptions()
     looking: tyro.conf.OmitArgPrefixes[LookingOptions] = LookingOptions()
 

@@ -13,7 +13,13 @@ import numpy as np
 
 from infer.generate.batching import Answer, Job, PromptBatch, plan_batches
 from infer.generate.journal import Journal, journal_of
-from s2d_jax.cli.loading import keep_programs, load_drafting, load_target, tokenizer_of
+from s2d_jax.cli.loading import (
+    keep_programs,
+    load_drafting,
+    load_target,
+    meshes_of_flags,
+    tokenizer_of,
+)
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.generation.decoder import SpeculativeDecoder
@@ -82,8 +88,10 @@ def load_decoder(args: Args) -> tuple[SpeculativeDecoder, dict[str, Any]]:
         UserError: for models that cannot be read, or do not fit each other or the flags.
     """
     keep_programs(args.loading.compile_cache)
-    draft, config = load_drafting(args.draft, args.loading, args.drafting)
-    target = load_target(args.target[0], args.loading, [draft], raw=args.answering.raw)
+    meshes = meshes_of_flags(args.mesh)
+    draft, config = load_drafting(args.draft, args.loading, args.drafting, meshes.draft)
+    raw = args.answering.raw
+    target = load_target(args.target[0], args.loading, [draft], raw=raw, mesh=meshes.target)
     models = {
         "target_weights": weights_hash(target),
         "target_format": format_kept(target),
@@ -112,6 +120,8 @@ def decoding_settings(args: Args, engine: Engine) -> dict[str, Any]:
         "batch_size": args.answering.batch_size,
         **dataclasses.asdict(args.sampling),
         **{f"drafting.{k}": v for k, v in dataclasses.asdict(args.drafting).items()},
+        # A tensor axis adds up products in another order; earlier versions knew no mesh.
+        **({"mesh.tensor": args.mesh.tensor} if (args.mesh.tensor or 1) > 1 else {}),
         **(engine.models or {}),
     }
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import jax
 
 from s2d_jax.cli.command import say_devices, say_once
-from s2d_jax.cli.options import DraftingOptions, LoadingOptions
+from s2d_jax.cli.options import DraftingOptions, LoadingOptions, MeshOptions
 from s2d_jax.cli.outputs import check_directory
 from s2d_jax.config.decode import DecodeConfig
+from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
+from s2d_jax.sharding import make_mesh
 from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.load import load_draft, load_model, read_description
@@ -34,8 +39,35 @@ def keep_programs(directory: Path | None) -> None:
     use_compile_cache(directory)
 
 
+class Meshes(NamedTuple):
+    """What targets, and the draft, are split over; None puts them on the default device."""
+
+    target: jax.sharding.Mesh | None
+    draft: jax.sharding.Mesh | None
+
+
+def meshes_of_flags(options: MeshOptions) -> Meshes:
+    """The meshes of `--mesh.data`, `--mesh.tensor` and `--mesh.draft`.
+
+    Raises:
+        UserError: if there are fewer devices than it takes, or if it would leave a process out.
+    """
+    tensor, data = options.tensor or 1, options.data or 1
+    if options.data is None and jax.process_count() > 1:
+        data = max(1, jax.device_count() // tensor)
+    if data * tensor == 1:
+        return Meshes(None, None)
+    mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
+    return Meshes(mesh, mesh if options.draft == "split" else None)
+
+
 def load_target(
-    path: str, loading: LoadingOptions, drafts: Sequence[Draft | None] = (), *, raw: bool = False
+    path: str,
+    loading: LoadingOptions,
+    drafts: Sequence[Draft | None] = (),
+    *,
+    raw: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """A model with a tokenizer; says what a user should know about its chat template, and beside the drafts.
 
@@ -44,13 +76,15 @@ def load_target(
         loading: its format and chat template.
         drafts: what drafts for it, if anything does.
         raw: prompts do not go through the chat template.
+        mesh: where its parameters are put; None is the default device.
 
     Raises:
-        UserError: if it has no tokenizer, drafts have another one, or a chat template was chosen and is not used.
+        UserError: if it has no tokenizer, does not divide over the mesh, drafts have another tokenizer, or a chat template was
+            chosen and is not used.
     """
     _check_template(loading, raw)
     model = load_model(
-        path, weight_format=loading.target_format, chat_template=loading.chat_template
+        path, weight_format=loading.target_format, mesh=mesh, chat_template=loading.chat_template
     )
     tokenizer = tokenizer_of(model)
     say_devices()
@@ -104,7 +138,10 @@ def _say_notices(
 
 
 def load_listed_draft(
-    path: str | None, vocabulary: str | None, weight_format: str | None
+    path: str | None,
+    vocabulary: str | None,
+    weight_format: str | None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Draft | None:
     """The draft of `--draft`, its head read over the list of `--draft-vocabulary`.
 
@@ -112,6 +149,7 @@ def load_listed_draft(
         path: where the draft is; None gives None.
         vocabulary: a file that `infer.trim` wrote, or `full` for all tokens; None keeps the draft's own list.
         weight_format: of the draft's weights; None is as stored, and f32 on a CPU.
+        mesh: that which the draft is split over; None keeps it whole.
 
     Raises:
         UserError: for a list without a draft, or one that is not the draft's.
@@ -121,7 +159,7 @@ def load_listed_draft(
             raise UserError("--draft-vocabulary needs a draft; give --draft DIR")
         return None
     listed = None if vocabulary in (None, "full") else read_vocabulary(vocabulary)
-    draft = load_draft(path, weight_format=weight_format)
+    draft = load_draft(path, weight_format=weight_format, mesh=mesh)
     say_devices()
     draft = draft if vocabulary is None else with_trimmed_head(draft, listed)
     line = draft.vocabulary.notice(draft.tokenizer) if draft.vocabulary is not None else None
@@ -131,7 +169,10 @@ def load_listed_draft(
 
 
 def load_drafting(
-    path: str | None, loading: LoadingOptions, drafting: DraftingOptions
+    path: str | None,
+    loading: LoadingOptions,
+    drafting: DraftingOptions,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Draft | None, DecodeConfig]:
     """The draft of `--draft`, if any, and how it is used.
 
@@ -139,7 +180,8 @@ def load_drafting(
         UserError: for flags that need a draft where there is none.
     """
     config = check_drafting(path, loading, drafting)
-    return load_listed_draft(path, loading.draft_vocabulary, loading.draft_format), config
+    named = loading.draft_vocabulary, loading.draft_format
+    return load_listed_draft(path, *named, mesh), config
 
 
 def check_drafting(

@@ -198,6 +198,30 @@ class LoadingOptions:
     """Keep compiled programs here, so that the next start is quick."""
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """The devices that the target lies on (docs/pods.md)."""
+
+    data: Annotated[int | None, flag("INT", "1; of several processes, all devices over tensor")] = (
+        None
+    )
+    """Groups of devices. Each holds the whole target, and decodes its share of a batch's rows."""
+    tensor: Annotated[int | None, flag("INT", "1")] = None
+    """Devices of a group, which split the target's heads, hidden units and vocabulary."""
+    draft: Literal["whole", "split"] = "whole"
+    """split: the devices of a group split the draft as they do the target; whole: each has all of it."""
+
+    def __post_init__(self):
+        for name in ("data", "tensor"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(
+                    f"mesh.{name} {value} must be at least 1; leave it out for one device"
+                )
+        if self.draft == "split" and (self.tensor or 1) == 1:
+            raise UserError("--mesh.draft split splits over --mesh.tensor; give that, too")
+
+
 def read_paths(file: str) -> list[list[int]]:
     """The paths of a static tree from a JSON file. Raises UserError if it holds none."""
     expected = "write a list of lists of ranks from 0, such as [[0], [1], [0, 0]]"

@@ -38,9 +38,9 @@ class Placement:
         """An argument of a program, split as `row_groups.specs_of` says."""
         return self._put(argument, specs_of(argument))
 
-    def put_whole(self, tree: Any) -> Any:
-        """The arrays of `tree`, on every device."""
-        return self._put(tree, WHOLE)
+    def put_draft(self, params: Any) -> Any:
+        """The parameters of a draft, whole on every device, unless they are split over this very mesh."""
+        return params if mesh_of(params) == self.mesh else self._put(params, WHOLE)
 
     def _put(self, tree: Any, specs: Any) -> Any:
         mesh = self.mesh

@@ -65,7 +65,7 @@ class Planner:
         self._settled: dict[float, Planner] = {}
         self._params = {
             "target": target.device_params,
-            "draft": {} if draft is None else self.placement.put_whole(draft.device_params),
+            "draft": {} if draft is None else self.placement.put_draft(draft.device_params),
         }
 
     def settled(self, temperature: float) -> Planner:
