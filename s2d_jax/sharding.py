@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.config.mesh import MESH_AXES as MESH_AXES
@@ -260,14 +260,27 @@ def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: M
     )
 
 
-def put_whole(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Places an array that every process holds whole; each takes its own part only.
+def put_whole(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Places an array, NumPy's or JAX's, that every process holds whole; each takes its own part only.
 
     `jax.device_put` would first send the whole array between the processes, to check that they agree.
     """
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):  # NumPy has no keys
+        words = put_whole(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
+    on_host = np.asarray(array)
+    return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
+
+
+def fetch_whole(tree: Any) -> Any:
+    """The arrays of `tree` as NumPy arrays, whole in every process, whichever of them hold their parts."""
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,6 +23,7 @@ from s2d_jax.cli.loading import (
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.sharding import fetch_whole
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.model import Model
 from s2d_jax.weights.prepare import format_kept
@@ -106,7 +107,7 @@ def weights_hash(model: Model) -> str:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(model.params):
         if leaf.size <= _TELLTALE:
-            digest.update(np.asarray(jax.device_get(leaf)).tobytes())
+            digest.update(np.asarray(fetch_whole(leaf)).tobytes())
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from s2d_jax.decode.row_groups import WHOLE, groups_of, specs_of
-from s2d_jax.sharding import mesh_of
+from s2d_jax.sharding import mesh_of, put_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,4 +54,4 @@ class Placement:
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                 *(tree, each),
             )
-        return jax.device_put(tree, shardings)
+        return jax.tree.map(put_whole, tree, jax.tree.broadcast(shardings, tree))

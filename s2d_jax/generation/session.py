@@ -21,6 +21,7 @@ from s2d_jax.generation.buckets import bucket
 from s2d_jax.generation.plan import UNLIMITED, Plan
 from s2d_jax.progress.activity import activity, is_shown
 from s2d_jax.progress.durations import known
+from s2d_jax.sharding import fetch_whole, put_whole
 
 # Reading prompts is not shown if they have fewer tokens, or should take fewer seconds.
 _FEWEST_TOLD = 32
@@ -133,7 +134,7 @@ class Session:
         """What the host can see now; waits for the device."""
         assert self._state is not None, "begin first"
         counters = self._plan.decoder.drafter.stats(self._state.draft_state)
-        state, counters = jax.device_get((_without_caches(self._state), counters))
+        state, counters = fetch_whole((_without_caches(self._state), counters))
         asked = len(self._plan.prompts)
         self._look = Look(jax.tree.map(lambda rows: rows[:asked], state), counters)
         return self._look
@@ -145,7 +146,7 @@ class Session:
         done_B = np.asarray(ended) | self._look.state.done_B
         done_B = np.append(done_B, np.ones(self._plan.padding, bool))
         sharding = self._state.done_B.sharding
-        self._state = self._state.replace(done_B=jax.device_put(done_B, sharding))
+        self._state = self._state.replace(done_B=put_whole(done_B, sharding))
 
     def release(self) -> None:
         """Forgets the caches."""
@@ -164,7 +165,7 @@ class Session:
 
     def _request(self, rounds: int) -> Request:
         request = self._plan.request
-        limit = jax.device_put(np.int32(rounds), request.max_rounds.sharding)
+        limit = put_whole(np.int32(rounds), request.max_rounds.sharding)
         return request.replace(max_rounds=limit)
 
     def _kept(self, plan: Plan) -> list[int]:

@@ -7,10 +7,10 @@ import hashlib
 import json
 from typing import Any
 
-import jax
 import numpy as np
 
 from s2d_jax.config.model import ModelConfig
+from s2d_jax.sharding import fetch_whole
 
 _SAMPLED_WEIGHTS = 16
 # The fields whose values made up the hash of version 0.1, in its order.
@@ -41,7 +41,7 @@ class Fingerprint:
         """Takes in a tensor: a NumPy or JAX array."""
         picked = np.linspace(0, tensor.size - 1, min(_SAMPLED_WEIGHTS, tensor.size))
         at = np.unravel_index(picked.astype(np.int64), tensor.shape)
-        values = np.asarray(jax.device_get(tensor[at])).astype(np.float32)
+        values = np.asarray(fetch_whole(tensor[at])).astype(np.float32)
         for digest in (self._digest, self._first):
             if digest is not None:
                 digest.update(name.encode() + values.tobytes())

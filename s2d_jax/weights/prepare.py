@@ -68,9 +68,10 @@ def load_weight(
     weight = _converted(array, weight_format, dtype)
     if not isinstance(weight, Int8Weight):
         return put_whole(weight, sharding)
+    of_scale = sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.device_put(weight, Int8Weight(sharding, channel_sharding(sharding)))
-    return jax.device_put(weight, sharding)
+        of_scale = channel_sharding(sharding)
+    return Int8Weight(put_whole(weight.values, sharding), put_whole(weight.scale, of_scale))
 
 
 def _converted(weight: Any, weight_format: str, dtype: Any) -> Any:

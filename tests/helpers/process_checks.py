@@ -8,9 +8,9 @@ import sys
 import jax
 import numpy as np
 
+from s2d_jax.processes import is_main_process, of_main_process, start_processes, wait_for_all
 from s2d_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from train.data.batches import make_batch
-from train.run.processes import is_main_process, of_main_process, start_processes, wait_for_all
 
 ROWS, LENGTH = 8, 4
 

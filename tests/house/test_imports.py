@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 WINGS = {
     "s2d_jax": (
         "errors version",
-        "files machine fields backends",
+        "files machine fields backends processes",
         "compilers",
         "progress",
         "config",

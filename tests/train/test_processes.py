@@ -22,9 +22,9 @@ from run_tiny import (
     write_source,
 )
 
+from s2d_jax.processes import start_processes
 from s2d_jax.weights.runs import load_run
 from train.run.preemption import PREEMPTED_STATUS
-from train.run.processes import start_processes
 from train.run.terminal import ProgressReport
 
 _FROM_GLOO = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"

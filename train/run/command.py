@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-import traceback
 
 import datasets
-import jax
 
-from s2d_jax.cli.command import told
 from s2d_jax.cli.parsing import other_command
-from s2d_jax.errors import UserError, visible
+from s2d_jax.cli.together import done_together
+from s2d_jax.errors import visible
 from s2d_jax.files import expanded
+from s2d_jax.processes import is_main_process
 from s2d_jax.weights.runs import CHECKPOINTS
 from train.config.sections import Config
 from train.run.preemption import PREEMPTED_STATUS, Preempted
-from train.run.processes import end_all, ending_together, is_main_process, start_processes
 from train.run.setup import train
 
 
@@ -26,28 +24,17 @@ def run(config: Config) -> int:
     Where several processes train together, the failure of one ends all.
     """
     datasets.disable_progress_bars()  # they know nothing of ours
+    return done_together(
+        lambda: _trained(config), lambda: _after_interrupt(config), "go on with --train.resume"
+    )
+
+
+def _trained(config: Config) -> int:
     try:
-        start_processes()
-        with ending_together():
-            run_dir = train(config)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        return _failed(*told(error, _after_interrupt(config)))
+        run_dir = train(config)
     except Preempted as stop:
         print(f"{stop}; go on with --train.resume", file=sys.stderr)
         return PREEMPTED_STATUS
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        words = " ".join(str(error).split())[:160]
-        return _failed(
-            1,
-            f"error: {words}; most often another process is gone: see what it said, then go on with --train.resume",
-        )
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        traceback.print_exc()
-        return _failed(1, f"error: {type(error).__name__}, see the lines above")
     if is_main_process():
         export = other_command("infer.export")
         words = f"{export} --run {run_dir} --out {run_dir}/export"
@@ -61,9 +48,3 @@ def _after_interrupt(config: Config) -> str:
     if any(path.name.isdigit() for path in found):
         return "go on from the last checkpoint with --train.resume"
     return f"no checkpoint was due yet (--train.checkpoint-every {config.train.checkpoint_every}), so nothing was saved"
-
-
-def _failed(status: int, message: str) -> int:
-    print(message, file=sys.stderr)
-    end_all(status, message.removeprefix("error: "))
-    return status

@@ -11,6 +11,7 @@ import numpy as np
 
 from s2d_jax.progress.activity import activity
 from s2d_jax.progress.state import Activity
+from s2d_jax.sharding import fetch_whole
 from train.config.sections import Config
 from train.data.batch import Batch
 from train.data.batches import batches_of
@@ -54,7 +55,7 @@ class Watch:
         ce_E, answers = np.zeros(len(draft.exit_layers)), []
         for places, batch in batches_of(self.held_out, self.config.train.batch_size, self.make):
             values = jax.device_get(step(params, batch))
-            tokens_BT, weights_BT = (_whole(x) for x in (batch.targets_BT, batch.weights_BT))
+            tokens_BT, weights_BT = fetch_whole((batch.targets_BT, batch.weights_BT))
             ce_E += values["ce"].sum(axis=(1, 2))
             for row in np.flatnonzero(places >= 0):
                 expected_T = tokens_BT[row]
@@ -78,15 +79,6 @@ class Watch:
                 self.config.watch.draft_tokens,
             ),
         }
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-    """A batch's array on the host, whichever processes hold its rows."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.errors import UserError
+from s2d_jax.processes import is_main_process, of_main_process
 from s2d_jax.progress.activity import activity
 from s2d_jax.progress.compiling import compiling
 from s2d_jax.weights.checkpoints import Checkpoints
@@ -22,7 +23,6 @@ from train.data.batches import make_batch, rows_of_step
 from train.run.held_out import Watch, summary
 from train.run.metrics import METRICS, MetricsFile, losses
 from train.run.preemption import Preempted, Preemption
-from train.run.processes import is_main_process, of_main_process
 from train.run.progress_plot import draw_progress
 from train.run.teachers import Teachers
 from train.run.terminal import ProgressReport

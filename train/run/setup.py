@@ -17,6 +17,7 @@ from s2d_jax.errors import UserError
 from s2d_jax.files import expanded, write_text
 from s2d_jax.machine import device_notice
 from s2d_jax.model.lora import lora_of
+from s2d_jax.processes import is_main_process, wait_for_all
 from s2d_jax.sharding import make_mesh
 from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.text.tokenizer import Tokenizer
@@ -31,7 +32,6 @@ from train.data.rows import build_rows, check_rows, load_rows, save_rows
 from train.run.initial_draft import load_start
 from train.run.loop import Run
 from train.run.metrics import METRICS, TENSORBOARD, MetricsFile
-from train.run.processes import is_main_process, wait_for_all
 from train.run.teachers import prepare_teachers, resume_teachers
 from train.run.terminal import ProgressReport
 from train.step.trainer import Trainer, TrainState

@@ -17,6 +17,7 @@ from s2d_jax.config.model import ModelConfig
 from s2d_jax.errors import UserError
 from s2d_jax.files import written_whole
 from s2d_jax.model.params import Params, logical_axes
+from s2d_jax.processes import is_main_process, wait_for_all
 from s2d_jax.progress.compiling import compiling
 from s2d_jax.sharding import batch_sharding, params_sharding, replicated
 from s2d_jax.text.pairing import check_same_tokenizer
@@ -30,7 +31,6 @@ from train.data.rows import check_rows
 from train.objective.exit_reader import Reading
 from train.objective.labels import Labels, TokenFunction
 from train.objective.sorted_loss import values_of_positions
-from train.run.processes import is_main_process, wait_for_all
 from train.run.terminal import ProgressReport
 
 _EXPECTED = "held_out_tokens.npy"

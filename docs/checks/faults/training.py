@@ -251,7 +251,7 @@ RUNS = [
     Fault(
         "others-end-otherwise",
         "when one process fails, the others end with another status",
-        "train/run/processes.py",
+        "s2d_jax/cli/together.py",
         "os._exit(int(status))",
         "os._exit(1)",
         "train/test_processes.py -k failure_of_one_process",

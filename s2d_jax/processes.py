@@ -1,16 +1,12 @@
-"""Runs of several processes: how they find each other, agree, and end together.
+"""Several processes that work as one: how they find each other, and how they agree.
 
-Process 0 is the main process: it alone writes the run's files, apart from checkpoints, which all write together.
+Process 0 is the main process: it alone writes files, apart from checkpoints, which all write together.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,6 @@ from jax.experimental import multihost_utils
 from s2d_jax.errors import UserError
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_FAILURE = "s2d/failure"
-_SECONDS_BETWEEN_LOOKS = 1.0
 # The main process may tokenize for hours while the others wait.
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
 _GOOGLE_PCI_VENDOR = "0x1ae0"
@@ -76,71 +70,33 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def _client() -> Any:
-    """The client of JAX's coordination service, in a run of several processes."""
+def coordination() -> Any:
+    """The client of JAX's coordination service; None where one process works alone."""
     return distributed.global_state.client
 
 
 def wait_for_all(point: str) -> None:
     """Returns once every process has called it with the same `point`; each name may be used once."""
     if jax.process_count() > 1:
-        _client().wait_at_barrier(f"s2d/{point}", _LONGEST_WAIT_MS)
+        coordination().wait_at_barrier(f"s2d/{point}", _LONGEST_WAIT_MS)
 
 
 def of_main_process(value: float) -> float:
     """Gives every process the main process's value of a number, such as a reading of its clock."""
     if jax.process_count() == 1:
         return value
-    # Doubles would become floats on the way.
-    halves = np.frombuffer(np.float64(value).tobytes(), np.int32)
-    halves = np.asarray(multihost_utils.broadcast_one_to_all(halves))
-    return float(np.frombuffer(halves.tobytes(), np.float64)[0])
+    return float(np.frombuffer(_sent(np.float64(value).tobytes()), np.float64)[0])
 
 
-@contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """A failure inside the block ends all processes of the run, which might otherwise wait for the failed one.
-
-    Each prints why, on one line, and exits with the status of the one that failed first.
-    """
+def bytes_of_main_process(data: bytes) -> bytes:
+    """Gives every process the main process's bytes; what the others give counts nothing."""
     if jax.process_count() == 1:
-        yield
-        return
-    over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
+        return data
+    length = int(of_main_process(float(len(data))))
+    return _sent(data[:length].ljust(length, b"\0"))
 
 
-def end_all(status: int, message: str) -> None:
-    """Tells the other processes of the run, if there are any, and ends this one without waiting for them."""
-    client = distributed.global_state.client
-    if client is None:
-        return
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or process 0 is gone
-        client.key_value_set(_FAILURE, f"{status} process {jax.process_index()}: {message}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if is_main_process():
-        time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the others read the message from this process
-    os._exit(status)
-
-
-def _watch(over: threading.Event) -> None:
-    """Ends this process once another has failed."""
-    client = _client()
-    while not over.wait(_SECONDS_BETWEEN_LOOKS):
-        try:
-            status, _, message = client.key_value_try_get(_FAILURE).partition(" ")
-        except jax.errors.JaxRuntimeError:  # nobody failed
-            continue
-        if over.is_set():
-            return
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        if is_main_process():
-            time.sleep(2 * _SECONDS_BETWEEN_LOOKS)
-        os._exit(int(status))
+def _sent(data: bytes) -> bytes:
+    """The main process's bytes, of a length that all know. They go as int32, since doubles would become floats on the way."""
+    words = np.frombuffer(data.ljust(-(-len(data) // 4) * 4, b"\0"), np.int32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes()[: len(data)]
