@@ -23,16 +23,24 @@ _LONGEST_WAIT_MS = 24 * 3600 * 1000
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 
 
-def start_processes(environment: Mapping[str, str] = os.environ) -> None:
+def start_processes(
+    environment: Mapping[str, str] = os.environ, *, preemption: bool = False
+) -> None:
     """Joins the other processes of this run, if the environment names any. Call it before anything is computed.
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are used where they are set.
     Without them the hosts of a TPU pod find each other; any other machine runs one process.
 
+    Args:
+        environment: the variables.
+        preemption: let JAX catch SIGTERM, for runs that ask `multihost_utils.reached_preemption_sync_point`; else it ends a
+            process as usual.
+
     Raises:
         UserError: if only some of the variables are set, or their values make no sense.
     """
     given = {name: environment[name] for name in _VARIABLES if environment.get(name)}
+    jax.config.update("jax_enable_preemption_service", preemption)
     if given:
         jax.distributed.initialize(*_parsed(given))
     elif _is_pod_host(environment):
@@ -66,8 +74,8 @@ def _is_pod_host(environment: Mapping[str, str]) -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the run's files."""
-    return jax.process_index() == 0
+    """Whether this process writes the run's files. Starts no backend where one process works alone."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def coordination() -> Any:

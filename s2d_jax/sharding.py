@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils, multihost_utils
@@ -269,7 +270,7 @@ def put_whole(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
         return jax.device_put(array, sharding)
     if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):  # NumPy has no keys
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):  # NumPy has no keys
         words = put_whole(jax.random.key_data(array), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
     on_host = np.asarray(array)

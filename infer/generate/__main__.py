@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from infer.generate.args import Args
-from s2d_jax.cli.command import run_command_line, starting
+from s2d_jax.cli.command import NOTHING_LEFT, run_command_line, starting
 
 
 def main() -> None:
@@ -13,7 +15,15 @@ def main() -> None:
 def _run(args: Args) -> None:
     with starting():  # JAX
         from infer.generate.answering import generate
-    generate(args)
+        from s2d_jax.cli.together import done_together
+    if args.cluster.ray is not None:  # decoders elsewhere, each of one process
+        generate(args)
+        return
+    status = done_together(
+        lambda: generate(args), lambda: NOTHING_LEFT, "start all again with the same command"
+    )
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

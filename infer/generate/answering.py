@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from infer.generate.agreement import check_agreement
 from infer.generate.args import Args
 from infer.generate.batching import Answer, answer_all
 from infer.generate.explain import drafting_trees, explain
-from infer.generate.journaled import answered_on_cluster, check_cluster_flags
+from infer.generate.journaled import answered, check_flags, is_journaled, settings_of
 from infer.generate.regenerate import regenerate
 from infer.generate.streaming import stream_answers
 from s2d_jax.cli.loading import (
@@ -33,6 +34,7 @@ from s2d_jax.errors import UserError
 from s2d_jax.files import whole_characters, write_text
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.stats import GenerationStats, sum_stats
+from s2d_jax.processes import is_main_process
 from s2d_jax.weights.model import Model
 
 
@@ -42,15 +44,16 @@ def generate(args: Args) -> None:
     if args.answering.as_conversations:
         regenerate(args)
         return
-    if args.cluster.ray is not None:
-        check_cluster_flags(args)
-    _check_outputs(args)
+    check_flags(args)
+    if is_main_process():
+        _check_outputs(args)
     keep_programs(args.loading.compile_cache)
     questions, console = _questions(args), screen()
     args.sampling.params()
-    if args.cluster.ray is not None:
-        _generate_on_cluster(args, console, questions)
+    if is_journaled(args):
+        _generate_journaled(args, console, questions)
         return
+    check_agreement(settings_of(args, questions))
     meshes = meshes_of_flags(args.mesh)
     draft, config = load_drafting(args.draft, args.loading, args.drafting, meshes.draft)
     rows = []
@@ -91,20 +94,23 @@ def generate(args: Args) -> None:
         _write(args.out, rows, console)
 
 
-def _generate_on_cluster(args: Args, console: Console, questions: list[Question]) -> None:
+def _generate_journaled(args: Args, console: Console, questions: list[Question]) -> None:
     assert args.out is not None
     start, (path,) = time.perf_counter(), args.target
-    with answered_on_cluster(args, questions) as (conversations, stop_ids):
-        answered = zip(questions, conversations, strict=True)
-        rows = [_row(args, path, question, answers, stop_ids) for question, answers in answered]
+    with answered(args, questions) as (conversations, stop_ids):
+        rows = [
+            _row(args, path, question, answers, stop_ids)
+            for question, answers in zip(questions, conversations, strict=True)
+        ]
         flat = [answer.stats for answers in conversations for answer in answers]
         _show_stats(console, path, sum_stats(flat), time.perf_counter() - start)
         _write(args.out, rows, console)
 
 
 def _write(out: Path, rows: list[dict], console: Console) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(out, "".join(lines))
+    if is_main_process():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(out, "".join(lines))
     console.print(f"{len(rows)} answers written to {out}", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from infer.generate.agreement import check_agreement, of_first_process
 from infer.generate.batching import Answer, Job, PromptBatch, plan_batches
 from infer.generate.journal import Journal, journal_of
 from s2d_jax.cli.loading import (
@@ -23,6 +24,7 @@ from s2d_jax.cli.loading import (
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.processes import is_main_process
 from s2d_jax.sharding import fetch_whole
 from s2d_jax.text.tokenizer import Tokenizer
 from s2d_jax.weights.model import Model
@@ -128,10 +130,18 @@ def decoding_settings(args: Args, engine: Engine) -> dict[str, Any]:
 
 
 def open_journal(args: Args, engine: Engine, settings: dict[str, Any]) -> Journal:
-    """The journal beside `--out`. Raises UserError if it was begun with other settings than these and `decoding_settings`."""
+    """The journal beside `--out`, which the first of several processes writes, and all know.
+
+    Raises:
+        UserError: if it was begun with other settings than these and `decoding_settings`, or a process has others.
+    """
     assert args.out is not None
     later = MODEL_SETTINGS if engine.models is None else ()
-    return Journal(journal_of(args.out), {**settings, **decoding_settings(args, engine)}, later)
+    settings = {**settings, **decoding_settings(args, engine)}
+    check_agreement(settings)
+    journal = Journal(journal_of(args.out), settings, later, writes=is_main_process())
+    journal.batches = of_first_process(journal.batches)
+    return journal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Journal:
         path: the file; created if it does not exist.
         settings: everything that decides the answers, as JSON values.
         later: keys of settings that are not known yet; `settle` must be called with them before `add`.
+        writes: False in a process that leaves the file to another one. It has no `batches` of its own.
 
     Attributes:
         batches: the entries of earlier processes, in order.
@@ -35,24 +36,37 @@ class Journal:
         UserError: if another process has the file open, or it was begun with other settings, or it is damaged.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], later: Sequence[str] = ()):
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        later: Sequence[str] = (),
+        *,
+        writes: bool = True,
+    ):
         self.path = path
-        self._settings: dict[str, Any] = {}
-        self._begun = False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file: int | None = None
+        self._settings, self._begun = _plain(settings), not writes
+        self.batches: list[dict[str, Any]] = []
+        if writes:
+            self._open(later)
+
+    def _open(self, later: Sequence[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._lock()
-            self.batches = self._read(_plain(settings), later)
+            self._lock(file)
+            self.batches = self._read(file, self._settings, later)
         except BaseException:
-            os.close(self._file)
+            os.close(file)
             raise
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
     @property
     def kept_answers(self) -> int:
@@ -99,24 +113,27 @@ class Journal:
 
     def remove(self) -> None:
         """Removes the file, once the work is done and kept elsewhere."""
-        self.path.unlink()
+        if self._file is not None:
+            self.path.unlink()
 
-    def _lock(self) -> None:
+    def _lock(self, file: int) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another process writes {self.path}; wait for it, or choose another --out"
             ) from None
 
-    def _read(self, settings: dict[str, Any], later: Sequence[str]) -> list[dict[str, Any]]:
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            whole, _, _ = file.read().rpartition(b"\n")
+    def _read(
+        self, file: int, settings: dict[str, Any], later: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        with os.fdopen(os.dup(file), "rb") as stream:
+            stream.seek(0)
+            whole, _, _ = stream.read().rpartition(b"\n")
         lines = whole.split(b"\n") if whole else []
         length = len(whole) + 1 if lines else 0
-        os.ftruncate(self._file, length)
-        os.lseek(self._file, length, os.SEEK_SET)
+        os.ftruncate(file, length)
+        os.lseek(file, length, os.SEEK_SET)
         entries = [self._parsed(number, line) for number, line in enumerate(lines, start=1)]
         self._settings, self._begun = settings, bool(entries)
         if entries:
@@ -143,7 +160,7 @@ class Journal:
                 "their tokenizer_class, and made other ids); choose another --out, or remove it to start again"
             )
         return UserError(
-            f"{self.path} was begun with {key}={_brief(before)}, not {_brief(now)}; go on with the same, choose "
+            f"{self.path} was begun with {key}={brief(before)}, not {brief(now)}; go on with the same, choose "
             "another --out, or remove it to start again"
         )
 
@@ -159,6 +176,8 @@ class Journal:
         return entry
 
     def _append(self, entry: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         data = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
         while data:
             data = data[os.write(self._file, data) :]
@@ -188,6 +207,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return parse_json(json.dumps(settings), "the settings")
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value of the settings, in a few words."""
     text = json.dumps(value, ensure_ascii=False)
     return printable(text if len(text) <= 60 else f"{text[:57]}...")

@@ -1,4 +1,4 @@
-"""Answers of prompts that are kept in a journal beside `--out` as they come: for runs on a cluster, which are long."""
+"""Answers of prompts that are kept in a journal beside `--out` as they come: for runs on many machines, which are long."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from infer.generate.agreement import several_processes
 from infer.generate.args import refuse_beside
 from infer.generate.batching import Answer
-from infer.generate.engine import Engine, Turn, answer_turn, open_journal
+from infer.generate.engine import Engine, Turn, answer_turn, engine_here, open_journal
 from infer.generate.journal import Journal, resuming
 from infer.generate.ray_batches import ray_engine
 from s2d_jax.cli.prompts import Question, encode
@@ -24,24 +25,44 @@ if TYPE_CHECKING:
     from infer.generate.args import Args
 
 
-def check_cluster_flags(args: Args) -> None:
-    """Raises UserError for flags that do not go with `--ray`."""
+def check_flags(args: Args) -> None:
+    """Raises UserError for flags that do not go with `--ray`, or with several processes."""
+    looks = {"profile": args.looking.profile, "explain": args.looking.explain}
+    if args.cluster.ray is None:
+        if several_processes():
+            refuse_beside("several processes", **looks)
+        return
     if len(args.target) != 1:
         raise UserError(
             f"--ray has {len(args.target)} targets; give one --target, and run again for another"
         )
     if args.out is None:
         raise UserError("--ray keeps its answers in a file; give --out FILE.jsonl")
-    refuse_beside(
-        "--ray",
-        stream=args.answering.stream,
-        profile=args.looking.profile,
-        explain=args.looking.explain,
-    )
+    refuse_beside("--ray", stream=args.answering.stream, **looks)
+
+
+def is_journaled(args: Args) -> bool:
+    """Whether answers are kept as they come: those of a cluster, and those of several processes for a file of one target."""
+    if args.cluster.ray is not None:
+        return True
+    alone = args.out is None or len(args.target) > 1 or args.answering.stream
+    return several_processes() and not alone
+
+
+def engine_of(args: Args) -> contextlib.AbstractContextManager[Engine]:
+    """The decoders of `--ray`, or the one of this process."""
+    return engine_here(args) if args.cluster.ray is None else ray_engine(args)
+
+
+def settings_of(args: Args, questions: Sequence[Question]) -> dict[str, Any]:
+    """What is asked, as JSON values, without what decides how it is answered."""
+    asked = json.dumps([dataclasses.asdict(question) for question in questions])
+    prompts = hashlib.sha256(asked.encode()).hexdigest()
+    return {"prompts": prompts, "raw": args.answering.raw}
 
 
 @contextlib.contextmanager
-def answered_on_cluster(
+def answered(
     args: Args, questions: Sequence[Question]
 ) -> Iterator[tuple[list[list[Answer]], tuple[int, ...]]]:
     """The answers to the turns of each question, and the target's stop tokens; the journal goes when the block ends well.
@@ -49,14 +70,10 @@ def answered_on_cluster(
     Batches and seeds are those of a run in one process. Stats have no `seconds` and `draft_forwards`, which are of calls.
 
     Raises:
-        UserError: as `ray_engine`, for a prompt that cannot be answered, and as `Journal`.
+        UserError: as the engine, for a prompt that cannot be answered, and as `Journal`.
     """
-    asked = json.dumps([dataclasses.asdict(question) for question in questions])
-    settings = {
-        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
-        "raw": args.answering.raw,
-    }
-    with ray_engine(args) as engine, open_journal(args, engine, settings) as journal:
+    settings = settings_of(args, questions)
+    with engine_of(args) as engine, open_journal(args, engine, settings) as journal:
         with resuming(journal):
             conversations = _converse(args, engine, questions, journal)
         yield conversations, engine.config.eos_token_ids

@@ -12,23 +12,26 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from infer.generate.agreement import of_first_process
 from infer.generate.args import refuse_beside
 from infer.generate.batching import Answer
-from infer.generate.engine import Engine, Turn, answer_turn, engine_here, open_journal
+from infer.generate.engine import Engine, Turn, answer_turn, open_journal
 from infer.generate.journal import Journal, resuming
-from infer.generate.ray_batches import ray_engine
+from infer.generate.journaled import engine_of
 from infer.generate.talks import Talk, read_talks
 from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.prompts import encode
 from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
+from s2d_jax.processes import is_main_process
 from s2d_jax.text.conversations import content_hash
 
 if TYPE_CHECKING:
@@ -44,17 +47,16 @@ def regenerate(args: Args) -> None:
     talks, left_out = read_talks(args.prompts)
     args.sampling.params()
     settings = {"prompts": content_hash(args.prompts)}
-    start = engine_here if args.cluster.ray is None else ray_engine
-    with start(args) as engine, open_journal(args, engine, settings) as journal:
-        if args.out.exists():  # another process finished it while this one loaded
-            raise UserError(f"{args.out} is there already; choose another --out, or remove it")
+    with engine_of(args) as engine, open_journal(args, engine, settings) as journal:
+        _check_absent(args.out)  # another run may have finished it while this one loaded
         with resuming(journal):
             _answer(args, engine, talks, journal)
         rows = [_row(args, talk) for talk in talks if talk.answers]
         if not rows:
             raise UserError(f"{args.prompts}: no conversation could be answered ({talks[0].ended})")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(args.out, "".join(lines))
+        if is_main_process():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(args.out, "".join(lines))
         journal.remove()
     left_out.update(talk.ended for talk in talks if talk.ended)
     _show(console, args, talks, left_out, journal.kept_answers, time.perf_counter() - began)
@@ -76,9 +78,15 @@ def _check(args: Args) -> None:
         profile=args.looking.profile,
         explain=args.looking.explain,
     )
-    check_writable(args.out)
-    if args.out.exists():
-        raise UserError(f"{args.out} is there already; choose another --out, or remove it")
+    if is_main_process():
+        check_writable(args.out)
+    _check_absent(args.out)
+
+
+def _check_absent(out: Path) -> None:
+    """Raises UserError in all processes if the first one sees the file."""
+    if of_first_process(out.exists()):
+        raise UserError(f"{out} is there already; choose another --out, or remove it")
 
 
 _REFUSED, _FULL = "refused by the chat template", "the target's context is full"

@@ -14,6 +14,8 @@ from s2d_jax.errors import UserError, visible
 from s2d_jax.progress.activity import activity, show_lines_without_terminal
 
 Args = TypeVar("Args")
+# What is true after Ctrl-C of most commands.
+NOTHING_LEFT = "nothing half-written was left"
 
 
 def run_command_line(args_type: type[Args], run: Callable[[Args], None]) -> None:
@@ -22,9 +24,7 @@ def run_command_line(args_type: type[Args], run: Callable[[Args], None]) -> None
         sys.exit(status)
 
 
-def status_of(
-    work: Callable[[], object], interrupted: str = "nothing half-written was left"
-) -> int:
+def status_of(work: Callable[[], object], interrupted: str = NOTHING_LEFT) -> int:
     """Does the work of a command; returns its exit status. A user's mistake is one line on stderr."""
     show_lines_without_terminal()
     try:

@@ -22,7 +22,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from s2d_jax.errors import visible
-from s2d_jax.progress.activity import BOARD, is_shown
+from s2d_jax.progress.activity import BOARD, is_first_process, is_shown
 from s2d_jax.progress.displays import due_now, table_of
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -55,8 +55,9 @@ class PlainColumn(TextColumn):
 
 
 def screen(*, stderr: bool = False) -> PlainConsole:
-    """A console of at most 100 columns, and of exactly 100 where there is no terminal."""
-    return PlainConsole(stderr=stderr, width=width_of(PlainConsole(stderr=stderr)))
+    """A console of at most 100 columns, and of exactly 100 where there is no terminal. Only the first process shows anything."""
+    width = width_of(PlainConsole(stderr=stderr))
+    return PlainConsole(stderr=stderr, width=width, quiet=not is_first_process())
 
 
 def width_of(console: Console) -> int:

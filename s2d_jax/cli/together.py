@@ -30,24 +30,31 @@ _LONGEST_SILENCE = 30.0
 _ENDED = "ended"
 
 
-def done_together(work: Callable[[], int], interrupted: Callable[[], str], remedy: str) -> int:
+def done_together(
+    work: Callable[[], int | None],
+    interrupted: Callable[[], str],
+    remedy: str,
+    *,
+    preemption: bool = False,
+) -> int:
     """Does the work of a command, together with the other processes that the environment names; returns its exit status.
 
     A mistake of the user's is one line on stderr and status 2. Where there are several processes, the failure of one ends all.
 
     Args:
-        work: returns the exit status.
+        work: returns the exit status; None is 0.
         interrupted: what the line says after Ctrl-C.
         remedy: what to do when a process is lost, such as "start all again".
+        preemption: as for `start_processes`.
     """
 
     def started() -> int:
-        start_processes()
+        start_processes(preemption=preemption)
         return 0
 
     def watched() -> int:
         with _ending_together(remedy):
-            return work()
+            return work() or 0
 
     if status := _status_of(started, interrupted, remedy):
         return status

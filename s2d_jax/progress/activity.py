@@ -140,7 +140,7 @@ def _checked(mode: str, name: str) -> Mode:
 def _display() -> Display | None:
     """Where activities are shown now."""
     mode = _mode()
-    if mode == "off" or not _is_first_process():
+    if mode == "off" or not is_first_process():
         return None
     if mode == "lines":
         return _LINES
@@ -149,7 +149,7 @@ def _display() -> Display | None:
     return Terminal() if in_terminal() else None
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
     """Whether this is the first of several processes, as far as is known without starting JAX's backend."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():

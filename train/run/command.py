@@ -25,7 +25,10 @@ def run(config: Config) -> int:
     """
     datasets.disable_progress_bars()  # they know nothing of ours
     return done_together(
-        lambda: _trained(config), lambda: _after_interrupt(config), "go on with --train.resume"
+        lambda: _trained(config),
+        lambda: _after_interrupt(config),
+        "go on with --train.resume",
+        preemption=True,
     )
 
 
