@@ -55,7 +55,7 @@ class PlainColumn(TextColumn):
 
 
 def screen(*, stderr: bool = False) -> PlainConsole:
-    """A console of at most 100 columns, and of exactly 100 where there is no terminal. Only the first process shows anything."""
+    """A console of at most 100 columns, and of exactly 100 where there is no terminal. Only the first process shows things."""
     width = width_of(PlainConsole(stderr=stderr))
     return PlainConsole(stderr=stderr, width=width, quiet=not is_first_process())
 

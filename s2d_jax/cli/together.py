@@ -68,15 +68,14 @@ def _status_of(work: Callable[[], int], interrupted: Callable[[], str], remedy: 
         return work()
     except (UserError, OSError, KeyboardInterrupt) as error:
         return _failed(*told(error, interrupted()))
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        words = " ".join(str(error).split())[:160]
-        lost = f"most often another process is gone: see what it said, then {remedy}"
-        return _failed(1, f"error: {words}; {lost}")
     except Exception as error:
         if jax.process_count() == 1:
             raise
+        # What fails between processes on CPUs, in Gloo, may come as another kind of error.
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            words = " ".join(str(error).split())[:160]
+            lost = f"most often another process is gone: see what it said, then {remedy}"
+            return _failed(1, f"error: {words}; {lost}")
         traceback.print_exc()
         return _failed(1, f"error: {type(error).__name__}, see the lines above")
 

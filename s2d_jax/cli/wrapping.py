@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import IO
 
@@ -20,11 +21,11 @@ class WrappedText:
     A word is shown when its end is known. Terminals obey control characters, so they are not sent those that a model wrote.
 
     Args:
-        console: whose width and file are used.
+        console: whose width and file are used. A quiet one shows nothing.
     """
 
     def __init__(self, console: Console):
-        self._file: IO[str] = console.file
+        self._file: IO[str] = io.StringIO() if console.quiet else console.file
         self._width = console.width if console.is_terminal else None
         self._column, self._pending = 0, ""
 
