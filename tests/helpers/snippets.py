@@ -57,7 +57,17 @@ class Command:
         words = shlex.split(text, comments=True)
         while words and _ASSIGNMENT.fullmatch(words[0]):
             del words[0]
-        return words
+        return _launched(words)
+
+
+def _launched(words: list[str]) -> list[str]:
+    """What a launcher is given to start; other words as they are."""
+    match words:
+        case ["gcloud", *_, "--command", text]:
+            return shlex.split(text.rpartition("&& ")[2])
+        case ["sbatch", script, module, *rest] if (ROOT / script).exists():
+            return ["python", "-m", module, *rest]
+    return words
 
 
 def blocks_of(text: str, file: str) -> list[Block]:
@@ -120,6 +130,8 @@ def starts_known(command: Command) -> bool:
             return module.startswith(("infer.", "train."))
         case ["python", script, *_]:
             return script.endswith(".py")
+        case ["kubectl", "apply", "-f", _]:
+            return True
         case [name, *_]:
             return name in ("make", "pip") or name.startswith("s2d-")
     return False
@@ -158,6 +170,8 @@ def _check(words: list[str]) -> None:
             )
             for target in targets:
                 _require("=" in target or target in known, f"no target {target} in the Makefile")
+        case ["kubectl", "apply", "-f", file]:
+            _require((ROOT / file).exists(), f"{file} does not exist")
         case ["pip", "install", *packages]:
             for package in packages:
                 _check_package(package)
@@ -209,6 +223,10 @@ def _check_package(package: str) -> None:
 def _check_script(path: Path, words: list[str]) -> None:
     """A script takes its words through tyro, argparse, or by their number. Commands among them are checked, too."""
     source = path.read_text(encoding="utf-8")
+    if "--" in words:  # and behind it the words of another program
+        behind = words.index("--")
+        _check(["python", *words[behind + 1 :]])
+        words = words[:behind]
     for word in words:
         if word.startswith("python "):
             _check(shlex.split(word))
