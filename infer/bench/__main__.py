@@ -13,7 +13,8 @@ def main() -> None:
 def _run(args: Args) -> None:
     with starting():  # JAX
         from infer.bench.comparison import bench
-    bench(args)
+        from s2d_jax.cli.together import do_together
+    do_together(lambda: bench(args))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ def main() -> None:
 def _run(args: Args) -> None:
     with starting():  # JAX
         from infer.calibrate.choosing import calibrate
-    calibrate(args)
+        from s2d_jax.cli.together import do_together
+    do_together(lambda: calibrate(args))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from infer.generate.agreement import check_agreement
 from infer.generate.args import Args
 from infer.generate.batching import Answer, answer_all
 from infer.generate.explain import drafting_trees, explain
 from infer.generate.journaled import answered, check_flags, is_journaled, settings_of
 from infer.generate.regenerate import regenerate
 from infer.generate.streaming import stream_answers
+from s2d_jax.cli.agreement import check_agreement
 from s2d_jax.cli.loading import (
     keep_programs,
     load_drafting,

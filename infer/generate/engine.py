@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from infer.generate.agreement import check_agreement, of_first_process
 from infer.generate.batching import Answer, Job, PromptBatch, plan_batches
 from infer.generate.journal import Journal, journal_of
+from s2d_jax.cli.agreement import check_agreement, of_first_process
 from s2d_jax.cli.loading import (
     keep_programs,
     load_drafting,

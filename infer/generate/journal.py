@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from s2d_jax.cli.agreement import brief
 from s2d_jax.cli.screen import screen
-from s2d_jax.errors import UserError, printable
+from s2d_jax.errors import UserError
 from s2d_jax.files import parse_json
 
 
@@ -205,9 +206,3 @@ def resuming(journal: Journal) -> Iterator[None]:
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """As they are read back from JSON."""
     return parse_json(json.dumps(settings), "the settings")
-
-
-def brief(value: Any) -> str:
-    """A value of the settings, in a few words."""
-    text = json.dumps(value, ensure_ascii=False)
-    return printable(text if len(text) <= 60 else f"{text[:57]}...")

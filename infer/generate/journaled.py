@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from infer.generate.agreement import several_processes
 from infer.generate.args import refuse_beside
 from infer.generate.batching import Answer
 from infer.generate.engine import Engine, Turn, answer_turn, engine_here, open_journal
 from infer.generate.journal import Journal, resuming
 from infer.generate.ray_batches import ray_engine
+from s2d_jax.cli.agreement import several_processes
 from s2d_jax.cli.prompts import Question, encode
 from s2d_jax.cli.screen import PlainColumn, counting_bar, eta
 from s2d_jax.errors import UserError

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from infer.generate.agreement import of_first_process
 from infer.generate.args import refuse_beside
 from infer.generate.batching import Answer
 from infer.generate.engine import Engine, Turn, answer_turn, open_journal
 from infer.generate.journal import Journal, resuming
 from infer.generate.journaled import engine_of
 from infer.generate.talks import Talk, read_talks
+from s2d_jax.cli.agreement import of_first_process
 from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.prompts import encode
 from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen

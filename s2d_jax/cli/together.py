@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from s2d_jax.cli import last_words
-from s2d_jax.cli.command import told
+from s2d_jax.cli.command import NOTHING_LEFT, told
 from s2d_jax.errors import UserError
 from s2d_jax.processes import coordination, is_main_process, start_processes
 
@@ -60,6 +60,13 @@ def done_together(
         return status
     with _short_last_words(remedy):
         return _status_of(watched, interrupted, remedy)
+
+
+def do_together(work: Callable[[], None]) -> None:
+    """`done_together` for a command that leaves nothing half-written behind; exits with every status but 0."""
+    remedy = "start all again with the same command"
+    if status := done_together(work, lambda: NOTHING_LEFT, remedy):
+        sys.exit(status)
 
 
 def _status_of(work: Callable[[], int], interrupted: Callable[[], str], remedy: str) -> int:

@@ -1,4 +1,4 @@
-"""Several processes answer the same prompts in the same batches: what the first one has counts, and the others compare."""
+"""Several processes do the same work together: what the first one has counts, and the others compare."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from infer.generate.journal import brief
-from s2d_jax.errors import UserError
+from s2d_jax.errors import UserError, printable
 from s2d_jax.processes import bytes_of_main_process
 
 
@@ -35,3 +34,9 @@ def check_agreement(settings: dict[str, Any]) -> None:
                 f"{key} is {brief(ours.get(key))} here, and {brief(theirs.get(key))} in process 0; start all processes with "
                 "the same flags and files"
             )
+
+
+def brief(value: Any) -> str:
+    """A value of the settings, in a few words."""
+    text = json.dumps(value, ensure_ascii=False)
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
