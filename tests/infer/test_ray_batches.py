@@ -205,7 +205,7 @@ def test_kill_9_of_a_driver_and_of_a_worker(models, cluster, source, tmp_path, m
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     sampled = ("--temperature", 0.9, "--seed", 5, "--draft", models.draft)
     answer(monkeypatch, models, source, whole, *sampled)
-    on_ray = (*sampled, "--ray", address, "--ray-resources", "TPU=4,CPU=1")
+    on_ray = (*sampled, "--mesh.data", 2, "--ray", address, "--ray-resources", "TPU=4,CPU=1")
     command = [sys.executable, "-m", "infer.generate", *flags_of(models, source, out), *on_ray]
     # A driver that computed anything would fail: JAX has no such platform. Workers have the environment of the cluster.
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
