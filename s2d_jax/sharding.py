@@ -163,13 +163,14 @@ def axes_that_split_rows() -> tuple[str, ...]:
 
 
 def over_rows(x: jax.Array) -> jax.Array:
-    """Keeps activations `[B, ...]` split over rows where a mesh is set with `jax.set_mesh`; elsewhere nothing happens.
+    """Keeps activations `[B, ...]` split over rows where a mesh is set with `jax.set_mesh`; elsewhere nothing happens, and
+    nothing inside of a `jax.shard_map`, where rows are split already.
 
     Without this, XLA splits activations like the parameters that they are multiplied with. With `fsdp`, every device would
     then compute all rows with a part of the weights, attention included.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(("batch",)))
 
@@ -181,7 +182,7 @@ def looked_up_over_rows(h_BTD: jax.Array) -> jax.Array:
     first copy all of them to every device, also for the gradient. In two moves, features go to rows within `fsdp` only.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return h_BTD
     features = PartitionSpec("data", None, RULES["embed"])
     return over_rows(jax.lax.with_sharding_constraint(h_BTD, features))
@@ -273,6 +274,11 @@ def put_whole(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device of the mesh holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def is_split(params: Any) -> bool:
+    """Whether the devices that hold `params` hold different parts of them, of some array at least."""
+    return not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
 
 
 def mesh_of(params: Any) -> Mesh | None:
