@@ -220,7 +220,9 @@ def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return {name: size for name, size in mesh.shape.items() if name not in split}
 
 
-def kept_split(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
+def kept_split(
+    x: jax.Array, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec
+) -> jax.Array:
     """`x`, split over the tensor axis of `mesh` as `spec` says; itself inside of a `jax.shard_map` over all axes."""
     if mesh is None:
         return x
@@ -230,6 +232,12 @@ def kept_split(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Arra
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(here, spec))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def gathered_last(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
+    """`x` with its last axis whole on every device of the tensor axis of `mesh`, and its other axes as they are."""
+    anyhow = PartitionSpec.UNCONSTRAINED
+    return kept_split(x, mesh, PartitionSpec(*(anyhow,) * (x.ndim - 1), None))
 
 
 def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: Mesh) -> Any:

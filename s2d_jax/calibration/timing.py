@@ -22,6 +22,7 @@ from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.placement import Placement
 from s2d_jax.generation.result import GenerationResult
 from s2d_jax.model.transformer import apply_model
+from s2d_jax.sharding import gathered_last, mesh_in_use
 from s2d_jax.weights.model import Draft, Model
 
 # Positions of context that the caches hold; readings of the head per measurement.
@@ -80,6 +81,7 @@ def head_program(target: Model, draft: Draft, positions: int = 1) -> Program:
     def heads(params, h_TD):
         def one(_, h_TD):
             logits_TV = apply_model(model, params, "logits", h_TD, exit_layer)
+            logits_TV = gathered_last(logits_TV, mesh_in_use())  # as `Segments` reads them
             token_T = jnp.argmax(logits_TV, axis=-1)
             return h_TD.at[:, 0].set(token_T.astype(draft.dtype))
 
