@@ -220,9 +220,7 @@ def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return {name: size for name, size in mesh.shape.items() if name not in split}
 
 
-def kept_split(
-    x: jax.Array, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec
-) -> jax.Array:
+def kept_split(x: jax.Array, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec) -> jax.Array:
     """`x`, split over the tensor axis of `mesh` as `spec` says; itself inside of a `jax.shard_map` over all axes."""
     if mesh is None:
         return x

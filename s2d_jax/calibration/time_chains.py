@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from s2d_jax.calibration.costs import Costs
 from s2d_jax.calibration.time_trees import tree_builders, tree_costs_of
-from s2d_jax.calibration.timing import CONTEXT, Program, filled, head_program, placed_beside, prepared, timed
+from s2d_jax.calibration.timing import (
+    CONTEXT,
+    Program,
+    filled,
+    head_program,
+    placed_beside,
+    prepared,
+    timed,
+)
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams

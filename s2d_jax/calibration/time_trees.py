@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.calibration.costs import TreeCosts
-from s2d_jax.calibration.timing import CONTEXT, Program, filled, head_program, placed_beside, prepared, timed
+from s2d_jax.calibration.timing import (
+    CONTEXT,
+    Program,
+    filled,
+    head_program,
+    placed_beside,
+    prepared,
+    timed,
+)
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.decode.programs import compile_part

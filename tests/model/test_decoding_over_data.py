@@ -93,7 +93,8 @@ def test_a_split_draft_drafts_the_tokens_of_one_device(
     assert [row.drafted_by for row in many] == [row.drafted_by for row in one]
     static, width, args = decoder.prepare(PROMPTS, sampling)
     (prefill, run), _ = programs(static, width, args)
-    _check_sent_within_groups(run.as_text(), mesh)
+    if data > 1:
+        _check_sent_within_groups(run.as_text(), mesh)
     heads = target.config.num_kv_heads
     for cache in prefill(*args).draft_state.segments:
         for array in (*cache.keys, *cache.values):
