@@ -164,13 +164,14 @@ def axes_that_split_rows() -> tuple[str, ...]:
 
 
 def over_rows(x: jax.Array) -> jax.Array:
-    """Keeps activations `[B, ...]` split over rows where a mesh is set with `jax.set_mesh`; elsewhere nothing happens.
+    """Keeps activations `[B, ...]` split over rows where a mesh is set with `jax.set_mesh`; elsewhere nothing happens, and
+    nothing inside of a `jax.shard_map`, where rows are split already.
 
     Without this, XLA splits activations like the parameters that they are multiplied with. With `fsdp`, every device would
     then compute all rows with a part of the weights, attention included.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(("batch",)))
 
@@ -182,7 +183,7 @@ def looked_up_over_rows(h_BTD: jax.Array) -> jax.Array:
     first copy all of them to every device, also for the gradient. In two moves, features go to rows within `fsdp` only.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return h_BTD
     features = PartitionSpec("data", None, RULES["embed"])
     return over_rows(jax.lax.with_sharding_constraint(h_BTD, features))
@@ -220,7 +221,7 @@ def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return {name: size for name, size in mesh.shape.items() if name not in split}
 
 
-def kept_split(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
+def kept_split(x: jax.Array, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec) -> jax.Array:
     """`x`, split over the tensor axis of `mesh` as `spec` says; itself inside of a `jax.shard_map` over all axes."""
     if mesh is None:
         return x
@@ -230,6 +231,12 @@ def kept_split(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Arra
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(here, spec))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def gathered_last(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
+    """`x` with its last axis whole on every device of the tensor axis of `mesh`, and its other axes as they are."""
+    anyhow = PartitionSpec.UNCONSTRAINED
+    return kept_split(x, mesh, PartitionSpec(*(anyhow,) * (x.ndim - 1), None))
 
 
 def optimizer_sharding(optimizer: Any, abstract_state: Any, params: Any, mesh: Mesh) -> Any:
@@ -287,6 +294,11 @@ def fetch_whole(tree: Any) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device of the mesh holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def is_split(params: Any) -> bool:
+    """Whether the devices that hold `params` hold different parts of them, of some array at least."""
+    return not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
 
 
 def mesh_of(params: Any) -> Mesh | None:

@@ -15,13 +15,14 @@ from infer.bench.plots import write_plots
 from infer.bench.report import make_rows, show_report, write_report
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.loading import (
+    Meshes,
     keep_programs,
     load_listed_draft,
     load_target,
     meshes_of_flags,
     tokenizer_of,
 )
-from s2d_jax.cli.options import require_targets
+from s2d_jax.cli.options import MeshOptions, require_targets
 from s2d_jax.cli.outputs import check_directory
 from s2d_jax.cli.profiling import write_profile
 from s2d_jax.cli.prompts import Question, encode, read_questions
@@ -29,7 +30,8 @@ from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen
 from s2d_jax.cli.short_text import short_name
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
-from s2d_jax.weights.model import Model
+from s2d_jax.generation.placement import Placement
+from s2d_jax.weights.model import Draft, Model
 from s2d_jax.weights.prepare import format_kept
 
 
@@ -37,6 +39,8 @@ def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
     check_directory(args.out)
     if args.measuring.kernels:
+        if args.mesh != MeshOptions():
+            raise UserError("--kernels times products on one device; leave --mesh.* out")
         bench_kernels(args.target[0] if args.target else None, args.out)
         return
     require_targets(args.target)
@@ -57,7 +61,10 @@ def bench(args: Args) -> None:
         raise UserError("--draft-vocabulary needs a draft; give --draft or --independent-draft")
     meshes, draft_format = meshes_of_flags(args.mesh), args.loading.draft_format
     draft, independent = (
-        load_listed_draft(path, vocabulary if path else None, draft_format, meshes.draft)
+        _on_mesh(
+            load_listed_draft(path, vocabulary if path else None, draft_format, meshes.draft),
+            meshes,
+        )
         for path in (args.draft, args.measuring.independent_draft)
     )
     rows, samples, dtype, formats = [], [], "", []
@@ -85,12 +92,20 @@ def bench(args: Args) -> None:
         if args.measuring.profile is not None:
             _profile(args, args.measuring.profile / short_name(path), target, methods, questions[0])
         del target, methods
-    settings = _settings(args, questions, formats, [draft, independent])
+    settings = _settings(args, questions, formats, [draft, independent], meshes)
     write_report(args.out, environment(dtype), settings, rows)
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_text(args.out / "samples.jsonl", "".join(lines))
     write_plots(args.out, rows, draft.draft_config.exit_layers if draft else ())
     show_report(screen(), settings, rows)
+
+
+def _on_mesh(draft: Draft | None, meshes: Meshes) -> Draft | None:
+    """The draft where decoders would put it, so that those of all methods share it."""
+    if draft is None:
+        return None
+    params = Placement(meshes.target).put_draft(draft.device_params)
+    return dataclasses.replace(draft, params=params)
 
 
 def _profile(args: Args, directory: Path, target, methods, question: Question) -> None:
@@ -141,6 +156,7 @@ def _settings(
     questions: list[Question],
     target_formats: Sequence[str],
     drafts: Sequence[Model | None],
+    meshes: Meshes,
 ) -> dict:
     """What was asked for; of the weight formats, what the models were loaded in."""
     return {
@@ -156,10 +172,20 @@ def _settings(
         **dataclasses.asdict(args.sampling),
         **dataclasses.asdict(args.drafting),
         **dataclasses.asdict(args.loading),
-        **{f"mesh.{k}": v for k, v in dataclasses.asdict(args.mesh).items()},
+        **_mesh_settings(meshes, drafts),
         "target_format": _listed(target_formats),
         "draft_format": _listed([format_kept(draft) for draft in drafts if draft is not None]),
     }
+
+
+def _mesh_settings(meshes: Meshes, drafts: Sequence[Model | None]) -> dict:
+    """The mesh that the models lie on; nothing for one device."""
+    if meshes.target is None:
+        return {}
+    found = {f"mesh.{axis}": meshes.target.shape[axis] for axis in ("data", "tensor")}
+    if any(draft is not None for draft in drafts):
+        found["mesh.draft"] = "whole" if meshes.draft is None else "split"
+    return found
 
 
 def _listed(formats: Sequence[str]) -> str | None:

@@ -156,6 +156,9 @@ def _summary_table(settings: Row, rows: list[Row]) -> tuple[str, list[str], list
         cells = {row["target"]: row for row in rows if row["label"] == label}
         lines.append([label, *(_speedup_and_mat(cells[target]) for target in targets)])
     title = f"speedup / MAT, temperature {settings['temperature']:g}, {rows[0]['prompts']} prompts"
+    for axis in ("data", "tensor"):
+        if settings.get(f"mesh.{axis}", 1) > 1:
+            title += f", {axis} {settings[f'mesh.{axis}']}"
     return title, ["method", *(short_name(target) for target in targets)], lines
 
 

@@ -60,7 +60,8 @@ def read_rounds(
     decoder = SpeculativeDecoder(decoder.target, decoder.draft, config)
     static, width, args = decoder.prepare([prompt], [params])
     model_params, request, *_ = args
-    state = compilation.programs(static, width, args)[0].prefill(*args)
+    prefill, *_ = compilation.prefill_program(static, width, args)
+    state = prefill(*args)
     parts, _ = compilation.round_programs(static, (model_params, request, state))
     rounds = []
     while len(rounds) < count and not state.done_B.all() and static.has_room(state):

@@ -31,6 +31,7 @@ from s2d_jax.config.plain import plain_fields
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.errors import UserError, require
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.generation.placement import Placement
 from s2d_jax.generation.policy import (
     Policy,
     PolicyKey,
@@ -102,7 +103,7 @@ class Calibration:
     """The phases of calibrating one target.
 
     Args:
-        target, draft: the models, as they will decode.
+        target, draft: the models, as they will decode. A target on a mesh is measured there.
         prompts: token ids of prompts like those of later use.
         effort: how much is measured.
         on_phase: called with the name and the length of each phase; what it returns is called with each step's length.
@@ -125,7 +126,10 @@ class Calibration:
         started: float,
     ):
         effort.check_prompts(prompts, target.config.max_context)
-        self.target, self.draft, self.prompts, self.effort = target, draft, prompts, effort
+        self.target, self.prompts, self.effort = target, prompts, effort
+        # Once, and not again for every program that is measured.
+        on_mesh = Placement.beside(target.device_params).put_draft(draft.device_params)
+        self.draft = dataclasses.replace(draft, params=on_mesh)
         self.on_phase, self.environment, self.started = on_phase, environment, started
         self.seconds: dict[str, float] = {}
 
@@ -212,7 +216,9 @@ class Calibration:
         distinct = {(decoder.exits, decoder.config.tree): decoder for decoder in everyone}.values()
         length = len(self.prompts[timed[0]])
         warmups = [partial(decoder.warmup, [length], sampling=sampling) for decoder in distinct]
-        in_parallel(warmups, self._phase(f"{name}: compiling", len(warmups)))
+        # They also run for a round. Devices that wait for each other must be given the same program first.
+        at_once = None if decoders[0].mesh is None else 1
+        in_parallel(warmups, self._phase(f"{name}: compiling", len(warmups)), at_once=at_once)
         on_run = self._phase(f"{name}: confirming", len(timed) * len(everyone))
         runs = time_in_alternation(
             everyone,

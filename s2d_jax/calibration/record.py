@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2d_jax.calibration.timing import placed_beside
 from s2d_jax.calibration.trace import CHILDREN, AnswerTrace, Trace
 from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.decode.programs import compile_part
 from s2d_jax.draft.length import confidence
 from s2d_jax.draft.logits import fit_vocabulary, over_all_ids
 from s2d_jax.generation.buckets import bucket
@@ -45,7 +47,7 @@ def record_trace(
     temperature: float,
     on_answer: Callable[[], None],
 ) -> Trace:
-    """One teacher-forced pass of target and draft over each sequence.
+    """One teacher-forced pass of target and draft over each sequence; on a mesh, each group of devices passes over its own.
 
     Args:
         sequences: prompt and answer.
@@ -54,45 +56,61 @@ def record_trace(
         temperature: of the answers; drafts are drawn at the same temperature.
         on_answer: called after each answer.
     """
-    width = bucket(max(len(ids) for ids in sequences))
-    score = jax.jit(
-        functools.partial(
-            _score, target.transformer, draft.drafting_transformer, draft.draft_config.exit_layers
-        ),
-        static_argnums=(5,),
-    )
-    ids_U = None if draft.vocabulary is None else jnp.asarray(draft.vocabulary.ids_U)
+    # The first token is emitted by prefill, so the second one is the first that could have been drafted.
+    firsts = [length + 1 for length in prompt_lengths]
+    passes = _passes(target, draft, sequences, firsts, new_tokens, temperature)
     answers = []
-    for number, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-        tokens_1C = np.zeros((1, width), np.int32)
-        tokens_1C[0, : len(ids)] = ids
-        # The first token is emitted by prefill, so the second one is the first that could have been drafted.
-        first = prompt_length + 1
-        count = min(len(ids), prompt_length + new_tokens) - first
-        scored = score(
-            target.params,
-            draft.params,
-            ids_U,
-            jnp.asarray(tokens_1C),
-            jnp.int32(first),
-            new_tokens,
-            jnp.float32(temperature),
-        )
+    for number, scored in enumerate(passes):
+        count = min(len(sequences[number]), prompt_lengths[number] + new_tokens) - firsts[number]
         if count > 0:
-            sure_ET, accepted_ET, log_probs_ETk, rank_ET = (
-                np.asarray(p)[:, :count] for p in scored
-            )
+            sure_ET, accepted_ET, log_probs_ETk, rank_ET = (p[:, :count] for p in scored)
             exact = sure_ET.astype(np.float64), accepted_ET.astype(np.float64)
             answers.append(AnswerTrace(number, *exact, log_probs_ETk, rank_ET))
         on_answer()
     return Trace(draft.draft_config.exit_layers, tuple(answers), new_tokens)
 
 
-def _score(target, draft, exits, target_params, *rest):
-    """What `AnswerTrace` keeps for each exit, `[E, T, ...]`, for T tokens from position `first` on."""
-    draft_params, ids_U, tokens_1C, first, count, temperature = rest
+def _passes(
+    target: Model,
+    draft: Draft,
+    sequences: Sequence[list[int]],
+    firsts: Sequence[int],
+    count: int,
+    temperature: float,
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """For each sequence what `_score` computes from `firsts` on, without the axis of rows."""
+    placement, groups = placed_beside(target)
+    params = {"target": target.device_params, "draft": placement.put_draft(draft.device_params)}
+    if draft.vocabulary is not None:
+        params |= placement.put({"listed_U": jnp.asarray(draft.vocabulary.ids_U)})
+    exits = draft.draft_config.exit_layers
+    score = functools.partial(_score, target.transformer, draft.drafting_transformer, exits, count)
+    width = bucket(max(len(ids) for ids in sequences))
+    compiled = None
+    for start in range(0, len(sequences), groups):
+        numbers = range(start, min(start + groups, len(sequences)))
+        tokens_BC = np.zeros((groups, width), np.int32)
+        first_B = np.ones(groups, np.int32)
+        for row, number in enumerate(numbers):
+            tokens_BC[row, : len(sequences[number])] = sequences[number]
+            first_B[row] = firsts[number]
+        temperature_B = np.full(groups, temperature, np.float32)
+        arrays = map(jnp.asarray, (tokens_BC, first_B, temperature_B))
+        inputs = (params, *map(placement.put, arrays))
+        compiled = compiled or compile_part(score, inputs)
+        scored = jax.device_get(compiled(*inputs))
+        for row in range(len(numbers)):
+            yield tuple(of_rows[row] for of_rows in scored)
+
+
+def _score(target, draft, exits, count, params, tokens_1C, first_1, temperature_1):
+    """What `AnswerTrace` keeps for each exit, `[1, E, T, ...]`, for `count` tokens from position `first_1` on.
+
+    `target`, `draft`, `exits` and `count` are static. One row: a group of a mesh has no other.
+    """
+    target_params, draft_params, ids_U = params["target"], params["draft"], params.get("listed_U")
     C = tokens_1C.shape[1]
-    at_T = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), C - 1)
+    at_T = jnp.minimum(first_1 + jnp.arange(count, dtype=jnp.int32), C - 1)
     emitted_T = tokens_1C[0, at_T]
 
     def hiddens(model, params, layers):
@@ -102,7 +120,7 @@ def _score(target, draft, exits, target_params, *rest):
         return apply_model(model, params, "logits", h_1CD[0, at_T - 1], exit_layer)
 
     row = SamplingArrays(
-        temperature_B=temperature[None],
+        temperature_B=temperature_1,
         top_k_B=jnp.zeros(1, jnp.int32),
         top_p_B=jnp.ones(1, jnp.float32),
         min_p_B=jnp.zeros(1, jnp.float32),
@@ -125,9 +143,9 @@ def _score(target, draft, exits, target_params, *rest):
         draft_prob_T = prob_T(draft_TV)
         ratio_T = jnp.minimum(1.0, draft_prob_T / jnp.maximum(target_prob_T, 1e-30))
         # Greedy: the draft's distribution is one-hot, and the emitted token is the target's argmax.
-        accepted_T = jnp.where(temperature == 0.0, draft_prob_T, ratio_T)
+        accepted_T = jnp.where(temperature_1 == 0.0, draft_prob_T, ratio_T)
         recorded.append((confidence(own_TU), accepted_T, *_children(draft_TV, emitted_T)))
-    return tuple(jnp.stack(column) for column in zip(*recorded, strict=True))
+    return tuple(jnp.stack(column)[None] for column in zip(*recorded, strict=True))
 
 
 def _children(logits_TV, emitted_T):

@@ -11,15 +11,24 @@ import jax.numpy as jnp
 
 from s2d_jax.calibration.costs import Costs
 from s2d_jax.calibration.time_trees import tree_builders, tree_costs_of
-from s2d_jax.calibration.timing import Program, filled, head_program, prepared, timed
+from s2d_jax.calibration.timing import (
+    CONTEXT,
+    Program,
+    filled,
+    head_program,
+    placed_beside,
+    prepared,
+    timed,
+)
 from s2d_jax.config.costs import RoundCosts
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.decode.acceptance import accept_greedy, accept_sampled
+from s2d_jax.decode.programs import compile_part
 from s2d_jax.draft.drafter import Proposal
 from s2d_jax.draft.sorted import SortedDrafter
 from s2d_jax.generation.decoder import SpeculativeDecoder
-from s2d_jax.sampling import SamplingArrays, probabilities
+from s2d_jax.sampling import SamplingArrays, keys_of, probabilities
 from s2d_jax.weights.model import Draft
 
 # Rounds per measurement, drafted tokens per round, and positions that a row has missed after plain rounds.
@@ -30,8 +39,9 @@ def verify_program(target, width: int) -> Program:
     """Seconds of a round of plain decoding whose target pass has `width` positions."""
     decoder = SpeculativeDecoder(target, None, DecodeConfig(verify_width=width))
     static, args, state = prepared(decoder, rounds=ROUNDS)
-    run = jax.jit(static.run).lower(*args[:2], state).compile()
-    return timed(lambda: run(*args[:2], state).rounds_B, ROUNDS)
+    inputs = (*args[:2], state)
+    run = compile_part(static.run, inputs)
+    return timed(lambda: run(*inputs).rounds_B, ROUNDS)
 
 
 def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, Program]:
@@ -45,14 +55,14 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
     assert isinstance(static.drafter, SortedDrafter)  # it drafts chains
     drafter = dataclasses.replace(static.drafter, return_width=RETURN)
     params, request, tokens_BC, _ = args
+    placement, rows = placed_beside(target)
 
-    @jax.jit
-    def rounds(params, request, tokens_BC, draft_state, behind):
-        length_B = state.length_B
+    def rounds(params, request, tokens_BC, draft_state, behind_B):
+        length_B = jnp.full_like(behind_B, CONTEXT)
 
         def one(_, draft_state):
             # One position waits, as after most rounds, or `behind` more.
-            draft_state = drafter.rewind(draft_state, length_B - 1 - behind)
+            draft_state = drafter.rewind(draft_state, length_B - 1 - behind_B)
             count_B = jnp.full_like(length_B, TOKENS)
             return drafter.propose(
                 params, draft_state, tokens_BC, length_B, count_B, request.key_B, request, {}
@@ -62,10 +72,17 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
 
     ready = filled(state.draft_state, state.length_B - 1)
 
-    def program(thresholds, behind, count):
+    def inputs(thresholds, behind):
         asked = request.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
-        inputs = (params["draft"], asked, tokens_BC, ready, jnp.int32(behind))
-        return timed(lambda: drafter.stats(rounds(*inputs))["exit_counts"], count)
+        behind_B = placement.put(jnp.full(rows, behind, jnp.int32))
+        whole = placement.put(asked)
+        return params["draft"], whole, tokens_BC, ready, behind_B
+
+    run = compile_part(rounds, inputs((0.0,) * len(exits), 0))
+
+    def program(thresholds, behind, count):
+        given = inputs(thresholds, behind)
+        return timed(lambda: drafter.stats(run(*given))["exit_counts"], count)
 
     steps = ROUNDS * TOKENS
     # No confidence exceeds a threshold of 1; every confidence exceeds -1.
@@ -77,29 +94,30 @@ def draft_programs(target, draft: Draft, exits: tuple[int, ...]) -> dict[tuple, 
     return found
 
 
-def judge_program(vocab_size: int, width: int, temperature: float) -> Program:
+def judge_program(target, width: int, temperature: float) -> Program:
     """Seconds of accepting: argmax when greedy, probabilities and coins when sampled."""
-    G = width - 1
-    row = SamplingArrays.stack([SamplingParams(temperature=temperature)])
-    drafted = jnp.full((1, G, vocab_size), 1.0 / vocab_size, jnp.float32)
-    nothing_BG = jnp.zeros((1, G), jnp.int32)
-    proposal = Proposal(nothing_BG, jnp.full((1,), G, jnp.int32), drafted, nothing_BG)
-    key_B = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
+    V, G = target.config.vocab_size, width - 1
+    placement, rows = placed_beside(target)
+    sampling = SamplingArrays.stack([SamplingParams(temperature=temperature)] * rows)
+    drafted_BGV = jnp.full((rows, G, V), 1.0 / V, jnp.float32)
+    nothing_BG = jnp.zeros((rows, G), jnp.int32)
+    proposal = Proposal(nothing_BG, jnp.full(rows, G, jnp.int32), drafted_BGV, nothing_BG)
 
-    @jax.jit
-    def judge(logits_BTV, row, proposal):
+    def judge(logits_BTV, sampling, proposal, key_B):
         def one(_, logits_BTV):
             if temperature == 0:
                 _, token_B = accept_greedy(proposal, logits_BTV)
             else:
-                probs_BTV = probabilities(logits_BTV, row)
+                probs_BTV = probabilities(logits_BTV, sampling)
                 _, token_B = accept_sampled(proposal, probs_BTV, key_B)
             return logits_BTV.at[:, :, 0].add(token_B[:, None].astype(jnp.float32) * 1e-6)
 
         return jax.lax.fori_loop(0, ROUNDS, one, logits_BTV)
 
-    logits_BTV = jnp.zeros((1, width, vocab_size), jnp.float32)
-    return timed(lambda: judge(logits_BTV, row, proposal), ROUNDS)
+    logits_BTV = jnp.zeros((rows, width, V), jnp.float32)
+    inputs = tuple(map(placement.put, (logits_BTV, sampling, proposal, keys_of([0] * rows))))
+    run = compile_part(judge, inputs)
+    return timed(lambda: run(*inputs), ROUNDS)
 
 
 def program_builders(
@@ -116,10 +134,10 @@ def program_builders(
         add(functools.partial(verify_program, target, width), "verify", width)
     chosen = [(exit,) for exit in exits] + ([exits] if len(exits) > 1 else [])
     builders += [functools.partial(draft_programs, target, draft, used) for used in chosen]
-    add(functools.partial(head_program, draft), "head")
+    add(functools.partial(head_program, target, draft), "head")
     for temperature in {0.0, *temperatures}:
         for width in widths:
-            build = functools.partial(judge_program, target.config.vocab_size, width, temperature)
+            build = functools.partial(judge_program, target, width, temperature)
             add(build, "judge", width, temperature)
     return builders + (tree_builders(target, draft) if trees else [])
 

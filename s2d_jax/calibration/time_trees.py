@@ -10,9 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2d_jax.calibration.costs import TreeCosts
-from s2d_jax.calibration.timing import Program, filled, head_program, prepared, timed
+from s2d_jax.calibration.timing import (
+    CONTEXT,
+    Program,
+    filled,
+    head_program,
+    placed_beside,
+    prepared,
+    timed,
+)
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.tree import TreeShape
+from s2d_jax.decode.programs import compile_part
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.tree.drafter import TreeProposal
 from s2d_jax.tree.nodes import Tree
@@ -31,12 +40,13 @@ def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
     decoder = SpeculativeDecoder(target, draft, config)
     static, args, state = prepared(decoder, rounds=ROUNDS * (GROWN + 1))
     drafter, (params, request, tokens_BC, _) = static.drafter, args
-    length_B = state.length_B
+    placement, rows = placed_beside(target)
 
-    @jax.jit
-    def rounds(params, request, tokens_BC, draft_state, levels):
+    def rounds(params, request, tokens_BC, draft_state, levels_B):
+        length_B = jnp.full_like(levels_B, CONTEXT)
+
         def one(_, carry):
-            draft_state, used = carry
+            draft_state, used_1 = carry
             # One position waits, as after most rounds.
             draft_state = drafter.rewind(draft_state, length_B - 1)
             proposal, draft_state = drafter.propose(
@@ -44,25 +54,32 @@ def level_programs(target, draft: Draft, top_k: int) -> dict[tuple, Program]:
                 draft_state,
                 tokens_BC,
                 length_B,
-                jnp.full_like(length_B, levels),
+                levels_B,
                 request.key_B,
                 request,
                 {},
             )
             # The sum uses all of the tree, so that XLA computes all of it.
             leaves = [jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(proposal.tree)]
-            return draft_state, used + sum(leaves)
+            return draft_state, used_1 + sum(leaves)
 
-        return jax.lax.fori_loop(0, ROUNDS, one, (draft_state, jnp.float32(0.0)))[1]
+        return jax.lax.fori_loop(0, ROUNDS, one, (draft_state, jnp.zeros(1, jnp.float32)))[1]
 
-    ready = filled(state.draft_state, length_B - 1)
+    ready = filled(state.draft_state, state.length_B - 1)
+
+    def inputs(thresholds, levels):
+        asked = request.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
+        levels_B = placement.put(jnp.full(rows, levels, jnp.int32))
+        whole = placement.put(asked)
+        return params["draft"], whole, tokens_BC, ready, levels_B
+
+    run = compile_part(rounds, inputs((0.0,) * len(exits), GROWN))
     found: dict[tuple, Program] = {}
     for index, exit in enumerate(exits):  # no confidence exceeds 1, every one exceeds -1
         thresholds = (*(1.0 for _ in exits[:index]), *(-1.0 for _ in exits[index:]))
-        asked = request.replace(exit_threshold_E=jnp.asarray(thresholds, jnp.float32))
         for levels in (1, GROWN):
-            inputs = (params["draft"], asked, tokens_BC, ready, jnp.int32(levels))
-            found["grow", top_k, levels, exit] = timed(functools.partial(rounds, *inputs), ROUNDS)
+            given = functools.partial(run, *inputs(thresholds, levels))
+            found["grow", top_k, levels, exit] = timed(given, ROUNDS)
     return found
 
 
@@ -73,9 +90,9 @@ def verify_tree_program(target, draft: Draft, nodes: int) -> Program:
     count = max(1, ROUNDS * MEASURED_NODES[0] // nodes)
     static, args, state = prepared(decoder, rounds=count * (VERIFIED + 1))
     state = state.replace(draft_state=filled(state.draft_state, state.length_B - 1))
-    proposal = _proposal(nodes, shape)
+    placement, groups = placed_beside(target)
+    proposal = placement.put(_proposal(groups, nodes, shape))
 
-    @jax.jit
     def rounds(params, request, state, proposal):
         def one(_, state):
             verified, state = static.verify(params, request, state, proposal)
@@ -85,28 +102,34 @@ def verify_tree_program(target, draft: Draft, nodes: int) -> Program:
 
         return jax.lax.fori_loop(0, count, one, state)
 
-    return timed(lambda: rounds(*args[:2], state, proposal).rounds_B, count)
+    inputs = (*args[:2], state, proposal)
+    run = compile_part(rounds, inputs)
+    return timed(lambda: run(*inputs).rounds_B, count)
 
 
-def _proposal(nodes: int, shape: TreeShape) -> TreeProposal:
-    """A path through all levels, and further children of the root; the draft ran all of the path but its end."""
+def _proposal(rows: int, nodes: int, shape: TreeShape) -> TreeProposal:
+    """In each row a path through all levels, and further children of the root; the draft ran all of the path but its end."""
     depth = np.minimum(np.arange(nodes), shape.depth)
     depth[shape.depth + 1 :] = 1
     on_path = np.arange(nodes) <= shape.depth
     parent = np.where(on_path, np.maximum(np.arange(nodes) - 1, 0), 0)
     slot = np.where(on_path & (depth < shape.depth), 1 + (depth - 1) * shape.top_k, -1)
     slot[0] = 0
-    zeros_BM = jnp.zeros((1, nodes), jnp.int32)
+    zeros_BM = jnp.zeros((rows, nodes), jnp.int32)
+
+    def in_each_row(values):
+        return jnp.asarray(np.tile(values, (rows, 1)), jnp.int32)
+
     tree = Tree(
         tokens_BM=zeros_BM,
-        parent_BM=jnp.asarray(parent[None], jnp.int32),
-        depth_BM=jnp.asarray(depth[None], jnp.int32),
+        parent_BM=in_each_row(parent),
+        depth_BM=in_each_row(depth),
         valid_BM=zeros_BM == 0,
-        slot_BM=jnp.asarray(slot[None], jnp.int32),
-        score_BM=jnp.zeros((1, nodes), jnp.float32),
+        slot_BM=in_each_row(slot),
+        score_BM=jnp.zeros((rows, nodes), jnp.float32),
         exit_BM=zeros_BM,
     )
-    return TreeProposal(tree, jnp.full((1,), shape.depth, jnp.int32), None)
+    return TreeProposal(tree, jnp.full(rows, shape.depth, jnp.int32), None)
 
 
 def tree_builders(target, draft: Draft) -> list[Callable[[], dict[tuple, Program]]]:
@@ -120,7 +143,7 @@ def tree_builders(target, draft: Draft) -> list[Callable[[], dict[tuple, Program
         add(functools.partial(verify_tree_program, target, draft, nodes), "verify tree", nodes)
     for top_k in MEASURED_TOP_KS:
         builders.append(functools.partial(level_programs, target, draft, top_k))
-        add(functools.partial(head_program, draft, top_k), "head", top_k)
+        add(functools.partial(head_program, target, draft, top_k), "head", top_k)
     return builders
 
 

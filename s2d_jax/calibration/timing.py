@@ -1,4 +1,8 @@
-"""Programs that are timed: how they are set up, and how often they are run."""
+"""Programs that are timed: how they are set up, and how often they are run.
+
+They are compiled as rounds are (`s2d_jax.decode.programs.compile_part`). On a mesh every group of devices has one row, so what
+is timed is what a row costs where groups decode beside each other.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from s2d_jax.config.sampling import SamplingParams
+from s2d_jax.decode.programs import compile_part, state_shapes
+from s2d_jax.decode.row_groups import groups_of
 from s2d_jax.decode.state import DecodeState
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.generation.placement import Placement
 from s2d_jax.generation.result import GenerationResult
 from s2d_jax.model.transformer import apply_model
-from s2d_jax.weights.model import Draft
+from s2d_jax.sharding import gathered_last, mesh_in_use
+from s2d_jax.weights.model import Draft, Model
 
 # Positions of context that the caches hold; readings of the head per measurement.
 CONTEXT, READINGS = 128, 16
@@ -25,10 +33,16 @@ PATIENCE, FEWEST_RUNS = 5.0, 5
 Program = Callable[[], float]
 
 
+def placed_beside(target: Model) -> tuple[Placement, int]:
+    """Where the arrays of a round lie beside the target's parameters, and how many rows it has here: one for each group."""
+    placement = Placement.beside(target.device_params)
+    return placement, groups_of(placement.mesh)
+
+
 def _empty_state(decoder, width: int, args: tuple) -> DecodeState:
     """A state in mid-text whose caches hold zeros: the cost of a round does not depend on their content."""
-    shapes = jax.eval_shape(lambda *args: decoder.prefill(*args, width), *args)
-    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    shapes = state_shapes(decoder, width, args)
+    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)
     length_B = jnp.full_like(state.length_B, CONTEXT)
     return state.replace(
         length_B=length_B,
@@ -39,13 +53,14 @@ def _empty_state(decoder, width: int, args: tuple) -> DecodeState:
 
 
 def prepared(decoder: SpeculativeDecoder, *, rounds: int):
-    """Static decoder, arguments and state of one row that goes on for `rounds` tokens."""
+    """Static decoder, arguments and state of rows that go on for `rounds` tokens, one row in each group of a mesh."""
+    placement, rows = placed_beside(decoder.target)
     sampling = SamplingParams(max_new_tokens=rounds, ignore_eos=True)
-    static, width, args = decoder.prepare([[1] * CONTEXT], [sampling])
+    static, width, args = decoder.prepare([[1] * CONTEXT] * rows, [sampling] * rows)
     params, request, tokens_BC, length_B = args
     # No token ends the row, whatever the model computes from caches of zeros.
     request = request.replace(stop_ids_BZ=jnp.full_like(request.stop_ids_BZ, -1))
-    args = (params, request, tokens_BC, length_B)
+    args = (params, placement.put(request), tokens_BC, length_B)
     return static, args, _empty_state(static, width, args)
 
 
@@ -58,25 +73,30 @@ def filled(draft_state, length_B):
     return jax.tree.map(fill, draft_state, is_leaf=lambda leaf: hasattr(leaf, "advance_to"))
 
 
-def head_program(draft: Draft, positions: int = 1) -> Program:
+def head_program(target: Model, draft: Draft, positions: int = 1) -> Program:
     """Seconds of reading the draft's logits at some positions of its first exit, and their argmax."""
     model, exit_layer = draft.drafting_transformer, draft.draft_config.exit_layers[0]
+    placement, groups = placed_beside(target)
 
-    @jax.jit
     def heads(params, h_TD):
         def one(_, h_TD):
             logits_TV = apply_model(model, params, "logits", h_TD, exit_layer)
+            logits_TV = gathered_last(logits_TV, mesh_in_use())  # as `Segments` reads them
             token_T = jnp.argmax(logits_TV, axis=-1)
             return h_TD.at[:, 0].set(token_T.astype(draft.dtype))
 
         return jax.lax.fori_loop(0, READINGS, one, h_TD)
 
-    h_TD = jnp.ones((positions, draft.config.embed_dim), draft.dtype)
-    return timed(lambda: heads(draft.params, h_TD), READINGS)
+    # The positions of one group after those of another.
+    h_TD = jnp.ones((groups * positions, draft.config.embed_dim), draft.dtype)
+    inputs = placement.put_draft(draft.device_params), placement.put(h_TD)
+    run = compile_part(heads, inputs)
+    return timed(lambda: run(*inputs), READINGS)
 
 
 def timed(run: Callable, count: int) -> Program:
-    jax.block_until_ready(run())  # compiles and warms up
+    """Seconds of one of the `count` things that a compiled program does. Programs that devices run together are never
+    started from several threads, so this one does not run before it is measured."""
 
     def program() -> float:
         started = time.perf_counter()
@@ -87,7 +107,9 @@ def timed(run: Callable, count: int) -> Program:
 
 
 def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
-    """Runs all programs in turn, `repeats` times, slow ones less often; the median seconds of each."""
+    """Runs all programs once to warm up, then in turn, `repeats` times, slow ones less often; the median seconds of each."""
+    for program in programs.values():
+        program()
     seconds: dict = {name: [] for name in programs}
     spent = dict.fromkeys(programs, 0.0)
     for turn in range(repeats):

@@ -13,8 +13,9 @@ import jax
 from s2d_jax.backends import compiling_for, forms_of, platform_of_arrays
 from s2d_jax.decode.loop import Decoder
 from s2d_jax.decode.row_groups import over_groups
+from s2d_jax.decode.state import DecodeState
 from s2d_jax.progress.compiling import compiling
-from s2d_jax.sharding import mesh_of, split_over
+from s2d_jax.sharding import is_split, mesh_of, split_over
 
 
 class Programs(NamedTuple):
@@ -124,6 +125,18 @@ def round_programs(decoder: Decoder, inputs: tuple) -> tuple[RoundPrograms, floa
     return RoundPrograms(propose, verify, accept), first + second + third
 
 
+def compile_part(function: Callable, inputs: tuple) -> jax.stages.Compiled:
+    """`function`, compiled for `inputs` as parts of a round are: for their backend, and by groups of rows on a mesh.
+
+    It is not kept here, and nothing is donated, so it may run again on the same inputs.
+
+    Args:
+        function: as `row_groups.over_groups` takes it.
+        inputs: its arguments, where they will lie; as `row_groups.specs_of` reads them.
+    """
+    return _lower_and_compile(function, inputs)[1]
+
+
 def use_compile_cache(directory: str | Path | None = None) -> None:
     """Keeps compiled programs on disk, so that later processes load them instead of compiling.
 
@@ -146,11 +159,8 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     if key in _CACHE:
         return _CACHE[key], 0.0
     started = time.perf_counter()
-    # Where a program has switched JAX to 64 bits, sums of int32 would become int64, and no loop could carry them.
-    thirty_two = jax.enable_x64(False)
-    with compiling(key[0], _WORDS[key[0]].format(*key[2:-1]), inputs), thirty_two:
-        lowered = _lowered(function, inputs, donate, out)
-        compiled = lowered.compile(dict(forms_of(platform_of_arrays(inputs)).compiler_options))
+    with compiling(key[0], _WORDS[key[0]].format(*key[2:-1]), inputs):
+        lowered, compiled = _lower_and_compile(function, inputs, donate, out)
     result = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         lowered.out_info,
@@ -160,16 +170,52 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
     return _CACHE[key], time.perf_counter() - started
 
 
+def _lower_and_compile(function: Callable, inputs: tuple, donate=(), out=None):
+    """The function lowered, and compiled with the options of the backend that its inputs are on."""
+    # Where a program has switched JAX to 64 bits, sums of int32 would become int64, and no loop could carry them.
+    with jax.enable_x64(False):
+        lowered = _lowered(function, inputs, donate, out)
+        options = forms_of(platform_of_arrays(inputs)).compiler_options
+        return lowered, lowered.compile(dict(options))
+
+
 def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stages.Lowered:
     """The function, traced for the backend and the mesh that its inputs are on."""
+    shardings = {} if out is None else {"out_shardings": out}
+    traced = _traced(function, inputs)
+    return jax.jit(traced, donate_argnums=donate, **shardings).lower(*inputs)
+
+
+def _traced(function: Callable, inputs: tuple) -> Callable:
+    """The function with the forms of the backend that `inputs` are on, by groups of their mesh."""
     platform, mesh = platform_of_arrays(inputs), mesh_of(inputs)
 
     def traced(*inputs):
         with compiling_for(platform), split_over(mesh):
             return over_groups(function, mesh, inputs)(*inputs)
 
-    shardings = {} if out is None else {"out_shardings": out}
-    return jax.jit(traced, donate_argnums=donate, **shardings).lower(*inputs)
+    return traced
+
+
+def state_shapes(decoder: Decoder, prompt_width: int, args: tuple) -> DecodeState:
+    """The state that prefill would leave for `args` as `programs` takes them: shapes, on a mesh with shardings.
+
+    Nothing is compiled.
+    """
+
+    def prefill(params, request, tokens_BC, length_B):
+        return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
+
+    with jax.enable_x64(False):
+        state = jax.eval_shape(_traced(prefill, args), *args)
+    mesh = mesh_of(args)
+    if mesh is None:
+        return state
+    shardings = state.shardings(mesh, split_draft=is_split(args[0]["draft"]))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        *(state, shardings),
+    )
 
 
 def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lowered:
@@ -180,17 +226,8 @@ def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lo
         prompt_width: of the prefill that would come before; nothing of it is compiled.
         args: shapes with shardings.
     """
-    params, request, tokens_BC, length_B = args
-    mesh = decoder.target.mesh
-
-    def prefill(params, request, tokens_BC, length_B):
-        return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
-
-    state = jax.eval_shape(prefill, params, request, tokens_BC, length_B)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        *(state, state.shardings(mesh)),
-    )
+    params, request, *_ = args
+    state = state_shapes(decoder, prompt_width, args)
     return _lowered(decoder.run, (params, request, state), 2)
 
 

@@ -44,16 +44,28 @@ class DecodeState(flax.struct.PyTreeNode):
     proposed_BE: jax.Array
     guard: GuardState
 
-    def shardings(self, mesh: Mesh) -> DecodeState:
-        """Where prefill leaves it: rows over the data axis, and the target's keys and values by heads over the tensor axis."""
+    def shardings(self, mesh: Mesh, *, split_draft: bool = False) -> DecodeState:
+        """Where prefill leaves it: rows over the data axis, and the target's keys and values by heads over the tensor axis.
+
+        Args:
+            mesh: that of the target's parameters.
+            split_draft: the draft's parameters are split over it as well, and so are its keys and values.
+        """
         rows, heads = (
             NamedSharding(mesh, ROWS),
             NamedSharding(mesh, PartitionSpec("data", "tensor")),
         )
-        by_rows = jax.tree.map(lambda _: rows, self)
-        split = tuple(heads for _ in self.target_cache.keys)
-        cache = by_rows.target_cache.replace(keys=split, values=split)
-        return by_rows.replace(target_cache=cache)
+
+        def place(part):
+            if not isinstance(part, KVCache):
+                return rows
+            split = (heads,) * len(part.keys)
+            return jax.tree.map(lambda _: rows, part).replace(keys=split, values=split)
+
+        both_split = jax.tree.map(place, self, is_leaf=lambda part: isinstance(part, KVCache))
+        if split_draft:
+            return both_split
+        return both_split.replace(draft_state=jax.tree.map(lambda _: rows, self.draft_state))
 
 
 class Verified(flax.struct.PyTreeNode):

@@ -7,13 +7,12 @@ import itertools
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from s2d_jax.model.kv_cache import KVCache
 from s2d_jax.model.place import Place
 from s2d_jax.model.transformer import Transformer, apply_model
-from s2d_jax.sharding import kept_split
+from s2d_jax.sharding import gathered_last
 
 FINAL_NORM = "final_norm"
 
@@ -79,6 +78,4 @@ class Target:
 
         They are gathered once, so that no filter and no argmax sends anything.
         """
-        logits = apply_model(self.model, params, "logits", h)
-        anyhow = PartitionSpec.UNCONSTRAINED
-        return kept_split(logits, self.mesh, PartitionSpec(*(anyhow,) * (logits.ndim - 1), None))
+        return gathered_last(apply_model(self.model, params, "logits", h), self.mesh)

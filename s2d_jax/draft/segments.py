@@ -29,6 +29,7 @@ from s2d_jax.model.kv_cache import KVCache, grow_axis, keep_path, read_window, w
 from s2d_jax.model.place import Place
 from s2d_jax.model.prefill import reached, states_at_end
 from s2d_jax.model.transformer import Transformer, apply_model
+from s2d_jax.sharding import gathered_last, mesh_in_use
 
 
 class SortedState(flax.struct.PyTreeNode):
@@ -291,6 +292,9 @@ class Segments:
 
         def read(step):
             logits_BTU = apply_model(self.model, params, "logits", last_BTD, self.exit_layers[s])
+            # Gathered once. Drawing from parts of them would send between neighbours (collective-permute), for which XLA
+            # takes the devices of all groups together, and groups have different numbers of rounds.
+            logits_BTU = gathered_last(logits_BTU, mesh_in_use())
             logits_BTU = fit_draft_logits(logits_BTU, self.vocab_size, request)
             sure_BT = jnp.bool_(last) | (confidence(logits_BTU) > request.exit_threshold_E[s])
             if self.together:

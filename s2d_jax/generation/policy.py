@@ -23,7 +23,7 @@ from s2d_jax.fields import Fields
 from s2d_jax.files import expanded, local_path, read_json, write_text
 from s2d_jax.formats.hub import SORTED_DRAFT
 from s2d_jax.machine import device_kind
-from s2d_jax.sharding import mesh_of
+from s2d_jax.sharding import is_split, mesh_of
 from s2d_jax.weights.fingerprint import Fingerprint
 from s2d_jax.weights.model import Model
 
@@ -39,7 +39,8 @@ class PolicyKey:
     Attributes:
         target, draft: fingerprints of the models.
         formats: dtypes of the weights, target/draft.
-        device: its kind; for a CPU the model and the number of cores; and the mesh of the target, if it has one.
+        device: its kind; for a CPU the model and the number of cores; and the mesh of the target, if it has one, and whether
+            the draft is split over it.
         temperature: 0 is greedy.
     """
 
@@ -60,7 +61,8 @@ class PolicyKey:
         """The key of these models here and now; `prints` are their fingerprints, if already known."""
         of_target, of_draft = prints or (fingerprint(target), fingerprint(draft))
         formats = f"{weight_format(target)}/{weight_format(draft)}"
-        return cls(str(of_target), str(of_draft), formats, _devices(target), float(temperature))
+        devices = _devices(target, draft)
+        return cls(str(of_target), str(of_draft), formats, devices, float(temperature))
 
     @property
     def temperature_class(self) -> str:
@@ -82,11 +84,20 @@ class Policy:
     evidence: Mapping[str, Any]
 
 
-def _devices(target: Model) -> str:
-    """The kind of device, and how a target lies on several: as data 8 and as tensor 8 they are different machines."""
+def _devices(target: Model, draft: Model) -> str:
+    """The kind of device, and how a pair lies on several: as data 8 and as tensor 8 they are different machines."""
+    return ", ".join([device_kind(), *(f"{name} {n}" for name, n in _mesh(target, draft).items())])
+
+
+def _mesh(target: Model, draft: Model) -> dict[str, int | str]:
+    """The axes of the target's mesh that have several devices, and `"draft": "split"` if the draft is split over it."""
     mesh = mesh_of(target.params)
-    axes = {} if mesh is None else mesh.shape
-    return ", ".join([device_kind(), *(f"{name} {n}" for name, n in axes.items() if n > 1)])
+    if mesh is None:
+        return {}
+    found: dict[str, int | str] = {name: n for name, n in mesh.shape.items() if n > 1}
+    if mesh_of(draft.params) == mesh and is_split(draft.params):
+        found["draft"] = "split"
+    return found
 
 
 def fingerprint(model: Model) -> Fingerprint:
@@ -174,9 +185,10 @@ def load_policy(target: Model, draft: Model, temperature: float, file: str | Pat
     found = [_renamed(policy, prints, key) for policy in read_policies(path)]
     policy = find_policy(found, key)
     if policy is None:
+        mesh = "".join(f" --mesh.{name} {value}" for name, value in _mesh(target, draft).items())
         raise UserError(
             f"{path} has no policy for {target.source} ({key.formats}, {key.device}, {key.temperature_class}); run "
-            f"python -m infer.calibrate --target {target.source} --draft {draft.source}"
+            f"python -m infer.calibrate --target {target.source} --draft {draft.source}{mesh}"
         )
     return policy
 

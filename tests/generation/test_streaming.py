@@ -12,6 +12,7 @@ from noisy_pair import make_talking_decoder
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.errors import UserError
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.sharding import MeshConfig, make_mesh, replicated
 
 VOCAB = 300
 PROMPTS = [[5, 9, 2], [7, 7, 1, 3, 30, 12, 50]]
@@ -99,6 +100,24 @@ def test_stop_strings_end_their_row_only(decoder, sampling):
     assert stats.mean_acceptance_length == decoded / stats.target_forwards
     stream = decoder.stream(PROMPTS, rows, rounds_per_look=2)
     assert drained(stream) == (result.texts, result.token_ids)
+
+
+def test_stop_strings_end_rows_of_a_group_that_was_filled_up(decoder):
+    """Three prompts over two groups of devices: beside the third is a row that nobody asked for."""
+    params = jax.device_put(decoder.target.params, replicated(make_mesh(MeshConfig(data=2))))
+    target = dataclasses.replace(decoder.target, params=params)
+    over_data = SpeculativeDecoder(target, decoder.draft, decoder.config)
+    whole = decoder.generate(PROMPTS, GREEDY)
+    stop = whole.texts[0][12:15]
+    cut = whole.texts[0].index(stop)
+    rows = [dataclasses.replace(GREEDY, stop=strings) for strings in ((), (), (stop,))]
+    stream = over_data.stream([*PROMPTS, PROMPTS[0]], rows, rounds_per_look=2)
+    texts, token_ids = drained(stream, rows=3)
+    assert texts == stream.result.texts == [*whole.texts, whole.texts[0][:cut]]
+    assert token_ids[:2] == whole.token_ids
+    assert token_ids[2] == whole.token_ids[0][: len(token_ids[2])]
+    stats = stream.result.row_stats
+    assert stats[2].target_forwards < stats[0].target_forwards
 
 
 def test_bad_requests_say_what_is_wrong(decoder):

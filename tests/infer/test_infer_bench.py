@@ -74,6 +74,7 @@ def test_two_targets_are_measured_with_one_loaded_draft(
     # What was loaded, not that no flag was given.
     formats = [report["settings"][f"{role}_format"] for role in ("target", "draft")]
     assert formats == ["f32", "f32"]
+    assert not any(name.startswith("mesh") for name in report["settings"])
     rows = report["rows"]
     assert [row["method"] for row in rows] == ["ar", "sd@1", "s2d"] * 2
     assert [row["target"] for row in rows] == [models.large] * 3 + [models.draft] * 3
@@ -241,3 +242,28 @@ def test_numbers_as_text():
     assert shares({9: 1, 6: 3}) == "6:\xa075%  9:\xa025%"
     assert shares({6: 0}) == shares({}) == "-"
     assert rates((0.8, 1.0)) == ".80 1.00"
+
+
+@pytest.mark.exhaustive("a mesh is measured beside its calibration, and every method without one")
+def test_every_method_is_measured_on_a_mesh(models, questions, tmp_path, monkeypatch, capsys):
+    flags = ("--target", models.large, "--draft", models.draft, "--questions", questions)
+    methods = ("--methods", "ar,s2d,s2d+tree,sd@1,draft", "--phase-questions", 1)
+    rest = (*methods, "--max-new-tokens", 8, "--raw")
+    settings = {}
+    for how in ("whole", "split"):
+        out = tmp_path / how
+        mesh = ("--mesh.data", 2, "--mesh.tensor", 2, "--mesh.draft", how)
+        run(bench.main, monkeypatch, *flags, *rest, *mesh, "--out", out)
+        report = json.loads((out / "report.json").read_text())
+        assert all(row["identical_to_baseline"] for row in report["rows"])
+        assert all({"draft", "verify"} <= row["seconds_by_phase"].keys() for row in report["rows"])
+        settings[how] = {k: v for k, v in report["settings"].items() if k.startswith("mesh.")}
+        assert "2 prompts, data 2, tensor 2" in " ".join(capsys.readouterr().out.split())
+    assert settings["whole"] == {"mesh.data": 2, "mesh.tensor": 2, "mesh.draft": "whole"}
+    assert settings["split"] == {**settings["whole"], "mesh.draft": "split"}
+
+
+def test_kernels_are_timed_on_one_device(tmp_path, monkeypatch, capsys):
+    flags = ("--kernels", "--mesh.data", 2, "--out", tmp_path)
+    said = failing_run(bench.main, monkeypatch, capsys, *flags)
+    assert "--kernels times products on one device; leave --mesh.* out" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.errors import UserError
 from s2d_jax.generation.decoder import SpeculativeDecoder
+from s2d_jax.sharding import MeshConfig, make_mesh
 from s2d_jax.weights.load import load_draft, load_model
 
 SMALL = ("--tree-depth", 3, "--tree-top-k", 3, "--tree-nodes", 10)
@@ -261,6 +263,42 @@ def test_rounds_are_those_of_generate(models, changes, temperature):
     if temperature == 0:  # the first child is the most probable one
         assert all(r.children(0)[0] == 1 for r in rounds if len(r.nodes) > 1)
     assert len(read_rounds(decoder, prompt, params, 2)) == 2
+
+
+@pytest.mark.exhaustive("rounds are explained on one device, and meshes decode the same rounds")
+@pytest.mark.parametrize(
+    ("data", "tensor", "changes"),
+    [
+        (2, 1, {"tree": SMALL_SHAPE}),
+        (1, 2, {"num_draft_tokens": 5}),
+        (2, 2, {"tree": SMALL_SHAPE}),
+        (2, 2, {"num_draft_tokens": 5}),
+    ],
+)
+def test_rounds_on_a_mesh_are_those_of_one_device(models, data, tensor, changes):
+    decoder, params = decoder_of(models, **changes), SamplingParams(max_new_tokens=12)
+    prompt = decoder.target.tokenizer.encode("one two three")
+    mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
+    target = load_model(models.large, mesh=mesh)
+    on_mesh = SpeculativeDecoder(target, decoder.draft, decoder.config)
+    one, many = (read_rounds(each, prompt, params, 5) for each in (decoder, on_mesh))
+    assert len(one) == len(many) > 0
+    for ours, expected in zip(many, one, strict=True):
+        assert ours.own_token_id == expected.own_token_id
+        for node, other in zip(ours.nodes, expected.nodes, strict=True):
+            about = other.probability and pytest.approx(other.probability, rel=1e-4)
+            assert node == dataclasses.replace(other, probability=about)
+
+
+@pytest.mark.exhaustive("each of the flags alone is tested on one device")
+def test_a_look_inside_and_a_stream_on_a_mesh(models, tmp_path, monkeypatch, capsys):
+    flags = ("--target", models.large, "--draft", models.draft, "--prompt", "one two")
+    looks = ("--explain", 2, "--explain-out", tmp_path / "trees", "--profile", tmp_path / "trace")
+    rest = ("--max-new-tokens", 10, "--stream", *looks, "--mesh.data", 2, "--mesh.tensor", 2)
+    run(generate.main, monkeypatch, *flags, *rest)
+    assert "round 2: " in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "trees" / "large" / "trees.json").read_text())) == 2
+    assert list((tmp_path / "trace" / "large").rglob("perfetto_trace.json.gz"))
 
 
 def test_explained_rounds_are_shown_and_written(models, tmp_path, monkeypatch, capsys):

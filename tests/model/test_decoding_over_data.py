@@ -15,7 +15,7 @@ from s2d_jax.compilers.hlo import parse_hlo
 from s2d_jax.config.decode import DecodeConfig
 from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
-from s2d_jax.decode.programs import programs
+from s2d_jax.decode.programs import prefill_program, programs, state_shapes
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.policy import PolicyKey
 from s2d_jax.sharding import MeshConfig, make_mesh
@@ -68,6 +68,64 @@ def test_tokens_equal_those_of_one_device(target, draft, method, temperature, da
     assert many.stats.draft_forwards[2] >= one.stats.draft_forwards[2]
 
 
+@pytest.mark.parametrize(
+    ("method", "temperature", "data", "tensor"),
+    [
+        ("chain", 1.0, 2, 4),
+        OTHERS("chain", 0.0, 2, 4),
+        OTHERS("chain", 0.0, 1, 8),
+        OTHERS("chain", 1.0, 1, 8),
+        OTHERS("tree", 0.0, 2, 4),
+        OTHERS("tree", 1.0, 2, 4),
+        OTHERS("tree", 0.0, 1, 8),
+        OTHERS("tree", 1.0, 1, 8),
+    ],
+)
+def test_a_split_draft_drafts_the_tokens_of_one_device(
+    target, draft, method, temperature, data, tensor
+):
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=16)
+    one = SpeculativeDecoder(target, draft, CONFIGS[method]).generate(PROMPTS, sampling)
+    mesh = _mesh(data, tensor)
+    decoder = SpeculativeDecoder(split(target, mesh), split(draft, mesh), CONFIGS[method])
+    many = decoder.generate(PROMPTS, sampling)
+    assert many.token_ids == one.token_ids
+    assert [row.drafted_by for row in many] == [row.drafted_by for row in one]
+    static, width, args = decoder.prepare(PROMPTS, sampling)
+    (prefill, run), _ = programs(static, width, args)
+    if data > 1:
+        _check_sent_within_groups(run.as_text(), mesh)
+    heads = target.config.num_kv_heads
+    for cache in prefill(*args).draft_state.segments:
+        for array in (*cache.keys, *cache.values):
+            assert array.addressable_shards[0].data.shape[1] == heads // tensor
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "tensor", "how"),
+    [
+        ("chain", 2, 4, "split"),
+        ("chain", 8, 1, "whole"),
+        OTHERS("chain", 2, 4, "whole"),
+        OTHERS("tree", 8, 1, "whole"),
+        OTHERS("tree", 2, 4, "split"),
+    ],
+)
+def test_a_state_lies_where_it_was_said_before_anything_is_compiled(
+    target, draft, method, data, tensor, how
+):
+    mesh = _mesh(data, tensor)
+    drafting = split(draft, mesh) if how == "split" else draft
+    decoder = SpeculativeDecoder(split(target, mesh), drafting, CONFIGS[method])
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=16)
+    static, width, args = decoder.prepare(PROMPTS, sampling)
+    said, (_, found, _) = state_shapes(static, width, args), prefill_program(static, width, args)
+    assert jax.tree.structure(said) == jax.tree.structure(found)
+    for ours, expected in zip(jax.tree.leaves(said), jax.tree.leaves(found), strict=True):
+        assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+        assert ours.sharding.is_equivalent_to(expected.sharding, len(ours.shape))
+
+
 def test_caches_grow_and_serve_the_next_turn(target, draft):
     """Three prompts over two groups, so a row that nobody asked for grows and goes on as well."""
     check_next_turn(target, draft, _mesh(2, 1), PROMPTS[:3])
@@ -115,10 +173,17 @@ def test_a_split_target_sends_over_the_tensor_axis_only(target, draft):
         [[5, 9]] * 8, SamplingParams(max_new_tokens=16)
     )
     (_, run), _ = programs(static, width, args)
+    _check_sent_within_groups(run.as_text(), mesh)
+
+
+def _check_sent_within_groups(text: str, mesh) -> None:
+    """Groups have different numbers of rounds, so none may wait for another in a round."""
     numbers = [[int(device.id) for device in row.flatten()] for row in mesh.devices]
-    groups = _groups_that_send(run.as_text())
+    groups = _groups_that_send(text)
     assert groups
     assert all(any(set(group) <= set(row) for row in numbers) for group in groups)
+    # XLA takes all devices together for it, whatever pairs it names.
+    assert "collective-permute" not in text
 
 
 def _groups_that_send(text: str) -> list[list[int]]:

@@ -236,7 +236,7 @@ def test_calibration_records_what_the_parts_read(target, draft):
 
 
 def test_costs_of_exits_with_parts_are_measured(target, draft):
-    for program in (head_program(draft), *draft_programs(target, draft, (1, 2)).values()):
+    for program in (head_program(target, draft), *draft_programs(target, draft, (1, 2)).values()):
         assert program() > 0
 
 
