@@ -13,6 +13,7 @@ from infer.bench.measure import Sample, measure, round_shares
 from infer.bench.methods import BASELINE, Method, build_methods, check_trees, parse_methods
 from infer.bench.plots import write_plots
 from infer.bench.report import make_rows, show_report, write_report
+from s2d_jax.cli.agreement import check_agreement, several_processes
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.loading import (
     Meshes,
@@ -31,20 +32,26 @@ from s2d_jax.cli.short_text import short_name
 from s2d_jax.errors import UserError
 from s2d_jax.files import write_text
 from s2d_jax.generation.placement import Placement
+from s2d_jax.processes import is_main_process
 from s2d_jax.weights.model import Draft, Model
 from s2d_jax.weights.prepare import format_kept
 
 
 def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
-    check_directory(args.out)
+    if is_main_process():
+        check_directory(args.out)
     if args.measuring.kernels:
+        if several_processes():
+            raise UserError("--kernels times products on one device; run it in one process")
         if args.mesh != MeshOptions():
             raise UserError("--kernels times products on one device; leave --mesh.* out")
         bench_kernels(args.target[0] if args.target else None, args.out)
         return
     require_targets(args.target)
     if args.measuring.profile is not None:
+        if several_processes():
+            raise UserError("--profile traces one process; leave it out where there are several")
         check_directory(args.measuring.profile, "--profile")
     keep_programs(args.loading.compile_cache)
     names = parse_methods(args.methods)
@@ -55,6 +62,17 @@ def bench(args: Args) -> None:
         raise UserError("no --questions were given; give a file of prompts")
     questions = read_questions(
         args.questions, categories=categories, max_questions=args.measuring.max_questions
+    )
+    check_agreement(
+        {
+            "questions": [question.turns for question in questions],
+            "target": args.target,
+            "draft": args.draft,
+            "methods": args.methods,
+            **dataclasses.asdict(args.measuring),
+            **dataclasses.asdict(args.sampling),
+            **dataclasses.asdict(args.drafting),
+        }
     )
     vocabulary = args.loading.draft_vocabulary
     if vocabulary is not None and not (args.draft or args.measuring.independent_draft):
@@ -92,6 +110,8 @@ def bench(args: Args) -> None:
         if args.measuring.profile is not None:
             _profile(args, args.measuring.profile / short_name(path), target, methods, questions[0])
         del target, methods
+    if not is_main_process():
+        return
     settings = _settings(args, questions, formats, [draft, independent], meshes)
     write_report(args.out, environment(dtype), settings, rows)
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)

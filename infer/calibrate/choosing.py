@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from infer.calibrate.args import Args
 from s2d_jax.calibration.candidates import best_of_families
 from s2d_jax.calibration.choose import Calibration, Choice, Effort
 from s2d_jax.calibration.time_trees import MEASURED_TOP_KS
+from s2d_jax.cli.agreement import check_agreement
 from s2d_jax.cli.environment import environment
 from s2d_jax.cli.loading import (
     keep_programs,
@@ -34,6 +36,7 @@ from s2d_jax.generation.policy import (
     read_policies,
     write_policies,
 )
+from s2d_jax.processes import is_main_process
 from s2d_jax.weights.model import Draft, Model
 
 
@@ -42,17 +45,28 @@ def calibrate(args: Args) -> None:
     require_targets(args.target)
     if args.draft is None:
         raise UserError("no --draft was given; give an exported sorted draft, or another model")
-    if args.out is not None:
+    if args.out is not None and is_main_process():
         check_writable(args.out)
     keep_programs(args.loading.compile_cache)
     questions = read_questions(args.questions)
+    check_agreement(
+        {
+            "target": args.target,
+            "draft": args.draft,
+            "questions": [question.turns for question in questions],
+            **dataclasses.asdict(args.effort),
+            "temperature": args.temperature,
+        }
+    )
     vocabulary = args.loading.draft_vocabulary
     meshes = meshes_of_flags(args.mesh)
     draft = load_listed_draft(args.draft, vocabulary, args.loading.draft_format, meshes.draft)
     assert draft is not None  # there is a path
     _check_trees(args, draft)
-    file = check_writable(policy_file_of(draft, args.out))
-    read_policies(file)  # reports a damaged file before anything is measured
+    file = policy_file_of(draft, args.out)
+    if is_main_process():
+        file = check_writable(file)
+        read_policies(file)  # reports a damaged file before anything is measured
     temperatures = tuple(dict.fromkeys(args.temperature or (0.0, 1.0)))
     for path in args.target:
         started = time.perf_counter()
@@ -75,7 +89,8 @@ def calibrate(args: Args) -> None:
             )
             choices = []
             for choice in calibration.choices():
-                write_policies(file, [choice.policy])
+                if is_main_process():
+                    write_policies(file, [choice.policy])
                 choices.append(choice)
         for choice in choices:  # below the bars, which would draw over a table
             _show(target.source, choice)

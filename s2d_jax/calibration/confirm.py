@@ -14,6 +14,7 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.generation.buckets import bucket
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.stats import GenerationStats
+from s2d_jax.processes import of_main_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ def time_in_alternation(
     for number, prompt in enumerate(prompts):
         now = time.perf_counter()
         expected = now + (now - began) / max(number, 1)  # another takes as long as those before
-        if number >= fewest and expected > until:
+        late = of_main_process(float(number >= fewest and expected > until))
+        if late:
             break
         for turn in rotated(range(len(decoders)), number):
             runs[turn].append(warm_run(decoders[turn], prompt, sampling)[0].stats)

@@ -19,6 +19,7 @@ from s2d_jax.generation.buckets import bucket
 from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.model.transformer import apply_model
 from s2d_jax.sampling import SamplingArrays, probabilities, top_k
+from s2d_jax.sharding import fetch_whole
 from s2d_jax.weights.model import Draft, Model
 
 BATCH = 8
@@ -98,7 +99,7 @@ def _passes(
         arrays = map(jnp.asarray, (tokens_BC, first_B, temperature_B))
         inputs = (params, *map(placement.put, arrays))
         compiled = compiled or compile_part(score, inputs)
-        scored = jax.device_get(compiled(*inputs))
+        scored = fetch_whole(compiled(*inputs))
         for row in range(len(numbers)):
             yield tuple(of_rows[row] for of_rows in scored)
 

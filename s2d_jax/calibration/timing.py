@@ -22,6 +22,7 @@ from s2d_jax.generation.decoder import SpeculativeDecoder
 from s2d_jax.generation.placement import Placement
 from s2d_jax.generation.result import GenerationResult
 from s2d_jax.model.transformer import apply_model
+from s2d_jax.processes import of_main_process
 from s2d_jax.sharding import gathered_last, mesh_in_use
 from s2d_jax.weights.model import Draft, Model
 
@@ -107,7 +108,11 @@ def timed(run: Callable, count: int) -> Program:
 
 
 def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
-    """Runs all programs once to warm up, then in turn, `repeats` times, slow ones less often; the median seconds of each."""
+    """Runs all programs once to warm up, then in turn, `repeats` times, slow ones less often; the median seconds of each.
+
+    Several processes run them in the same order, and all take the seconds of the main process.
+    """
+    programs = dict(sorted(programs.items(), key=str))
     for program in programs.values():
         program()
     seconds: dict = {name: [] for name in programs}
@@ -117,9 +122,9 @@ def medians(programs: dict, repeats: int, on_run: Callable[[], None]) -> dict:
             if turn < FEWEST_RUNS or spent[name] < PATIENCE:
                 started = time.perf_counter()
                 seconds[name].append(program())
-                spent[name] += time.perf_counter() - started
+                spent[name] += of_main_process(time.perf_counter() - started)
             on_run()
-    return {name: statistics.median(column) for name, column in seconds.items()}
+    return {name: of_main_process(statistics.median(column)) for name, column in seconds.items()}
 
 
 Item = TypeVar("Item")
