@@ -43,10 +43,10 @@ def talks(tmp_path_factory):
     return path
 
 
-def together(*arguments, devices=1):
-    """Two processes of one command."""
-    command = [sys.executable, "-m", "infer.generate", *map(str, arguments)]
-    return start_together([command] * 2, devices=devices)
+def together(*arguments, module="infer.generate"):
+    """Two processes of one command, on a device each."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return start_together([command] * 2, devices=1)
 
 
 def answered(results, out):
@@ -172,3 +172,34 @@ def test_processes_that_were_given_other_prompts_are_told(models, prompts, talks
         (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
         assert "process 1: prompts is" in line or line.startswith("error: prompts is")
         assert "start all processes with the same flags and files" in line
+
+
+@pytest.mark.exhaustive("generation is what benchmarks run, and is tested always")
+def test_a_benchmark_measures_what_both_compute(models, prompts, tmp_path):
+    out = tmp_path / "bench"
+    files = ("--target", models.large, "--draft", models.draft, "--questions", prompts)
+    flags = (*SHORT, "--methods", "ar,s2d", "--mesh.tensor", 2, "--out", out)
+    (first, _, told), (second, shown, _) = finish(together(*files, *flags, module="infer.bench"))
+    assert (first, second) == (0, 0), told
+    assert not [line for line in shown.splitlines() if "Gloo" not in line]
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["mesh.tensor"] == 2
+    assert [row["prompts_not_identical"] for row in report["rows"]] == [0, 0]
+
+
+@pytest.mark.exhaustive("minutes: each part of a round is compiled twice")
+def test_a_calibration_is_found_by_several_processes(monkeypatch, models, prompts, tmp_path):
+    policies = tmp_path / "policies.json"
+    pair = ("--target", models.large, "--draft", models.draft)
+    effort = ("--prompts", 2, "--new-tokens", 8, "--no-trees", "--temperature", 0, "--minutes", 0.2)
+    flags = ("--questions", prompts, *effort, "--out", policies)
+    results = finish(together(*pair, *flags, module="infer.calibrate"))
+    assert [status for status, *_ in results] == [0, 0], results
+    (policy,) = json.loads(policies.read_text())["policies"]
+    assert policy["key"]["device"].endswith(", data 2")
+    out = tmp_path / "two.jsonl"
+    given = (*pair, "--prompts", prompts, *SHORT)
+    auto = ("--policy", "auto", "--policy-file", policies, "--out", out)
+    rows = answered(finish(together(*given, *auto)), out)
+    alone_rows = alone(monkeypatch, tmp_path / "one.jsonl", *given)
+    assert [row["messages"] for row in rows] == [row["messages"] for row in alone_rows]
