@@ -70,6 +70,7 @@ def test_what_cannot_be_swept_is_said_before_anything_is_loaded(tmp_path, flags,
 
 
 @pytest.mark.exhaustive("half a minute; what it prints and how it reads flags is tested always")
+@pytest.mark.exhaustive("a script that makes figures of the documentation")
 def test_sweep(models, questions, tmp_path, capsys):
     sweep = script("tree_sweep")
     args = sweep.Args(

@@ -283,6 +283,7 @@ def test_a_q_at_the_wrong_ids_is_caught(monkeypatch):
     assert not _follows(_counts(Mode("thresholds", trimmed=True)), _exact(PLAIN))
 
 
+@pytest.mark.exhaustive("other faults are caught in every run")
 def test_reranking_drawn_children_is_caught(monkeypatch):
     """Ranking drawn children by their own probability, as deterministic ones are, must fail this very test."""
     children = Growth.children
@@ -296,6 +297,7 @@ def test_reranking_drawn_children_is_caught(monkeypatch):
     assert not _follows(_counts(Mode("thresholds", tree=BY_LEVEL)), _exact(PLAIN))
 
 
+@pytest.mark.exhaustive("other faults are caught in every run")
 def test_a_q_that_keeps_its_sum_short_is_caught(monkeypatch):
     """q must be normalised again after each refusal: without that this very test fails."""
     norm = tree_acceptance._norm

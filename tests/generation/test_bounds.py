@@ -162,6 +162,7 @@ def test_a_calibration_fits_the_targets_context():
     assert "no prompts" in refused(lambda: effort.check_prompts([], 512))
 
 
+@pytest.mark.exhaustive("compiles two programs for a bound that seldom changes")
 def test_the_smallest_temperatures_are_greedy_in_chains_and_trees(target, draft):
     """And small ones that are not greedy emit the same, through all the arithmetic of sampling."""
     for config in (CHAIN, DecodeConfig(EXITS, tree=TreeShape(depth=2, top_k=2, nodes=5))):

@@ -96,34 +96,34 @@ class Mode:
         )
 
 
-# Every drafter, rule, way of drafting, filter, format, list of tokens, part and kind of tree, in as few compiled programs as
-# that takes: modes that differ in their rule or filter only share one.
+# Every drafter, rule, way of drafting, filter, format, list of tokens and part, and most kinds of trees, in as few compiled
+# programs as that takes: modes that differ in their rule or filter only share one.
 MODES = [
-    Mode("none"),
     Mode("none", sampling=FILTERED),
     Mode("independent"),
     Mode("fixed", False, sampling=FILTERED, trimmed=True),
     Mode("thresholds"),
     Mode("thresholds", rule="heuristic"),
-    Mode("thresholds", rule="heuristic", sampling=FILTERED),
     Mode("thresholds", False, sampling=FILTERED),
-    Mode("thresholds", False, "heuristic"),
     Mode("independent", False, "confidence"),
-    Mode("independent", False, "expected_gain", sampling=FILTERED),
     Mode("thresholds", rule="expected_gain", guarded=True, parts=True),
-    Mode("thresholds", rule="confidence", guarded=True, sampling=FILTERED, parts=True),
     Mode("thresholds", target_format="int8", draft_format="bf16", trimmed=True),
-    Mode("independent", False, target_format="int8", draft_format="int8", guarded=True),
     Mode("thresholds", tree=BY_LEVEL),
     Mode("thresholds", tree=BY_NODE, sampling=FILTERED, trimmed=True, guarded=True, parts=True),
     Mode("independent", tree=GAPPED),
-    Mode("fixed", False, tree=NARROW, sampling=FILTERED),
     Mode("thresholds", False, tree=STATIC_BY_NODE, target_format="int8", draft_format="int8"),
-    Mode("independent", False, tree=BY_LEVEL, guarded=True),
 ]
 
 # What each of these adds to those above is a pair of features that occur there apart.
 _MORE = [
+    Mode("none"),
+    Mode("thresholds", rule="heuristic", sampling=FILTERED),
+    Mode("thresholds", False, "heuristic"),
+    Mode("independent", False, "expected_gain", sampling=FILTERED),
+    Mode("thresholds", rule="confidence", guarded=True, sampling=FILTERED, parts=True),
+    Mode("independent", False, target_format="int8", draft_format="int8", guarded=True),
+    Mode("fixed", False, tree=NARROW, sampling=FILTERED),
+    Mode("independent", False, tree=BY_LEVEL, guarded=True),
     *(
         Mode(policy, sampled)
         for policy in ("independent", "fixed", "thresholds")

@@ -69,11 +69,15 @@ def alone(monkeypatch, out, *arguments):
     "flags",
     [
         pytest.param(("--temperature", 1), id="rows over data, sampled"),
-        pytest.param(("--mesh.tensor", 2, "--target-format", "int8"), id="int8 over tensor"),
+        pytest.param(
+            ("--mesh.tensor", 2, "--target-format", "int8"),
+            id="int8 over tensor",
+            marks=pytest.mark.exhaustive("rows over data are tested always"),
+        ),
         pytest.param(
             ("--mesh.tensor", 2, "--mesh.draft", "split", "--tree", "--stream"),
             id="a split draft's trees, streamed",
-            marks=pytest.mark.exhaustive("two cases of other flags run always"),
+            marks=pytest.mark.exhaustive("rows over data are tested always"),
         ),
     ],
 )
@@ -116,7 +120,13 @@ def lines(path):
     ("victim", "stop", "says"),
     [
         pytest.param(1, signal.SIGKILL, "most often another process is gone", id="the second is killed"),
-        pytest.param(0, signal.SIGKILL, "process 0 is gone; start all again", id="the first is killed"),
+        pytest.param(
+            0,
+            signal.SIGKILL,
+            "process 0 is gone; start all again",
+            id="the first is killed",
+            marks=pytest.mark.exhaustive("the second is killed always"),
+        ),
         pytest.param(
             1,
             signal.SIGSTOP,

@@ -198,6 +198,7 @@ def test_only_the_named_part_learns(part):
     np.testing.assert_allclose(history[0]["loss"], plain["loss"], rtol=1e-4)
 
 
+@pytest.mark.exhaustive("a run on a mesh with a teacher is tested in two processes")
 def test_teachers_and_parts_are_alike_on_a_mesh():
     teachers = (teacher_params(5), teacher_params(6))
     draft = {"exit_heads": (1,), "exit_adapters": (2,), "adapter_rank": 4}

@@ -250,6 +250,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(source, interrupted, capsy
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, 9))
 
 
+@pytest.mark.exhaustive("a loss that is not finite is tested in an earlier step")
 def test_a_last_step_that_diverges_is_no_success(source, tmp_path, capsys):
     for held_out in (0.0, 0.1):
         run_dir = tmp_path / f"run {held_out}"

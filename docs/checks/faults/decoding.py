@@ -304,8 +304,8 @@ DECODING = [
         "host-asks-twice",
         "the host fetches state and counters one after the other",
         "s2d_jax/generation/session.py",
-        "state, counters = jax.device_get((_without_caches(self._state), counters))",
-        "state, counters = map(jax.device_get, (_without_caches(self._state), counters))",
+        "state, counters = fetch_whole((_without_caches(self._state), counters))",
+        "state, counters = map(fetch_whole, (_without_caches(self._state), counters))",
         "decode/test_decoder.py -k host_is_asked_once",
     ),
     Fault(
