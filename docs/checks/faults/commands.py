@@ -104,4 +104,28 @@ COMMANDS = [
         "coin_BG >= request.acceptance_B[:, None]",
         "infer/test_accelerator_check.py -k coins",
     ),
+    Fault(
+        "every-process-writes",
+        "each of several processes opens the journal, and not only the first",
+        "infer/generate/engine.py",
+        "later, writes=is_main_process())",
+        "later, writes=True)",
+        "infer/test_several_processes.py -k sampled",
+    ),
+    Fault(
+        "other-prompts-unnoticed",
+        "processes that were given other prompts decode them together",
+        "infer/generate/answering.py",
+        "    check_agreement(settings_of(args, questions))\n",
+        "",
+        "infer/test_several_processes.py -k other_prompts",
+    ),
+    Fault(
+        "peers-loss-is-a-stack",
+        "what fails because another process is gone is told with a traceback",
+        "s2d_jax/cli/together.py",
+        'or "Gloo" in str(error)',
+        "",
+        "infer/test_several_processes.py -k 'dies and second'",
+    ),
 ]
