@@ -63,28 +63,9 @@ def bench(args: Args) -> None:
     questions = read_questions(
         args.questions, categories=categories, max_questions=args.measuring.max_questions
     )
-    check_agreement(
-        {
-            "questions": [question.turns for question in questions],
-            "target": args.target,
-            "draft": args.draft,
-            "methods": args.methods,
-            **dataclasses.asdict(args.measuring),
-            **dataclasses.asdict(args.sampling),
-            **dataclasses.asdict(args.drafting),
-        }
-    )
-    vocabulary = args.loading.draft_vocabulary
-    if vocabulary is not None and not (args.draft or args.measuring.independent_draft):
-        raise UserError("--draft-vocabulary needs a draft; give --draft or --independent-draft")
-    meshes, draft_format = meshes_of_flags(args.mesh), args.loading.draft_format
-    draft, independent = (
-        _on_mesh(
-            load_listed_draft(path, vocabulary if path else None, draft_format, meshes.draft),
-            meshes,
-        )
-        for path in (args.draft, args.measuring.independent_draft)
-    )
+    _check_agreement(args, questions)
+    meshes = meshes_of_flags(args.mesh)
+    draft, independent = _load_drafts(args, meshes)
     rows, samples, dtype, formats = [], [], "", []
     for path in args.target:
         drafts, raw = [draft, independent], args.measuring.raw
@@ -120,12 +101,34 @@ def bench(args: Args) -> None:
     show_report(screen(), settings, rows)
 
 
-def _on_mesh(draft: Draft | None, meshes: Meshes) -> Draft | None:
-    """The draft where decoders would put it, so that those of all methods share it."""
-    if draft is None:
-        return None
-    params = Placement(meshes.target).put_draft(draft.device_params)
-    return dataclasses.replace(draft, params=params)
+def _check_agreement(args: Args, questions: list[Question]) -> None:
+    """Raises UserError in a process that would run other programs than the first one."""
+    check_agreement(
+        {
+            "questions": [question.turns for question in questions],
+            **{name: getattr(args, name) for name in ("target", "draft", "methods")},
+            **dataclasses.asdict(args.measuring),
+            **dataclasses.asdict(args.sampling),
+            **dataclasses.asdict(args.drafting),
+        }
+    )
+
+
+def _load_drafts(args: Args, meshes: Meshes) -> list[Draft | None]:
+    """The sorted and the independent draft, where decoders would put them, so that those of all methods share them."""
+    vocabulary, weight_format = args.loading.draft_vocabulary, args.loading.draft_format
+    paths = args.draft, args.measuring.independent_draft
+    if vocabulary is not None and not any(paths):
+        raise UserError("--draft-vocabulary needs a draft; give --draft or --independent-draft")
+    placement, drafts = Placement(meshes.target), []
+    for path in paths:
+        listed = vocabulary if path else None
+        draft = load_listed_draft(path, listed, weight_format, meshes.draft)
+        if draft is not None:
+            params = placement.put_draft(draft.device_params)
+            draft = dataclasses.replace(draft, params=params)
+        drafts.append(draft)
+    return drafts
 
 
 def _profile(args: Args, directory: Path, target, methods, question: Question) -> None:

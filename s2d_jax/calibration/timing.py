@@ -96,8 +96,11 @@ def head_program(target: Model, draft: Draft, positions: int = 1) -> Program:
 
 
 def timed(run: Callable, count: int) -> Program:
-    """Seconds of one of the `count` things that a compiled program does. Programs that devices run together are never
-    started from several threads, so this one does not run before it is measured."""
+    """Seconds of one of the `count` things that a compiled program does.
+
+    It does not run here, where several threads prepare programs: devices that wait for each other must be given the same
+    program first.
+    """
 
     def program() -> float:
         started = time.perf_counter()

@@ -25,9 +25,9 @@ def of_first_process(value: Any) -> Any:
 
 def check_agreement(settings: dict[str, Any]) -> None:
     """Raises UserError in a process whose settings, JSON values, are not those of the first one."""
-    ours, theirs = json.loads(json.dumps(settings)), of_first_process(settings)
     if not several_processes():
         return
+    ours, theirs = json.loads(json.dumps(settings)), of_first_process(settings)
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             raise UserError(

@@ -196,7 +196,10 @@ def test_a_draft_as_target_reads_the_shared_head(draft):
     assert ids[0] == ids[1]
 
 
-def test_tokens_beside_a_sharded_target_equal_those_of_one_device():
+@pytest.mark.parametrize(
+    "data", [1, pytest.param(2, marks=pytest.mark.exhaustive("groups split drafts without parts"))]
+)
+def test_tokens_beside_a_sharded_target_equal_those_of_one_device(data):
     """Both with LoRA on the trunk as well; the list's size, 59, divides by no mesh."""
     sampling = [GREEDY, SAMPLED, SAMPLED, SAMPLED]
     target = tiny_model(num_layers=2, spread=14.0, num_heads=8, num_kv_heads=8)
@@ -206,7 +209,7 @@ def test_tokens_beside_a_sharded_target_equal_those_of_one_device():
     policy = DecodeConfig(exits=(1, 2), num_draft_tokens=3)
     decoder = SpeculativeDecoder(target, with_trimmed_head(draft, LISTED), policy)
     one = decoder.generate(PROMPTS, sampling)
-    mesh = make_mesh(MeshConfig(tensor=4))
+    mesh = make_mesh(MeshConfig(data=data, tensor=4))
 
     def shardings(model, parts):
         axes = with_lora(logical_axes(model.config, parts), lora)
