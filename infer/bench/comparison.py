@@ -41,28 +41,18 @@ def bench(args: Args) -> None:
     """Measures every target, prints the tables and writes the report."""
     if is_main_process():
         check_directory(args.out)
+    _check_one_process(args)
     if args.measuring.kernels:
-        if several_processes():
-            raise UserError("--kernels times products on one device; run it in one process")
-        if args.mesh != MeshOptions():
-            raise UserError("--kernels times products on one device; leave --mesh.* out")
         bench_kernels(args.target[0] if args.target else None, args.out)
         return
     require_targets(args.target)
     if args.measuring.profile is not None:
-        if several_processes():
-            raise UserError("--profile traces one process; leave it out where there are several")
         check_directory(args.measuring.profile, "--profile")
     keep_programs(args.loading.compile_cache)
     names = parse_methods(args.methods)
     args.sampling.params()
     _check_drafting(args, names)
-    categories = tuple(args.measuring.categories.split(",")) if args.measuring.categories else ()
-    if args.questions is None:
-        raise UserError("no --questions were given; give a file of prompts")
-    questions = read_questions(
-        args.questions, categories=categories, max_questions=args.measuring.max_questions
-    )
+    questions = _questions(args)
     _check_agreement(args, questions)
     meshes = meshes_of_flags(args.mesh)
     draft, independent = _load_drafts(args, meshes)
@@ -99,6 +89,23 @@ def bench(args: Args) -> None:
     write_text(args.out / "samples.jsonl", "".join(lines))
     write_plots(args.out, rows, draft.draft_config.exit_layers if draft else ())
     show_report(screen(), settings, rows)
+
+
+def _check_one_process(args: Args) -> None:
+    """Raises UserError for flags that look at one process, or at one device, where there are more."""
+    if args.measuring.kernels and args.mesh != MeshOptions():
+        raise UserError("--kernels times products on one device; leave --mesh.* out")
+    for flag in ("kernels", "profile"):
+        if getattr(args.measuring, flag) and several_processes():
+            raise UserError(f"--{flag} looks at one process; run it in one, or leave it out")
+
+
+def _questions(args: Args) -> list[Question]:
+    if args.questions is None:
+        raise UserError("no --questions were given; give a file of prompts")
+    categories = tuple(args.measuring.categories.split(",")) if args.measuring.categories else ()
+    most = args.measuring.max_questions
+    return read_questions(args.questions, categories=categories, max_questions=most)
 
 
 def _check_agreement(args: Args, questions: list[Question]) -> None:
