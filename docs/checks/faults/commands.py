@@ -6,6 +6,14 @@ from faults.fault import Fault
 
 CALIBRATION = [
     Fault(
+        "split-like-whole",
+        "a policy for a draft that each device holds whole is taken for one that is split",
+        "s2d_jax/generation/policy.py",
+        "if mesh_of(draft.params) == mesh and is_split(draft.params):",
+        "if False:",
+        "calibration/test_calibration_on_a_mesh.py -k whole_or_of_a_split",
+    ),
+    Fault(
         "policy-of-any-machine",
         "a policy is found on other machines than it was measured on",
         "s2d_jax/generation/policy.py",

@@ -120,6 +120,14 @@ SAMPLING = [
         "tree/test_tree_rounds.py -k 'drawn_children and filtered'",
     ),
     Fault(
+        "drawn-from-parts",
+        "tokens are drawn from the parts of a split draft's logits, so that groups of devices wait for each other",
+        "s2d_jax/draft/segments.py",
+        "logits_BTU = gathered_last(logits_BTU, mesh_in_use())",
+        "logits_BTU = logits_BTU + 0",
+        "model/test_decoding_over_data.py -k split_draft",
+    ),
+    Fault(
         "q-at-the-first-ids",
         "the q of a trimmed head is left at its first K ids",
         "s2d_jax/draft/logits.py",
