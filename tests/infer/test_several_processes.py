@@ -213,3 +213,22 @@ def test_a_calibration_is_found_by_several_processes(monkeypatch, models, prompt
     rows = answered(finish(together(*given, *auto)), out)
     alone_rows = alone(monkeypatch, tmp_path / "one.jsonl", *given)
     assert [row["messages"] for row in rows] == [row["messages"] for row in alone_rows]
+
+
+@pytest.mark.exhaustive("minutes: each of two processes compiles chains and trees")
+@pytest.mark.parametrize(("data", "tensor", "kept"), [(2, 1, "f32"), (1, 2, "int8")])
+def test_python_calls_in_two_processes_have_the_tokens_of_one(models, data, tensor, kept):
+    """Both processes get all rows: of a call, a stream, and a conversation whose caches grow."""
+    file = [sys.executable, "tests/helpers/decode_checks.py", models.large, models.draft]
+    (alone_, *both) = [
+        json.loads(line)["found"]
+        for results in (
+            finish(start_together([[*file, "1", "1", kept]], devices=1)),
+            finish(start_together([[*file, str(data), str(tensor), kept]] * 2, devices=1)),
+        )
+        for status, out, told in results
+        for line in out.splitlines()
+        if line.startswith("{") or status
+    ]
+    assert both == [alone_, alone_]
+    assert len(alone_) == 6
