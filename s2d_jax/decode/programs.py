@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class RoundPrograms(NamedTuple):
 
 
 _CACHE: dict[Any, Any] = {}
+_FRAMES = "jax_include_full_tracebacks_in_locations"
 # The text that is shown while a program compiles; {} is the width or the capacity in its key.
 _WORDS = {
     "prefill": "compiling prefill for {} tokens",
@@ -161,15 +163,32 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
 
 
 def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stages.Lowered:
-    """The function, traced for the backend and the mesh that its inputs are on."""
+    shardings = {} if out is None else {"out_shardings": out}
+    traced = jax.jit(_traced(function, inputs), donate_argnums=donate, **shardings)
+    with _stack_frames(forms_of(platform_of_arrays(inputs)).stack_frames):
+        return traced.lower(*inputs)
+
+
+@contextlib.contextmanager
+def _stack_frames(wanted: bool) -> Iterator[None]:
+    """Programs that are lowered in the block carry no Python frames but the innermost, unless they are wanted."""
+    before = getattr(jax.config, _FRAMES)
+    jax.config.update(_FRAMES, before and wanted)
+    try:
+        yield
+    finally:
+        jax.config.update(_FRAMES, before)
+
+
+def _traced(function: Callable, inputs: tuple) -> Callable:
+    """The function, to be traced for the backend and the mesh that its inputs are on."""
     platform, mesh = platform_of_arrays(inputs), mesh_of(inputs)
 
     def traced(*inputs):
         with compiling_for(platform), split_over(mesh):
             return over_groups(function, mesh, inputs)(*inputs)
 
-    shardings = {} if out is None else {"out_shardings": out}
-    return jax.jit(traced, donate_argnums=donate, **shardings).lower(*inputs)
+    return traced
 
 
 def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lowered:
@@ -180,13 +199,13 @@ def lower_run(decoder: Decoder, prompt_width: int, args: tuple) -> jax.stages.Lo
         prompt_width: of the prefill that would come before; nothing of it is compiled.
         args: shapes with shardings.
     """
-    params, request, tokens_BC, length_B = args
+    params, request, *_ = args
     mesh = decoder.target.mesh
 
     def prefill(params, request, tokens_BC, length_B):
         return decoder.prefill(params, request, tokens_BC, length_B, prompt_width)
 
-    state = jax.eval_shape(prefill, params, request, tokens_BC, length_B)
+    state = jax.eval_shape(_traced(prefill, args), *args)
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         *(state, state.shardings(mesh)),

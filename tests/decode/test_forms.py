@@ -146,3 +146,17 @@ def test_greedy_tokens_are_those_of_the_cpu_forms(monkeypatch, platform, way, ba
     found = SpeculativeDecoder(target, draft, WAYS[way]).generate(prompts, sampling)
     assert found.token_ids == expected.token_ids
     assert found.stats.exit_histogram == expected.stats.exit_histogram
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_programs_carry_python_frames_where_the_compiler_can_take_them(monkeypatch, wanted):
+    some = dataclasses.replace(CPU, stack_frames=wanted)
+    monkeypatch.setattr(backends, "BACKENDS", {"cpu": some})
+    limit = jax.config.jax_traceback_in_locations_limit  # none in this suite
+    jax.config.update("jax_traceback_in_locations_limit", 10)
+    try:
+        lowered = compilation._lowered(lambda x: jnp.sin(x) * 2, (jnp.zeros(3),))
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+    assert ("callsite" in lowered.as_text(debug_info=True)) == wanted
+    assert jax.config.jax_include_full_tracebacks_in_locations  # as it was before
