@@ -43,8 +43,8 @@ class Forms:
             that takes what is asked for is used.
         cached_attention: the same for passes over a cache: decoding, verifying, and chunks of prompts.
         compiler_options: given to XLA with every program of a round.
-        stack_frames: each instruction of a program of a round carries all Python frames that it comes from; else only the
-            innermost.
+        python_frames: up to how many Python frames an instruction of a program of a round says that it comes from. None: as
+            JAX's configuration has it.
     """
 
     products: Mapping[str, ProductForms]
@@ -59,7 +59,7 @@ class Forms:
     attention: tuple[str, ...]
     cached_attention: tuple[str, ...]
     compiler_options: tuple[tuple[str, Any], ...] = ()
-    stack_frames: bool = True
+    python_frames: int | None = None
 
 
 # Where a plain dot runs at the chip's speed, int8 values become numbers of the compute dtype on the way into it.
@@ -143,9 +143,9 @@ TPU = Forms(
     # "used_blocks" stands ready: it reads what is used, and copies no cache. Dense copies none either, and capacities grow
     # with the texts, so that most of a cache is in use; whether the kernel is faster must be measured on a chip.
     cached_attention=("dense",),
-    # libtpu 0.0.42 does not come to an end with them where each group of a mesh has one row: it compares the frames of the
-    # calls inside of a loop of one trip (StackFrames::IsPrefix, under WhileLoopInvariantCodeMotion).
-    stack_frames=False,
+    # With more, libtpu 0.0.42 does not come to an end where each group of a mesh has one row: it compares the frames of calls
+    # inside of a loop of one trip (StackFrames::IsPrefix, under WhileLoopInvariantCodeMotion).
+    python_frames=1,
 )
 
 BACKENDS = MappingProxyType({"cpu": CPU, "gpu": GPU, "tpu": TPU})

@@ -45,7 +45,7 @@ class RoundPrograms(NamedTuple):
 
 
 _CACHE: dict[Any, Any] = {}
-_FRAMES = "jax_include_full_tracebacks_in_locations"
+_FRAMES = "jax_traceback_in_locations_limit"
 # The text that is shown while a program compiles; {} is the width or the capacity in its key.
 _WORDS = {
     "prefill": "compiling prefill for {} tokens",
@@ -165,15 +165,16 @@ def _compiled(key: tuple, function: Callable, inputs: tuple, *, donate=(), out=N
 def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stages.Lowered:
     shardings = {} if out is None else {"out_shardings": out}
     traced = jax.jit(_traced(function, inputs), donate_argnums=donate, **shardings)
-    with _stack_frames(forms_of(platform_of_arrays(inputs)).stack_frames):
+    with _python_frames(forms_of(platform_of_arrays(inputs)).python_frames):
         return traced.lower(*inputs)
 
 
 @contextlib.contextmanager
-def _stack_frames(wanted: bool) -> Iterator[None]:
-    """Programs that are lowered in the block carry no Python frames but the innermost, unless they are wanted."""
-    before = getattr(jax.config, _FRAMES)
-    jax.config.update(_FRAMES, before and wanted)
+def _python_frames(most: int | None) -> Iterator[None]:
+    """What is lowered in the block says of each instruction no more Python frames than these."""
+    before = getattr(jax.config, _FRAMES)  # below 0: all
+    if most is not None and not 0 <= before <= most:
+        jax.config.update(_FRAMES, most)
     try:
         yield
     finally:

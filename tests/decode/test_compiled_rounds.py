@@ -109,7 +109,9 @@ def test_all_of_llama2_7b_with_a_draft_of_twelve_layers(chip):
     _compile_and_check(chip, "whole", WHOLE)
 
 
-@pytest.mark.exhaustive("17 rounds for each chip; those that always run have both kinds of groups")
+@pytest.mark.exhaustive(
+    "a dozen rounds for each chip; those that always run have both kinds of groups"
+)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_all_rounds_on_a_mesh(chip):
     _compile_and_check(chip, "meshes", MESHES)

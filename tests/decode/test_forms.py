@@ -148,15 +148,18 @@ def test_greedy_tokens_are_those_of_the_cpu_forms(monkeypatch, platform, way, ba
     assert found.stats.exit_histogram == expected.stats.exit_histogram
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_programs_carry_python_frames_where_the_compiler_can_take_them(monkeypatch, wanted):
-    some = dataclasses.replace(CPU, stack_frames=wanted)
+@pytest.mark.parametrize(("most", "says"), [(None, True), (1, False)])
+def test_programs_carry_no_more_python_frames_than_their_compiler_can_take(monkeypatch, most, says):
+    some = dataclasses.replace(CPU, python_frames=most)
     monkeypatch.setattr(backends, "BACKENDS", {"cpu": some})
-    limit = jax.config.jax_traceback_in_locations_limit  # none in this suite
-    jax.config.update("jax_traceback_in_locations_limit", 10)
+    frames = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, frames)  # 0 in this suite
+    jax.config.update(frames, 10)
     try:
         lowered = compilation._lowered(lambda x: jnp.sin(x) * 2, (jnp.zeros(3),))
+        assert getattr(jax.config, frames) == 10
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", limit)
-    assert ("callsite" in lowered.as_text(debug_info=True)) == wanted
-    assert jax.config.jax_include_full_tracebacks_in_locations  # as it was before
+        jax.config.update(frames, before)
+    text = lowered.as_text(debug_info=True)
+    assert "test_forms.py" in text
+    assert ("callsite" in text) == says

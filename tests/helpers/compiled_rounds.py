@@ -237,16 +237,18 @@ SHOWN = [
     *(Round(chip, "s2d", 8, sampled=True, devices=8) for chip in PLATFORMS),
     *WHOLE,
 ]
-# As (devices, groups of them): the same eight rows on one chip and on eight, and one row on one chip.
-_ON_MESHES = ("plain", "s2d", "tree")
-_LAID_OUT = ((1, 1), (8, 8), (8, 2), (8, 1))
+# Rows, devices, groups of them: one row and eight on one chip, and the same eight on eight.
+_LAID_OUT = ((1, 1, 1), (8, 1, 1), (8, 8, 8), (8, 8, 2), (8, 8, 1))
+# Trees on one of the chips only: those of a TPU take minutes.
+_ON_MESHES = (
+    *(("h100", method) for method in ("plain", "s2d", "tree")),
+    *(("v5p", method) for method in ("plain", "s2d")),
+)
 MESHES = [
-    *(Round(chip, m) for chip in PLATFORMS for m in _ON_MESHES),
     *(
-        Round(chip, m, 8, devices=devices, data=data)
-        for chip in PLATFORMS
-        for m in _ON_MESHES
-        for devices, data in _LAID_OUT
+        Round(chip, method, batch, devices=devices, data=data)
+        for chip, method in _ON_MESHES
+        for batch, devices, data in _LAID_OUT
     ),
     *(
         Round(chip, "s2d", 8, sampled=True, devices=8, data=data)
