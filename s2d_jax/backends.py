@@ -143,9 +143,9 @@ TPU = Forms(
     # "used_blocks" stands ready: it reads what is used, and copies no cache. Dense copies none either, and capacities grow
     # with the texts, so that most of a cache is in use; whether the kernel is faster must be measured on a chip.
     cached_attention=("dense",),
-    # With more, libtpu 0.0.42 does not come to an end where each group of a mesh has one row: it compares the frames of calls
-    # inside of a loop of one trip (StackFrames::IsPrefix, under WhileLoopInvariantCodeMotion).
-    python_frames=1,
+    # With any, libtpu 0.0.42 may compare the frames of calls inside of a loop without an end (StackFrames::IsPrefix, under
+    # WhileLoopInvariantCodeMotion): drafting for one row in each group of a mesh did.
+    python_frames=0,
 )
 
 BACKENDS = MappingProxyType({"cpu": CPU, "gpu": GPU, "tpu": TPU})
