@@ -43,6 +43,8 @@ class Forms:
             that takes what is asked for is used.
         cached_attention: the same for passes over a cache: decoding, verifying, and chunks of prompts.
         compiler_options: given to XLA with every program of a round.
+        python_frames: up to how many Python frames an instruction of a program of a round says that it comes from. None: as
+            JAX's configuration has it.
     """
 
     products: Mapping[str, ProductForms]
@@ -57,6 +59,7 @@ class Forms:
     attention: tuple[str, ...]
     cached_attention: tuple[str, ...]
     compiler_options: tuple[tuple[str, Any], ...] = ()
+    python_frames: int | None = None
 
 
 # Where a plain dot runs at the chip's speed, int8 values become numbers of the compute dtype on the way into it.
@@ -140,6 +143,9 @@ TPU = Forms(
     # "used_blocks" stands ready: it reads what is used, and copies no cache. Dense copies none either, and capacities grow
     # with the texts, so that most of a cache is in use; whether the kernel is faster must be measured on a chip.
     cached_attention=("dense",),
+    # With any, libtpu 0.0.42 may compare the frames of calls inside of a loop without an end (StackFrames::IsPrefix, under
+    # WhileLoopInvariantCodeMotion): drafting for one row in each group of a mesh did.
+    python_frames=0,
 )
 
 BACKENDS = MappingProxyType({"cpu": CPU, "gpu": GPU, "tpu": TPU})

@@ -30,11 +30,22 @@ _COLUMNS = {
     "temporaries, MB": "temporaries, MB",
     "aliased, MB": "aliased, MB",
 }
+_ON_MESHES = {
+    "products, GFLOP": "products, GFLOP",
+    "arguments, MB": "arguments, MB",
+    "caches, MB": "of them caches",
+    "temporaries, MB": "temporaries, MB",
+    "loops": "loops",
+    "kernels": "kernels",
+    "cache copies in a round": "cache copies, round",
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=("quick", "shown", "whole", "all"), default="quick")
+    parser.add_argument(
+        "--set", choices=("quick", "shown", "meshes", "whole", "all"), default="quick"
+    )
     parser.add_argument("--chip", choices=("h100", "v5p"), help="only rounds of this chip")
     parser.add_argument("--only", nargs="*", help="only rounds of these names")
     parser.add_argument(
@@ -65,22 +76,22 @@ def main() -> int:
         print(json.dumps(row), flush=True)
         print(f"{round.name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if args.out:
-            _keep(args.out, row)
+            _keep(args.out, row, "meshes" if args.set == "meshes" else "rows")
     return 0
 
 
-def _keep(file: Path, row: dict) -> None:
-    """Takes a row into the file, which says which compilers it is from."""
-    known = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    rows = {old["round"]: old for old in known["rows"]} | {row["round"]: row}
+def _keep(file: Path, row: dict, part: str) -> None:
+    """Takes a row into a part of the file, which says which compilers it is from."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    rows = {old["round"]: old for old in known.get(part, ())} | {row["round"]: row}
     versions = {name: metadata.version(name) for name in COMPILERS}
-    text = json.dumps(known | {"versions": versions, "rows": list(rows.values())}, indent=1)
+    text = json.dumps(known | {"versions": versions, part: list(rows.values())}, indent=1)
     file.write_text(text + "\n")
 
 
 def with_tables(page: str, recorded: dict) -> str:
     """The page with its tables made from what was recorded."""
-    tables = {"rounds": _rounds, "reads": _reads, "beyond": _beyond}
+    tables = {"rounds": _rounds, "meshes": _meshes, "reads": _reads, "beyond": _beyond}
     for mark, lines in ((mark, table(recorded)) for mark, table in tables.items()):
         begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
         head, rest = page.split(begin)
@@ -95,8 +106,7 @@ def _rounds(recorded: dict) -> list[str]:
     for row in recorded["rows"]:
         old = before.get(row["round"], {})
         cells = [_change(old.get(name), row[name]) for name in _COLUMNS]
-        sent = ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items())
-        lines.append(_line([row["round"], *cells, sent or "-"]))
+        lines.append(_line([row["round"], *cells, _sent(row["collectives"])]))
     return lines
 
 
@@ -113,6 +123,22 @@ def _reads(recorded: dict) -> list[str]:
             figures = f"{read['MB']:,.0f}", f"{least:,.0f}", f"{read['MB'] / least:.3f}"
             lines.append(_line([row["round"], "-" if exit == "0" else exit, *figures]))
     return lines
+
+
+def _meshes(recorded: dict) -> list[str]:
+    names = ["over data", "over tensor", *_ON_MESHES.values(), "read over least"]
+    lines = [_line(["round", *names])]
+    lines.append(_line(["---", "---", "---", *["---:"] * len(_ON_MESHES), "---"]))
+    for row in recorded["meshes"]:
+        axes = (_sent(row["collectives by axis"][axis]) for axis in ("data", "tensor"))
+        cells = [f"{row[name]:,}" for name in _ON_MESHES]
+        ratios = [f"{r['MB'] / r['least, MB']:.3f}" for r in row.get("reads", {}).values()]
+        lines.append(_line([row["round"], *axes, *cells, ", ".join(ratios) or "-"]))
+    return lines
+
+
+def _sent(collectives: dict[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in collectives.items()) or "-"
 
 
 def _beyond(recorded: dict) -> list[str]:

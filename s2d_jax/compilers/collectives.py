@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from s2d_jax.compilers.hlo import BOOKKEEPING, CALLERS, Computation, Hlo, Instruction
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _START, _DONE = "-start", "-done"
+# How a program writes which devices send each other something: `{{0,1},{2,3}}`; all numbers in rows, perhaps turned before,
+# `[2,4]<=[4,2]T(1,0)`; or axes of a mesh of the compiler's own, `mesh['a'=2,'b'=4] {'b'}`.
+_LISTED = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
+_IN_ROWS = re.compile(
+    r"replica_groups=\[(?P<shape>[\d,]+)\]<=\[(?P<of>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
+)
+_ON_AXES = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>[^\]]*)\](?P<ids>, device_ids=\S+)? \{(?P<axes>[^}]*)\}"
+)
+_PAIRS = re.compile(r"source_target_pairs=\{(?P<groups>(?:\{\d+,\d+\},?)*)\}")
 # With options that ask for it, a TPU's compiler cuts a collective into pieces of the products beside it.
 _IN_PIECES = "async-collective-start"
 
@@ -46,21 +62,103 @@ def count_collectives(hlo: Hlo) -> dict[str, Collectives]:
     {'all-gather': Collectives(count=1, bytes=128, in_loops=0, overlapped=0)}
     """
     found: dict[str, Collectives] = {}
-    _count(hlo, hlo.entry, False, found)
+    for computation, instruction, kind, in_loop in _found(hlo):
+        overlapped = _works_meanwhile(hlo, computation, instruction)
+        one = Collectives(1, _result(instruction), in_loop, overlapped)
+        found[kind] = found.get(kind, Collectives(0, 0)) + one
     return dict(sorted(found.items()))
 
 
-def _count(hlo: Hlo, name: str, in_loop: bool, found: dict[str, Collectives]) -> None:
-    computation = hlo.computations[name]
+def collectives_by_axis(hlo: Hlo, shape: Mapping[str, int]) -> dict[str, Counter[str]]:
+    """How many collectives of each kind send over an axis of the mesh; one that sends over two axes counts for both.
+
+    A collective sends over an axis where one of its groups has devices at different places along it. One whose groups have one
+    device each sends nothing, and stands under no axis.
+
+    Args:
+        hlo: a program whose devices are numbered in the order of the mesh, as JAX numbers them.
+        shape: the sizes of the mesh's axes by name, in the order of the mesh, as `Mesh.shape`.
+
+    Returns:
+        For each axis of the mesh, its collectives by kind, those inside of loops once.
+
+    Raises:
+        ValueError: if a collective says in no known way which devices take part.
+
+    >>> from s2d_jax.compilers.hlo import parse_hlo
+    >>> collectives_by_axis(parse_hlo('''
+    ... ENTRY %main (y: f32[4]) -> f32[4] {
+    ...   %y = f32[4]{0} parameter(0)
+    ...   ROOT %x = f32[4]{0} all-reduce(%y), replica_groups=[2,4]<=[8], to_apply=%add
+    ... }
+    ... '''), {"data": 2, "tensor": 4})
+    {'data': Counter(), 'tensor': Counter({'all-reduce': 1})}
+    """
+    found: dict[str, Counter[str]] = {axis: Counter() for axis in shape}
+    for _, instruction, kind, _ in _found(hlo):
+        groups = _groups(_sending(hlo, instruction).text, math.prod(shape.values()))
+        for axis in _axes_of(groups, shape):
+            found[axis][kind] += 1
+    return found
+
+
+def _sending(hlo: Hlo, instruction: Instruction) -> Instruction:
+    """The collective itself, where an instruction begins one that stands in a computation of its own."""
+    if instruction.opcode == "async-start" or instruction.name.startswith(_IN_PIECES):
+        inside = hlo.computations[instruction.called["calls"]].instructions
+        return next(i for i in inside if i.opcode in KINDS)
+    return instruction
+
+
+def _groups(text: str, devices: int) -> list[list[int]]:
+    """The numbers of the devices that send each other something, group by group; of pairs, both ends."""
+    if match := _LISTED.search(text) or _PAIRS.search(text):
+        # No groups at all: all devices are one.
+        return [_numbers(group) for group in re.findall(r"[\d,]+\d|\d", match["groups"])] or [
+            list(range(devices))
+        ]
+    if match := _IN_ROWS.search(text):
+        numbers = np.arange(devices).reshape(_numbers(match["of"]))
+        order = match["order"]
+        numbers = numbers if order is None else numbers.transpose(_numbers(order))
+        return numbers.reshape(_numbers(match["shape"])).tolist()
+    match = _ON_AXES.search(text)
+    if match is None or match["ids"] or ":" in match["axes"]:
+        raise ValueError(f"which devices does this collective send to? {text[:300]}")
+    sizes = {name: int(size) for name, size in (x.split("=") for x in match["sizes"].split(","))}
+    together = [list(sizes).index(name) for name in match["axes"].split(",")]
+    numbers = np.moveaxis(
+        np.arange(devices).reshape(*sizes.values()), together, range(len(together))
+    )
+    count = math.prod(numbers.shape[: len(together)])
+    return numbers.reshape(count, -1).T.tolist()
+
+
+def _axes_of(groups: list[list[int]], shape: Mapping[str, int]) -> list[str]:
+    """The axes of the mesh along which the devices of one of the groups differ."""
+    places = np.indices(tuple(shape.values())).reshape(len(shape), -1)
+    return [
+        axis
+        for place, axis in zip(places, shape, strict=True)
+        if any(len(set(place[group])) > 1 for group in groups)
+    ]
+
+
+def _numbers(listed: str) -> list[int]:
+    return [int(number) for number in listed.split(",")]
+
+
+def _found(
+    hlo: Hlo, name: str | None = None, in_loop: bool = False
+) -> Iterator[tuple[Computation, Instruction, str, bool]]:
+    """Each collective with its computation and its kind, and whether it stands in a loop; what a wrapper begins is one."""
+    computation = hlo.computations[name or hlo.entry]
     for instruction in computation.instructions:
         if kind := _kind(hlo, instruction):
-            one = Collectives(
-                1, _result(instruction), in_loop, _works_meanwhile(hlo, computation, instruction)
-            )
-            found[kind] = found.get(kind, Collectives(0, 0)) + one
+            yield computation, instruction, kind, in_loop
         elif instruction.opcode in CALLERS:
             for called in instruction.called.values():
-                _count(hlo, called, in_loop or instruction.opcode == "while", found)
+                yield from _found(hlo, called, in_loop or instruction.opcode == "while")
 
 
 def _kind(hlo: Hlo, instruction: Instruction) -> str | None:

@@ -34,12 +34,14 @@ class Program:
     Attributes:
         hlo: the optimised program.
         thunks: of a GPU, how many steps of each kind the program runs; those inside of loops count once. Else empty.
+        arguments: bytes on each device that the program takes: weights, caches and the rest of the state.
         temporaries: bytes on each device beside arguments and results.
         aliased: bytes of results that lie where arguments were.
     """
 
     hlo: Hlo
     thunks: dict[str, int]
+    arguments: int
     temporaries: int
     aliased: int
 
@@ -121,5 +123,9 @@ def read_program(lowered: jax.stages.Lowered, platform: str) -> Program:
     assert hlo is not None
     assert memory is not None
     return Program(
-        parse_hlo(hlo), dict(thunks), memory.temp_size_in_bytes, memory.alias_size_in_bytes
+        hlo=parse_hlo(hlo),
+        thunks=dict(thunks),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +47,8 @@ class RoundPrograms(NamedTuple):
 
 
 _CACHE: dict[Any, Any] = {}
+_FRAMES = "jax_traceback_in_locations_limit"
+_FRAMES_LOCK = threading.RLock()
 # The text that is shown while a program compiles; {} is the width or the capacity in its key.
 _WORDS = {
     "prefill": "compiling prefill for {} tokens",
@@ -182,12 +186,29 @@ def _lower_and_compile(function: Callable, inputs: tuple, donate=(), out=None):
 def _lowered(function: Callable, inputs: tuple, donate=(), out=None) -> jax.stages.Lowered:
     """The function, traced for the backend and the mesh that its inputs are on."""
     shardings = {} if out is None else {"out_shardings": out}
-    traced = _traced(function, inputs)
-    return jax.jit(traced, donate_argnums=donate, **shardings).lower(*inputs)
+    traced = jax.jit(_traced(function, inputs), donate_argnums=donate, **shardings)
+    with _python_frames(forms_of(platform_of_arrays(inputs)).python_frames):
+        return traced.lower(*inputs)
+
+
+@contextlib.contextmanager
+def _python_frames(most: int | None) -> Iterator[None]:
+    """What is lowered in the block says of each instruction no more Python frames than these."""
+    if most is None:
+        yield
+        return
+    with _FRAMES_LOCK:  # the setting is that of all threads, and calibration compiles in several
+        before = getattr(jax.config, _FRAMES)  # below 0: all
+        if not 0 <= before <= most:
+            jax.config.update(_FRAMES, most)
+        try:
+            yield
+        finally:
+            jax.config.update(_FRAMES, before)
 
 
 def _traced(function: Callable, inputs: tuple) -> Callable:
-    """The function with the forms of the backend that `inputs` are on, by groups of their mesh."""
+    """The function, to be traced for the backend and the mesh that its inputs are on."""
     platform, mesh = platform_of_arrays(inputs), mesh_of(inputs)
 
     def traced(*inputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from compiled_rounds import ALL, QUICK, WHOLE, Round
+from compiled_rounds import ALL, MESHES, QUICK, WHOLE, Round
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "docs" / "lab" / "programs.json").read_text())
@@ -48,15 +49,15 @@ def _check(round: Round, row: dict) -> None:
         # The decoding loop, the drafting loop, at most two more, and two for each exit boundary, however deep the models are.
         assert row["loops"] <= 4 + 2 * boundaries, row
         assert row["cache copies in a call"] == 0, row
-        assert row["command buffers"] == 1 or round.devices > 1, row
+        assert row["command buffers"] == 1 or round.tensor > 1, row
     else:
         # One more for every layer whose only row is written. A tree writes the draft's twice, and moves its path in all. More
         # than 16 rows are scattered: up to three loops for every layer, and two for the draft's when it drafts and catches up.
         drafting = 0 if round.method == "plain" else round.left_at[-1]
         writes = 0
-        if round.batch == 1:
+        if round.batch == round.data:
             writes = (round.layers + drafting) * (5 if round.method == "tree" else 1)
-        elif round.batch > 16:
+        elif round.batch // round.data > 16:
             writes = 3 * round.layers + 4 * drafting
         assert row["loops"] <= 4 + 2 * boundaries + writes, row
     # The blocks' sums, two in a layer and one of the embeddings, and one gathering of the logits: none inside of a filter.
@@ -65,7 +66,9 @@ def _check(round: Round, row: dict) -> None:
     split = [{"all-gather": 1, "all-reduce": 2 * round.layers + count} for count in tables]
     # The logits of one row may also be summed, with zeros where another device has them.
     split += [{"all-reduce": 2 * round.layers + count + 1} for count in tables]
-    assert row["collectives"] in (split if round.devices > 1 else [{}]), row
+    assert row["collectives"] in (split if round.tensor > 1 else [{}]), row
+    # And no group of devices waits for another.
+    assert row["collectives by axis"] == {"data": {}, "tensor": row["collectives"]}, row
     # Beside weights and caches there are activations, which weigh twice as much beside int8, and the passes of filters; and a
     # TPU fetches weights of deeper layers ahead, before it is known whether they are needed.
     most = 1.2 if round.sampled or round.weight_format == "int8" else 1.1
@@ -78,12 +81,14 @@ def _check(round: Round, row: dict) -> None:
 
 def _check_recorded(chip: str, rows: dict[str, dict]) -> None:
     """The table in the documentation is what the compilers of its versions say."""
-    known = {row["round"]: row for row in RECORDED["rows"]}
+    known = {row["round"]: row for row in (*RECORDED["rows"], *RECORDED["meshes"])}
     for name in ("jax", PACKAGES[chip]):
         if (here := metadata.version(name)) != (there := RECORDED["versions"][name]):
             pytest.skip(f"{name} is {here}; the table was made with {there}")
     for name in rows.keys() & known.keys():
-        assert rows[name] == known[name], "run docs/checks/compiled_rounds.py --set shown --out ..."
+        # Older rows have fewer figures.
+        found = {figure: rows[name][figure] for figure in known[name]}
+        assert found == known[name], "run docs/checks/compiled_rounds.py --set shown --out ..."
 
 
 def _compile_and_check(chip: str, which: str, rounds: list[Round]) -> None:
@@ -104,10 +109,66 @@ def test_all_of_llama2_7b_with_a_draft_of_twelve_layers(chip):
     _compile_and_check(chip, "whole", WHOLE)
 
 
+@pytest.mark.exhaustive(
+    "a dozen rounds for each chip; those that always run have both kinds of groups"
+)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_all_rounds_on_a_mesh(chip):
+    _compile_and_check(chip, "meshes", MESHES)
+
+
 @pytest.mark.exhaustive("a hundred rounds for each chip; the rest has each value of every axis")
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_whole_matrix(chip):
     _compile_and_check(chip, "all", ALL)
+
+
+ON_MESHES = {row["round"]: row for row in RECORDED["meshes"]}
+
+
+@pytest.mark.parametrize("round", MESHES, ids=lambda round: round.name)
+def test_what_was_recorded_of_rounds_on_a_mesh(round):
+    _check(round, ON_MESHES[round.name])
+
+
+def test_every_round_on_a_mesh_was_recorded():
+    assert [*ON_MESHES] == [round.name for round in MESHES]
+
+
+EIGHTHS = ("products, GFLOP", "caches, MB")
+GREEDY = [round for round in MESHES if not round.sampled]
+
+
+@pytest.mark.parametrize("round", [r for r in GREEDY if r.data == 8], ids=lambda round: round.name)
+def test_with_a_row_for_each_device_it_computes_and_keeps_an_eighth(round):
+    whole = dataclasses.replace(round, devices=1, data=1)
+    row, whole, one_row = (
+        ON_MESHES[r.name] for r in (round, whole, dataclasses.replace(whole, batch=1))
+    )
+    for figure in EIGHTHS:
+        assert row[figure] * 8 == pytest.approx(whole[figure], rel=0.005)
+        assert row[figure] == pytest.approx(one_row[figure], rel=0.005)
+    # Every device has the whole target and draft.
+    assert row["arguments, MB"] == pytest.approx(one_row["arguments, MB"], rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "round",
+    [r for r in GREEDY if r.data == 2 and dataclasses.replace(r, data=1) in GREEDY],
+    ids=lambda round: round.name,
+)
+def test_a_group_shares_the_target_and_each_of_its_devices_drafts_for_all_of_its_rows(round):
+    row, eight_groups, one_group = (
+        ON_MESHES[dataclasses.replace(round, data=data).name] for data in (2, 8, 1)
+    )
+    for figure in EIGHTHS:
+        # Of the target an eighth everywhere; of the draft an eighth with eight groups, and all of it with one.
+        draft = (one_group[figure] - eight_groups[figure]) / (1 - 1 / 8)
+        expected = eight_groups[figure] + draft * (1 / 2 - 1 / 8)
+        assert row[figure] == pytest.approx(expected, rel=0.005)
+    # What is sampled has the products of a greedy round.
+    if sampled := ON_MESHES.get(dataclasses.replace(round, sampled=True).name):
+        assert sampled["products, GFLOP"] == row["products, GFLOP"]
 
 
 def test_the_page_shows_what_was_recorded():

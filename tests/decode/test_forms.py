@@ -146,3 +146,20 @@ def test_greedy_tokens_are_those_of_the_cpu_forms(monkeypatch, platform, way, ba
     found = SpeculativeDecoder(target, draft, WAYS[way]).generate(prompts, sampling)
     assert found.token_ids == expected.token_ids
     assert found.stats.exit_histogram == expected.stats.exit_histogram
+
+
+@pytest.mark.parametrize(("most", "says"), [(None, True), (0, False)])
+def test_programs_carry_no_more_python_frames_than_their_compiler_can_take(monkeypatch, most, says):
+    some = dataclasses.replace(CPU, python_frames=most)
+    monkeypatch.setattr(backends, "BACKENDS", {"cpu": some})
+    frames = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, frames)  # 0 in this suite
+    jax.config.update(frames, 10)
+    try:
+        lowered = compilation._lowered(lambda x: jnp.sin(x) * 2, (jnp.zeros(3),))
+        assert getattr(jax.config, frames) == 10
+    finally:
+        jax.config.update(frames, before)
+    text = lowered.as_text(debug_info=True)
+    assert "jit(traced)/sin" in text
+    assert ("test_forms.py" in text) == says

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s2d_jax.compilers.collectives import collectives_by_axis
 from s2d_jax.compilers.hlo import Instruction, Shape
+from s2d_jax.compilers.products import product_flops
 from s2d_jax.compilers.program import Program, read_program
 from s2d_jax.compilers.reads import Taken, bytes_read
 from s2d_jax.compilers.topologies import topology_devices
@@ -48,7 +50,8 @@ class Round:
         batch: rows.
         sampled: temperature 1 with top-k and top-p; else greedy.
         weight_format: of target and draft.
-        devices: chips that the target is split over.
+        devices: chips of the mesh.
+        data: groups of chips, each of which decodes its part of the rows; the target is split over the chips of a group.
         layers: of the target.
         exits: of the draft; the last is its depth.
         new_tokens: how many are asked for, which the caches' capacity follows.
@@ -63,6 +66,12 @@ class Round:
     layers: int = 4
     exits: tuple[int, ...] = (2, 3, 4)
     new_tokens: int = 128
+    data: int = 1
+
+    @property
+    def tensor(self) -> int:
+        """Chips of a group, each of which has its part of the target."""
+        return self.devices // self.data
 
     @property
     def left_at(self) -> tuple[int, ...]:
@@ -76,13 +85,15 @@ class Round:
         """A few words, for tables and the names of tests."""
         more = ["sampled"] * self.sampled + [self.weight_format] * (self.weight_format != "bf16")
         more += [f"{self.devices} devices"] * (self.devices > 1)
+        more += [f"data {self.data}"] * (self.data > 1)
         more += [f"{self.layers} layers"] * (self.layers != 4)
         return " ".join([self.chip, self.method, f"batch {self.batch}", *more])
 
 
 def decoder_of(round: Round) -> tuple[SpeculativeDecoder, SamplingParams]:
     """The decoder of a round, whose weights are shapes on devices that do not exist."""
-    mesh = make_mesh(MeshConfig(tensor=round.devices), _devices(round.chip)[: round.devices])
+    shape = MeshConfig(data=round.data, tensor=round.tensor)
+    mesh = make_mesh(shape, _devices(round.chip)[: round.devices])
     config = dataclasses.replace(LLAMA2_7B, num_layers=round.layers)
     shardings = params_sharding(config, logical_axes(config), mesh)
     shapes = abstract_params(config, jnp.bfloat16)
@@ -111,9 +122,10 @@ def compile_round(round: Round) -> Program:
 
 
 def row_of(round: Round) -> dict[str, Any]:
-    """What the table of compiled rounds says of a round; it takes seconds to minutes to compile."""
+    """What the tables of compiled rounds say of a round; it takes seconds to minutes to compile."""
     program = compile_round(round)
     kept = {str(shape) for shape in _kept(program)}
+    axes = {"data": round.data, "tensor": round.tensor}
     row = {
         "round": round.name,
         "loops": program.loops,
@@ -123,9 +135,18 @@ def row_of(round: Round) -> dict[str, Any]:
         "cache copies in a call": program.copies(kept),
         "command buffers": program.command_buffers,
         "collectives": program.collectives,
+        "collectives by axis": {
+            axis: dict(sorted(kinds.items()))
+            for axis, kinds in collectives_by_axis(program.hlo, axes).items()
+        },
         "host transfers": program.host_transfers,
         "temporaries, MB": _mega(program.temporaries),
         "aliased, MB": _mega(program.aliased),
+        "arguments, MB": _mega(program.arguments),
+        "caches, MB": _mega(sum(shape.num_bytes for shape in _kept(program))),
+        "products, GFLOP": round_to(
+            product_flops(program.hlo, program.loop.called["body"]) / 1e9, 4
+        ),
     }
     if round.method == "tree":  # how far the walk down it goes depends on the text
         return row
@@ -139,15 +160,16 @@ def row_of(round: Round) -> dict[str, Any]:
 
 def least_bytes(round: Round, capacity: int, exit: int) -> int:
     """What a device must read in a round: its part of the target and of its caches once; for each drafted token the whole
-    draft and its caches down to `exit`.
+    draft and its caches down to `exit`. Caches are those of its group's rows.
 
     Every exit on the way has to be read through the head, since its confidence decides.
     """
     c, per_weight = LLAMA2_7B, {"bf16": 2, "int8": 1}[round.weight_format]
     weights = per_weight * (4 * c.embed_dim * c.embed_dim + 3 * c.embed_dim * c.ffw_dim)
-    layer = weights + 2 * 2 * round.batch * capacity * c.embed_dim
+    rows = round.batch // round.data
+    layer = weights + 2 * 2 * rows * capacity * c.embed_dim
     head = per_weight * c.vocab_size * c.embed_dim
-    target = (round.layers * layer + head) // round.devices
+    target = (round.layers * layer + head) // round.tensor
     if round.method == "plain":
         return target
     heads = 1 if round.method == "fixed" else sum(e <= exit for e in round.exits)
@@ -215,6 +237,24 @@ SHOWN = [
     *(Round(chip, "s2d", 8, sampled=True, devices=8) for chip in PLATFORMS),
     *WHOLE,
 ]
+# Rows, devices, groups of them: one row and eight on one chip, and the same eight on eight.
+_LAID_OUT = ((1, 1, 1), (8, 1, 1), (8, 8, 8), (8, 8, 2), (8, 8, 1))
+# The number says how many of these layouts. A draft of a TPU, and trees, take minutes.
+_ON_MESHES = (
+    ("h100", "plain", 5),
+    ("h100", "s2d", 5),
+    ("h100", "tree", 4),
+    ("v5p", "plain", 5),
+    ("v5p", "s2d", 3),
+)
+MESHES = [
+    *(
+        Round(chip, method, batch, devices=devices, data=data)
+        for chip, method, count in _ON_MESHES
+        for batch, devices, data in _LAID_OUT[:count]
+    ),
+    *(Round("h100", "s2d", 8, sampled=True, devices=8, data=data) for data in (8, 2)),
+]
 # What is compiled in every run of the tests.
 QUICK = [
     *(Round("h100", method) for method in METHODS),
@@ -223,5 +263,7 @@ QUICK = [
     Round("h100", "s2d", 8, sampled=True, devices=8),
     *(Round("v5p", method) for method in METHODS[:3]),
     Round("v5p", "fixed", 8, devices=8),
+    Round("h100", "plain", 8, devices=8, data=2, layers=2),
+    Round("v5p", "fixed", 8, devices=8, data=8, layers=2),
 ]
 ALL = list(dict.fromkeys([*QUICK, *SHOWN, *_matrix()]))
