@@ -243,9 +243,9 @@ _LAID_OUT = ((1, 1, 1), (8, 1, 1), (8, 8, 8), (8, 8, 2), (8, 8, 1))
 _ON_MESHES = (
     ("h100", "plain", 5),
     ("h100", "s2d", 5),
-    ("h100", "tree", 4),
+    ("h100", "tree", 5),
     ("v5p", "plain", 5),
-    ("v5p", "s2d", 3),
+    ("v5p", "s2d", 5),
 )
 MESHES = [
     *(
@@ -253,7 +253,10 @@ MESHES = [
         for chip, method, count in _ON_MESHES
         for batch, devices, data in _LAID_OUT[:count]
     ),
-    *(Round("h100", "s2d", 8, sampled=True, devices=8, data=data) for data in (8, 2)),
+    *(
+        Round(chip, "s2d", 8, sampled=True, devices=8, data=data)
+        for chip, data in (("h100", 8), ("h100", 2), ("v5p", 8))
+    ),
 ]
 # What is compiled in every run of the tests.
 QUICK = [

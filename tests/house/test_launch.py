@@ -132,22 +132,18 @@ def test_processes_on_a_ray_cluster(models, talks, tmp_path):
     out = tmp_path / "answers.jsonl"
     command = [sys.executable, str(LAUNCH / "ray_processes.py"), "--address", "local", "--hosts", "2"]  # fmt: skip
     module, *flags = regenerate(models, talks, out)
-    done = subprocess.run(
-        [*command, "--", "-m", module, *flags],
-        cwd=ROOT,
-        env=environment(RAY_AUTH_MODE="disabled"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    check(done, out)
-    done = subprocess.run(
-        [*command, "--", "-m", module, *flags],
-        cwd=ROOT,
-        env=environment(RAY_AUTH_MODE="disabled"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2
-    assert "is there already; choose another --out" in done.stdout + done.stderr
+
+    def launched():
+        return subprocess.run(
+            [*command, "--", "-m", module, *flags],
+            cwd=ROOT,
+            env=environment(RAY_AUTH_MODE="disabled"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    check(launched(), out)
+    again = launched()
+    assert again.returncode == 2
+    assert "is there already; choose another --out" in again.stdout + again.stderr
