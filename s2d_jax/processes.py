@@ -73,9 +73,19 @@ def _is_pod_host(environment: Mapping[str, str]) -> bool:
     return any(path.read_text().strip() == _GOOGLE_PCI_VENDOR for path in vendors)
 
 
+def number_of_processes() -> int:
+    """How many work together; as this and the next two functions tell it, no backend is started to know it."""
+    return distributed.global_state.num_processes or 1
+
+
+def process_number() -> int:
+    """Which of them this is, from 0."""
+    return distributed.global_state.process_id or 0
+
+
 def is_main_process() -> bool:
-    """Whether this process writes the run's files. Starts no backend where one process works alone."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    """Whether this process writes the run's files."""
+    return process_number() == 0
 
 
 def coordination() -> Any:
@@ -85,8 +95,18 @@ def coordination() -> Any:
 
 def wait_for_all(point: str) -> None:
     """Returns once every process has called it with the same `point`; each name may be used once."""
-    if jax.process_count() > 1:
+    if number_of_processes() > 1:
         coordination().wait_at_barrier(f"s2d/{point}", _LONGEST_WAIT_MS)
+
+
+def text_of_main_process(name: str, text: str) -> str:
+    """Gives every process the main process's text, without their devices; each name may be used once."""
+    if number_of_processes() == 1:
+        return text
+    if is_main_process():
+        coordination().key_value_set(f"s2d/{name}", text)
+        return text
+    return coordination().blocking_key_value_get(f"s2d/{name}", _LONGEST_WAIT_MS)
 
 
 def of_main_process(value: float) -> float:

@@ -49,6 +49,8 @@ def main() -> int:
     amounts: dict[str, Any] = {"CPU": 1.0}
     for part in args.resources.split(","):
         name, _, amount = part.partition("=")
+        if not name or not amount.replace(".", "", 1).isdigit():
+            parser.error(f"--resources {args.resources} is no list of amounts; write it like TPU=4")
         amounts[name] = float(amount)
     ray.init(address=args.address)
     group = placement_group([amounts] * args.hosts, strategy="SPREAD")

@@ -14,7 +14,7 @@ def _run(args: Args) -> None:
     with starting():  # JAX
         from infer.bench.comparison import bench
         from s2d_jax.cli.together import do_together
-    do_together(lambda: bench(args))
+    do_together(bench, args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def _run(args: Args) -> None:
     with starting():  # JAX
         from infer.calibrate.choosing import calibrate
         from s2d_jax.cli.together import do_together
-    do_together(lambda: calibrate(args))
+    do_together(calibrate, args)
 
 
 if __name__ == "__main__":

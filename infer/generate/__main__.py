@@ -17,7 +17,7 @@ def _run(args: Args) -> None:
     if args.cluster.ray is not None:  # decoders elsewhere, each of one process
         generate(args)
     else:
-        do_together(lambda: generate(args))
+        do_together(generate, args)
 
 
 if __name__ == "__main__":

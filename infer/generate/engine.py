@@ -125,6 +125,7 @@ def decoding_settings(args: Args, engine: Engine) -> dict[str, Any]:
         **{f"drafting.{k}": v for k, v in dataclasses.asdict(args.drafting).items()},
         # A tensor axis adds up products in another order; earlier versions knew no mesh.
         **({"mesh.tensor": args.mesh.tensor} if (args.mesh.tensor or 1) > 1 else {}),
+        **({"mesh.draft": args.mesh.draft} if args.mesh.draft != "whole" else {}),
         **(engine.models or {}),
     }
 

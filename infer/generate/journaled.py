@@ -14,7 +14,7 @@ from infer.generate.batching import Answer
 from infer.generate.engine import Engine, Turn, answer_turn, engine_here, open_journal
 from infer.generate.journal import Journal, resuming
 from infer.generate.ray_batches import ray_engine
-from s2d_jax.cli.agreement import several_processes
+from s2d_jax.cli.agreement import check_agreement, several_processes
 from s2d_jax.cli.prompts import Question, encode
 from s2d_jax.cli.screen import PlainColumn, counting_bar, eta
 from s2d_jax.errors import UserError
@@ -73,6 +73,7 @@ def answered(
         UserError: as the engine, for a prompt that cannot be answered, and as `Journal`.
     """
     settings = settings_of(args, questions)
+    check_agreement(settings)  # before models are loaded together
     with engine_of(args) as engine, open_journal(args, engine, settings) as journal:
         with resuming(journal):
             conversations = _converse(args, engine, questions, journal)

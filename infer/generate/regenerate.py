@@ -25,7 +25,7 @@ from infer.generate.engine import Engine, Turn, answer_turn, open_journal
 from infer.generate.journal import Journal, resuming
 from infer.generate.journaled import engine_of
 from infer.generate.talks import Talk, read_talks
-from s2d_jax.cli.agreement import of_first_process
+from s2d_jax.cli.agreement import check_agreement, of_first_process
 from s2d_jax.cli.outputs import check_writable
 from s2d_jax.cli.prompts import encode
 from s2d_jax.cli.screen import PlainColumn, counting_bar, eta, screen
@@ -47,6 +47,7 @@ def regenerate(args: Args) -> None:
     talks, left_out = read_talks(args.prompts)
     args.sampling.params()
     settings = {"prompts": content_hash(args.prompts)}
+    check_agreement(settings)  # before models are loaded together
     with engine_of(args) as engine, open_journal(args, engine, settings) as journal:
         _check_absent(args.out)  # another run may have finished it while this one loaded
         with resuming(journal):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from s2d_jax.errors import UserError, printable
-from s2d_jax.processes import bytes_of_main_process
+from s2d_jax.processes import bytes_of_main_process, number_of_processes, text_of_main_process
+
+# Flags whose values may differ, since only the first process writes there, or each keeps programs for itself.
+_OWN = ("out", "compile_cache")
 
 
 def several_processes() -> bool:
-    """Whether other processes answer together with this one. Starts no backend where it works alone."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether other processes work together with this one."""
+    return number_of_processes() > 1
 
 
 def of_first_process(value: Any) -> Any:
@@ -27,7 +30,28 @@ def check_agreement(settings: dict[str, Any]) -> None:
     """Raises UserError in a process whose settings, JSON values, are not those of the first one."""
     if not several_processes():
         return
-    ours, theirs = json.loads(json.dumps(settings)), of_first_process(settings)
+    _compare(json.loads(json.dumps(settings)), of_first_process(settings))
+
+
+def check_flags_agree(args: Any) -> None:
+    """Raises UserError in a process whose command or flags, a dataclass, are not the first one's; no device is asked."""
+    if not several_processes():
+        return
+    flags = {"command": type(args).__module__.removesuffix(".args"), **dict(_flat(args))}
+    text = json.dumps(flags, default=str)
+    _compare(json.loads(text), json.loads(text_of_main_process("flags", text)))
+
+
+def _flat(args: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value, "mesh." if field.name == "mesh" else "")
+        elif field.name not in _OWN:
+            yield prefix + field.name.replace("_", "-"), value
+
+
+def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             raise UserError(

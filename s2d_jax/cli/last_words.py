@@ -4,6 +4,7 @@ Its argument is that line. It is started with every process but the first, so it
 """
 
 import re
+import signal
 import sys
 
 # The coordination service's client, and what runs beside it, begin with their level, date and file.
@@ -14,16 +15,21 @@ _END = b"JAX distributed service detected fatal errors"
 
 
 def main() -> None:
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # it ends with what it reads from
+        signal.signal(each, signal.SIG_IGN)
     out, held, said = sys.stdout.buffer, [], False
     for line in sys.stdin.buffer:
+        if _END in line:  # in a container, little time is left now
+            if not said:
+                out.write(sys.argv[1].encode() + b"\n")
+                out.flush()
+            return
         if held or _BEGIN.match(line):
             held.append(line)
             continue
         said = said or line.startswith(b"error: ")
         out.write(line)
         out.flush()
-    if any(_END in line for line in held):
-        held = [] if said else [sys.argv[1].encode() + b"\n"]
     out.writelines(held)
 
 

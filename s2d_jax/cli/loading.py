@@ -17,6 +17,8 @@ from s2d_jax.config.mesh import MeshConfig
 from s2d_jax.config.model import ModelConfig
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
+from s2d_jax.files import local_path
+from s2d_jax.processes import is_main_process
 from s2d_jax.sharding import make_mesh
 from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.text.tokenizer import Tokenizer
@@ -33,7 +35,8 @@ def keep_programs(directory: Path | None) -> None:
     """
     variable = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if directory is not None:
-        directory = check_directory(directory, "--compile-cache")
+        check = check_directory if is_main_process() else local_path  # which tries and undoes
+        directory = check(directory, "--compile-cache")
     elif variable and "://" not in variable:  # JAX keeps programs elsewhere, too
         check_directory(Path(variable), "$JAX_COMPILATION_CACHE_DIR")
     use_compile_cache(directory)
@@ -55,7 +58,7 @@ def meshes_of_flags(options: MeshOptions) -> Meshes:
     tensor, data = options.tensor or 1, options.data or 1
     if options.data is None and jax.process_count() > 1:
         data = max(1, jax.device_count() // tensor)
-    if data * tensor == 1:
+    if data * tensor == 1 and jax.process_count() == 1:
         return Meshes(None, None)
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
     return Meshes(mesh, mesh if options.draft == "split" else None)

@@ -19,9 +19,17 @@ from pathlib import Path
 import jax
 
 from s2d_jax.cli import last_words
-from s2d_jax.cli.command import NOTHING_LEFT, told
+from s2d_jax.cli.agreement import check_flags_agree
+from s2d_jax.cli.command import NOTHING_LEFT, Args, told
 from s2d_jax.errors import UserError
-from s2d_jax.processes import coordination, is_main_process, start_processes
+from s2d_jax.processes import (
+    coordination,
+    is_main_process,
+    number_of_processes,
+    process_number,
+    start_processes,
+    wait_for_all,
+)
 
 _FAILURE, _SIGNS = "s2d/failure", "s2d/alive/"
 _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_SIGNS = 1.0, 5.0
@@ -54,7 +62,9 @@ def done_together(
 
     def watched() -> int:
         with _ending_together(remedy):
-            return work() or 0
+            status = work() or 0
+            wait_for_all("end of the work")  # one that still writes may fail
+            return status
 
     if status := _status_of(started, interrupted, remedy):
         return status
@@ -62,10 +72,15 @@ def done_together(
         return _status_of(watched, interrupted, remedy)
 
 
-def do_together(work: Callable[[], None]) -> None:
-    """`done_together` for a command that leaves nothing half-written behind; exits with every status but 0."""
+def do_together(work: Callable[[Args], None], args: Args) -> None:
+    """`done_together` for a command with these flags that leaves nothing half-written; exits with every status but 0."""
+
+    def agreed() -> None:
+        check_flags_agree(args)
+        work(args)
+
     remedy = "start all again with the same command"
-    if status := done_together(work, lambda: NOTHING_LEFT, remedy):
+    if status := done_together(agreed, lambda: NOTHING_LEFT, remedy):
         sys.exit(status)
 
 
@@ -76,7 +91,7 @@ def _status_of(work: Callable[[], int], interrupted: Callable[[], str], remedy: 
     except (UserError, OSError, KeyboardInterrupt) as error:
         return _failed(*told(error, interrupted()))
     except Exception as error:
-        if jax.process_count() == 1:
+        if number_of_processes() == 1:
             raise
         # What fails between processes on CPUs, in Gloo, may come as another kind of error.
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
@@ -89,14 +104,14 @@ def _status_of(work: Callable[[], int], interrupted: Callable[[], str], remedy: 
 
 def _failed(status: int, message: str) -> int:
     print(message, file=sys.stderr)
-    _end_all(status, f"process {jax.process_index()}: {message.removeprefix('error: ')}")
+    _end_all(status, f"process {process_number()}: {message.removeprefix('error: ')}")
     return status
 
 
 @contextlib.contextmanager
 def _ending_together(remedy: str) -> Iterator[None]:
     """A failure elsewhere ends this process, too, which might otherwise wait for the failed one."""
-    if jax.process_count() == 1:
+    if number_of_processes() == 1:
         yield
         return
     watch = _Watch(remedy)
@@ -111,7 +126,7 @@ class _Watch:
     """Gives signs of life, and ends this process once another has failed or is silent."""
 
     def __init__(self, remedy: str):
-        self._client, self._me = coordination(), jax.process_index()
+        self._client, self._me = coordination(), process_number()
         self._remedy, self._over = remedy, threading.Event()
         self._answered = time.monotonic()
         self._heard: dict[str, tuple[str, float]] = {}
@@ -152,14 +167,16 @@ class _Watch:
 
     def _listen(self, now: float) -> None:
         """Ends all if a process has given no new sign for long."""
-        for name, sign in self._client.key_value_dir_get(_SIGNS):
-            last, since = self._heard.get(name, ("", now))
+        found = self._client.key_value_dir_get(_SIGNS)
+        signs = {name.rpartition("/")[2]: sign for name, sign in found}
+        for number in map(str, range(number_of_processes())):
+            sign = signs.get(number, "")  # none yet
+            last, since = self._heard.get(number, ("", now))
             if sign != last:
                 since = now
-            self._heard[name] = sign, since
+            self._heard[number] = sign, since
             silent = sign != _ENDED and now - since > _LONGEST_SILENCE
             if silent and not self._over.is_set():
-                number = name.rpartition("/")[2]
                 message = f"process {number} gives no sign of life for {now - since:.0f} s; {self._remedy}"
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 _end_all(1, message)
@@ -222,4 +239,6 @@ def _short_last_words(remedy: str) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(own, 2)
         os.close(own)
-        child.wait()
+        # What the work has started may hold the pipe open.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=2)
