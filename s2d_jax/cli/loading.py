@@ -18,7 +18,7 @@ from s2d_jax.config.model import ModelConfig
 from s2d_jax.decode.programs import use_compile_cache
 from s2d_jax.errors import UserError
 from s2d_jax.files import local_path
-from s2d_jax.processes import is_main_process
+from s2d_jax.processes import is_main_process, number_of_processes
 from s2d_jax.sharding import make_mesh
 from s2d_jax.text.pairing import check_same_tokenizer
 from s2d_jax.text.tokenizer import Tokenizer
@@ -56,9 +56,9 @@ def meshes_of_flags(options: MeshOptions) -> Meshes:
         UserError: if there are fewer devices than it takes, or if it would leave a process out.
     """
     tensor, data = options.tensor or 1, options.data or 1
-    if options.data is None and jax.process_count() > 1:
+    if options.data is None and number_of_processes() > 1:
         data = max(1, jax.device_count() // tensor)
-    if data * tensor == 1 and jax.process_count() == 1:
+    if data * tensor == 1 and number_of_processes() == 1:
         return Meshes(None, None)
     mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
     return Meshes(mesh, mesh if options.draft == "split" else None)
