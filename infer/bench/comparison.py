@@ -53,7 +53,7 @@ def bench(args: Args) -> None:
     args.sampling.params()
     _check_drafting(args, names)
     questions = _questions(args)
-    _check_agreement(args, questions)
+    check_agreement({"questions": [question.turns for question in questions]})
     meshes = meshes_of_flags(args.mesh)
     draft, independent = _load_drafts(args, meshes)
     rows, samples, dtype, formats = [], [], "", []
@@ -106,19 +106,6 @@ def _questions(args: Args) -> list[Question]:
     categories = tuple(args.measuring.categories.split(",")) if args.measuring.categories else ()
     most = args.measuring.max_questions
     return read_questions(args.questions, categories=categories, max_questions=most)
-
-
-def _check_agreement(args: Args, questions: list[Question]) -> None:
-    """Raises UserError in a process that would run other programs than the first one."""
-    check_agreement(
-        {
-            "questions": [question.turns for question in questions],
-            **{name: getattr(args, name) for name in ("target", "draft", "methods")},
-            **dataclasses.asdict(args.measuring),
-            **dataclasses.asdict(args.sampling),
-            **dataclasses.asdict(args.drafting),
-        }
-    )
 
 
 def _load_drafts(args: Args, meshes: Meshes) -> list[Draft | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -49,15 +48,7 @@ def calibrate(args: Args) -> None:
         check_writable(args.out)
     keep_programs(args.loading.compile_cache)
     questions = read_questions(args.questions)
-    check_agreement(
-        {
-            "target": args.target,
-            "draft": args.draft,
-            "questions": [question.turns for question in questions],
-            **dataclasses.asdict(args.effort),
-            "temperature": args.temperature,
-        }
-    )
+    check_agreement({"questions": [question.turns for question in questions]})
     vocabulary = args.loading.draft_vocabulary
     meshes = meshes_of_flags(args.mesh)
     draft = load_listed_draft(args.draft, vocabulary, args.loading.draft_format, meshes.draft)
