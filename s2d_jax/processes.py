@@ -21,6 +21,7 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The main process may tokenize for hours while the others wait.
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
 _GOOGLE_PCI_VENDOR = "0x1ae0"
+SECONDS_TO_MEET = 300
 
 
 def start_processes(
@@ -37,18 +38,37 @@ def start_processes(
             process as usual.
 
     Raises:
-        UserError: if only some of the variables are set, or their values make no sense.
+        UserError: if only some of the variables are set, their values make no sense, or nobody can listen there.
     """
-    given = {name: environment[name] for name in _VARIABLES if environment.get(name)}
     jax.config.update("jax_enable_preemption_service", preemption)
-    if given:
-        jax.distributed.initialize(*_parsed(given))
-    elif _is_pod_host(environment):
-        jax.distributed.initialize()
+    if (place := where_to_meet(environment)) is None:
+        return
+    named = _named(environment) or (None, None, None)
+    try:
+        jax.distributed.initialize(*named, initialization_timeout=SECONDS_TO_MEET)
+    except jax.errors.JaxRuntimeError as error:
+        words = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the processes cannot meet at {place} ({words}); give a free port of the first host"
+        ) from error
 
 
-def _parsed(given: dict[str, str]) -> tuple[str, int, int]:
-    """Address, number of processes, and index of this one."""
+def where_to_meet(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Where the processes of this run find each other, in a few words; None for a run of one process.
+
+    Raises:
+        UserError: as `start_processes` does.
+    """
+    if named := _named(environment):
+        return f"JAX_COORDINATOR_ADDRESS={named[0]}"
+    return "the first host of this TPU pod" if _is_pod_host(environment) else None
+
+
+def _named(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """Address, number of processes, and index of this one; None if the variables name none."""
+    given = {name: environment[name] for name in _VARIABLES if environment.get(name)}
+    if not given:
+        return None
     if missing := [name for name in _VARIABLES if name not in given]:
         raise UserError(
             f"{', '.join(given)} is set but {', '.join(missing)} is not; set all three, or none for a single process"

@@ -54,7 +54,11 @@ def main() -> int:
         amounts[name] = float(amount)
     ray.init(address=args.address)
     group = placement_group([amounts] * args.hosts, strategy="SPREAD")
-    ray.get(group.ready())
+    ready = group.ready()
+    if not ray.wait([ready], timeout=10)[0]:  # a cluster may grow, so it is no error
+        has = ", ".join(f"{name} {amount:g}" for name, amount in ray.available_resources().items())
+        print(f"waiting for {args.hosts} times {args.resources}; free now: {has}", file=sys.stderr)
+    ray.get(ready)
     named = {name: amount for name, amount in amounts.items() if name not in ("CPU", "GPU")}
     hosts = [
         ray.remote(Host).options(
@@ -73,10 +77,15 @@ def main() -> int:
         host.run.remote(args.command, os.getcwd(), {**shared, "JAX_PROCESS_ID": str(index)})
         for index, host in enumerate(hosts)
     ]
-    first_failure = 0
+    numbers, first_failure = {call: index for index, call in enumerate(running)}, 0
     while running:  # one that fails ends the others, each with a line
         (ended, *_), running = ray.wait(running)
-        first_failure = first_failure or ray.get(ended)
+        try:
+            status = ray.get(ended)
+        except ray.exceptions.RayError:  # its machine is lost, or Ray's worker on it
+            print(f"error: process {numbers[ended]} is lost; start all again", file=sys.stderr)
+            status = 1
+        first_failure = first_failure or status
     return first_failure
 
 

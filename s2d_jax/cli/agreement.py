@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from s2d_jax.errors import UserError, printable
 from s2d_jax.processes import bytes_of_main_process, number_of_processes, text_of_main_process
 
-# Flags whose values may differ, since only the first process writes there, or each keeps programs for itself.
-_OWN = ("out", "compile_cache")
+# Flags whose values may differ, since only the first process writes there, or each keeps something for itself.
+_OWN = ("out", "compile_cache", "cache_dir")
 
 
 def several_processes() -> bool:
@@ -33,22 +34,24 @@ def check_agreement(settings: dict[str, Any]) -> None:
     _compare(json.loads(json.dumps(settings)), of_first_process(settings))
 
 
-def check_flags_agree(args: Any) -> None:
+def check_flags_agree(command: str, args: Any) -> None:
     """Raises UserError in a process whose command or flags, a dataclass, are not the first one's; no device is asked."""
     if not several_processes():
         return
-    flags = {"command": type(args).__module__.removesuffix(".args"), **dict(_flat(args))}
-    text = json.dumps(flags, default=str)
+    text = json.dumps({"command": command, **dict(_flags(args))}, default=str)
     _compare(json.loads(text), json.loads(text_of_main_process("flags", text)))
 
 
-def _flat(args: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flags(args: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names as they are typed, and values."""
+    hints = typing.get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
+        name, value = prefix + field.name.replace("_", "-"), getattr(args, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _flat(value, "mesh." if field.name == "mesh" else "")
+            unnamed = typing.get_origin(hints[field.name]) is Annotated  # tyro.conf.OmitArgPrefixes
+            yield from _flags(value, prefix if unnamed else f"{name}.")
         elif field.name not in _OWN:
-            yield prefix + field.name.replace("_", "-"), value
+            yield name, value
 
 
 def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -23,16 +23,19 @@ from s2d_jax.cli.agreement import check_flags_agree
 from s2d_jax.cli.command import NOTHING_LEFT, Args, told
 from s2d_jax.errors import UserError
 from s2d_jax.processes import (
+    SECONDS_TO_MEET,
     coordination,
     is_main_process,
     number_of_processes,
     process_number,
     start_processes,
     wait_for_all,
+    where_to_meet,
 )
 
 _FAILURE, _SIGNS = "s2d/failure", "s2d/alive/"
 _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_SIGNS = 1.0, 5.0
+_SECONDS_WITHOUT_A_WORD = 10.0
 # JAX itself waits for 100 s, and ends with a stack of C++.
 _LONGEST_SILENCE = 30.0
 _ENDED = "ended"
@@ -57,7 +60,8 @@ def done_together(
     """
 
     def started() -> int:
-        start_processes(preemption=preemption)
+        with _meeting():
+            start_processes(preemption=preemption)
         return 0
 
     def watched() -> int:
@@ -68,7 +72,7 @@ def done_together(
 
     if status := _status_of(started, interrupted, remedy):
         return status
-    with _short_last_words(remedy):
+    with _short_last_words(None if is_main_process() else f"process 0 is gone; {remedy}"):
         return _status_of(watched, interrupted, remedy)
 
 
@@ -76,7 +80,7 @@ def do_together(work: Callable[[Args], None], args: Args) -> None:
     """`done_together` for a command with these flags that leaves nothing half-written; exits with every status but 0."""
 
     def agreed() -> None:
-        check_flags_agree(args)
+        check_flags_agree(type(args).__module__.removesuffix(".args"), args)
         work(args)
 
     remedy = "start all again with the same command"
@@ -106,6 +110,30 @@ def _failed(status: int, message: str) -> int:
     print(message, file=sys.stderr)
     _end_all(status, f"process {process_number()}: {message.removeprefix('error: ')}")
     return status
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Says whom this process waits for, and on one line that they did not come."""
+    place = where_to_meet()
+    if place is None:
+        yield
+        return
+    line = (
+        f"the processes of this run did not find each other at {place} within {SECONDS_TO_MEET} s; start all of them, "
+        "where that address can be reached"
+    )
+    notice = threading.Timer(
+        _SECONDS_WITHOUT_A_WORD,
+        lambda: print(f"waiting for the other processes at {place}", file=sys.stderr, flush=True),
+    )
+    notice.daemon = True
+    with _short_last_words(line):
+        notice.start()
+        try:
+            yield
+        finally:
+            notice.cancel()
 
 
 @contextlib.contextmanager
@@ -215,19 +243,14 @@ def _end_all(status: int, message: str) -> None:
 
 
 @contextlib.contextmanager
-def _short_last_words(remedy: str) -> Iterator[None]:
-    """When process 0 is killed, JAX's C++ ends the others at once, with some thirty lines; a reader makes them one."""
-    if is_main_process():
+def _short_last_words(line: str | None) -> Iterator[None]:
+    """Where JAX's C++ ends this process, it writes some thirty lines; a reader makes them this one, None for no reader."""
+    if line is None:
         yield
         return
     reader, writer = os.pipe()
     own = os.dup(2)
-    program = [
-        sys.executable,
-        "-I",
-        str(Path(last_words.__file__)),
-        f"error: process 0 is gone; {remedy}",
-    ]
+    program = [sys.executable, "-I", str(Path(last_words.__file__)), f"error: {line}"]
     child = subprocess.Popen(program, stdin=reader, stdout=own, start_new_session=True)
     sys.stderr.flush()
     os.dup2(writer, 2)

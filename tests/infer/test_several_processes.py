@@ -184,6 +184,31 @@ def test_processes_that_were_given_other_prompts_are_told(models, prompts, talks
         assert "start all processes with the same flags and files" in line
 
 
+# A command whose processes have three seconds to meet.
+IMPATIENT = """
+import sys
+from s2d_jax import processes
+from s2d_jax.cli import together
+together.SECONDS_TO_MEET = processes.SECONDS_TO_MEET = 3
+together._SECONDS_WITHOUT_A_WORD = 1
+sys.exit(together.done_together(lambda: print("worked"), lambda: "", "start all again"))
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_for_another_in_vain_says_so_on_one_line(index):
+    programs = ["pass", "pass"]
+    programs[index] = IMPATIENT
+    results = finish(start_together([[sys.executable, "-c", text] for text in programs], devices=1))
+    status, shown, told = results[index]
+    assert status != 0
+    assert "worked" not in shown
+    waits, ends = told.splitlines()
+    assert waits.startswith("waiting for the other processes at JAX_COORDINATOR_ADDRESS=127.0.0.1:")
+    assert "did not find each other at JAX_COORDINATOR_ADDRESS=127.0.0.1:" in ends
+    assert ends.endswith("within 3 s; start all of them, where that address can be reached")
+
+
 @pytest.mark.exhaustive("generation is what benchmarks run, and is tested always")
 def test_a_benchmark_measures_what_both_compute(models, prompts, tmp_path):
     out = tmp_path / "bench"

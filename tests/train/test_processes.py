@@ -124,7 +124,7 @@ def test_a_failure_of_one_process_ends_all_with_one_line_each(source, tmp_path):
     run_dir = tmp_path / "run"
     good = (source, run_dir, "--mesh.data", 2)
     results = finish(spawn_together([good, (*good, "--model.path", "/nowhere/model")]))
-    words = "/nowhere/model does not exist; give a Hugging Face directory"
+    words = 'model.path is "/nowhere/model" here, and '
     for (status, _, told), begins in zip(results, ("error: process 1: ", "error: "), strict=True):
         lines = [line for line in told.splitlines() if line.startswith("error")]
         assert status == 2

@@ -6,6 +6,7 @@ import sys
 
 import datasets
 
+from s2d_jax.cli.agreement import check_flags_agree
 from s2d_jax.cli.parsing import other_command
 from s2d_jax.cli.together import done_together
 from s2d_jax.errors import visible
@@ -33,6 +34,7 @@ def run(config: Config) -> int:
 
 
 def _trained(config: Config) -> int:
+    check_flags_agree("train.main", config)
     try:
         run_dir = train(config)
     except Preempted as stop:
