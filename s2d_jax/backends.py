@@ -36,6 +36,8 @@ class Forms:
         one_row_write: how a cache of one row is written: "plain" is one update; "behind_condition" hides it in a loop of
             one trip.
         unrolled_rows: up to how many rows of a cache are written one by one; more are written by a scatter.
+        cache_layout: "chosen": XLA chooses in which order the axes of a cache lie in memory. "row_major": they stay in the
+            order that they come in, and windows of caches are read row by row.
         search_bits: how many bits of a filter's threshold are found in one pass over the probabilities.
         search: the passes are "unrolled" behind a condition, or a "loop" of no trips where no row filters.
         top_k: "blocks" searches the k blocks with the largest maxima only; "whole" is `jax.lax.top_k`.
@@ -53,6 +55,7 @@ class Forms:
     keeps_dtype: bool
     one_row_write: Literal["plain", "behind_condition"]
     unrolled_rows: int
+    cache_layout: Literal["chosen", "row_major"]
     search_bits: int
     search: Literal["unrolled", "loop"]
     top_k: Literal["blocks", "whole"]
@@ -86,6 +89,7 @@ CPU = Forms(
     one_row_write="behind_condition",
     # A scatter is slower, but compiles sooner.
     unrolled_rows=16,
+    cache_layout="chosen",
     # A pass over the vocabulary computes, so fewer comparisons are faster; and most requests need none.
     search_bits=1,
     search="loop",
@@ -105,6 +109,7 @@ GPU = Forms(
     one_row_write="plain",
     # A scatter is one kernel.
     unrolled_rows=1,
+    cache_layout="chosen",
     # A pass is one kernel, and starting it costs more than 31 comparisons for each probability.
     search_bits=5,
     search="unrolled",
@@ -131,10 +136,12 @@ TPU = Forms(
     weight_gradient="contract_rows",
     beside_int8=jnp.bfloat16,
     keeps_dtype=True,
-    # A plain write of an only row moves caches to and fro, as on a CPU.
-    one_row_write="behind_condition",
+    # With the layout below, the compiler copies no cache for it.
+    one_row_write="plain",
     # A scatter is a loop here.
-    unrolled_rows=16,
+    unrolled_rows=32,
+    # A gather asks for an order of its own, and whole caches are copied between the two in every round.
+    cache_layout="row_major",
     search_bits=5,
     search="unrolled",
     top_k="blocks",

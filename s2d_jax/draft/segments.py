@@ -313,7 +313,11 @@ class Segments:
         return state.replace(segments=tuple(cache.rewind(length_B) for cache in state.segments))
 
     def keep_path(
-        self, state: SortedState, length_B: Int[Array, "B"], slot_BY: Int[Array, "B Y"]
+        self,
+        state: SortedState,
+        length_B: Int[Array, "B"],
+        slot_BY: Int[Array, "B Y"],
+        num_slots: int,
     ) -> SortedState:
         """Keeps one path of the tree behind the text, as text.
 
@@ -321,6 +325,7 @@ class Segments:
             length_B: int32, tokens of the text, the root included.
             slot_BY: int32, the path's slots in ascending order, counted from the root, which comes first and is 0; -1 beyond
                 the path's end.
+            num_slots: how many there are, the root's included.
         """
         root_B, index_BY = length_B - 1, jnp.maximum(slot_BY, 0)
         segments, entries = [], []
@@ -329,9 +334,9 @@ class Segments:
             kept_B = root_B + jnp.sum(kept_BY, axis=1, dtype=jnp.int32)
             # A segment that has not come to the root has no tree.
             new_length_B = jnp.where(cache.length_B < length_B, cache.length_B, kept_B)
-            segments.append(cache.keep_path(root_B, index_BY).advance_to(new_length_B))
+            segments.append(cache.keep_path(root_B, index_BY, num_slots).advance_to(new_length_B))
         for entry in state.entries:
-            entries.append(keep_path(entry, root_B, index_BY, axis=1))
+            entries.append(keep_path(entry, root_B, index_BY, num_slots, axis=1))
         return state.replace(segments=tuple(segments), entries=tuple(entries))
 
     def stats(self, state: SortedState) -> Counters:

@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -81,13 +82,17 @@ class KVCache(flax.struct.PyTreeNode):
         """Declares the positions below `length_B` valid; the caller has written them."""
         return self.replace(length_B=length_B)
 
-    def keep_path(self, start_B: Int[Array, "B"], index_BY: Int[Array, "B Y"]) -> KVCache:
+    def keep_path(
+        self, start_B: Int[Array, "B"], index_BY: Int[Array, "B Y"], width: int
+    ) -> KVCache:
         """Moves the entries at `start + index` to `start`, `start + 1`, ...; see `keep_path`. The length stays."""
         keys, values = (
-            tuple(keep_path(x, start_B, index_BY, axis=2) for x in arrays)
+            tuple(keep_path(x, start_B, index_BY, width, axis=2) for x in arrays)
             for arrays in (self.keys, self.values)
         )
-        states = {name: keep_path(x, start_B, index_BY, axis=1) for name, x in self.states.items()}
+        states = {
+            name: keep_path(x, start_B, index_BY, width, axis=1) for name, x in self.states.items()
+        }
         return self.replace(keys=keys, values=values, states=states)
 
     def grow(self, capacity: int) -> KVCache:
@@ -138,36 +143,58 @@ def write_window(
     """Writes `window` into each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis)."""
     window, rows = window.astype(buffer.dtype), buffer.shape[0]
     if rows == 1:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, window, start_B[0], axis)
+        written = jax.lax.dynamic_update_slice_in_dim(buffer, window, start_B[0], axis)
+        return _laid_out(written)
     if rows > forms().unrolled_rows:
 
         def write_row(row, values, start):
             return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)
 
-        return jax.vmap(write_row)(buffer, window, start_B)
-    zero = jnp.int32(0)
+        return _laid_out(jax.vmap(write_row)(buffer, window, start_B))
     for row in range(rows):
-        starts = [zero] * buffer.ndim
-        starts[0], starts[axis] = jnp.int32(row), start_B[row]
+        starts = _starts(buffer, row, start_B, axis)
         buffer = jax.lax.dynamic_update_slice(buffer, window[row : row + 1], starts)
-    return buffer
+    return _laid_out(buffer)
 
 
 def read_window(
-    buffer: Shaped[Array, "B C *rest"], start_B: Int[Array, "B"], width: int
-) -> Shaped[Array, "B {width} *rest"]:
-    """The `width` entries of each row of `buffer` from `start_B` on."""
+    buffer: Shaped[Array, "B *rest"], start_B: Int[Array, "B"], width: int, *, axis: int = 1
+) -> Shaped[Array, "B ..."]:
+    """The `width` entries of each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis)."""
+    if forms().cache_layout == "chosen":
 
-    def read(row, start):
-        return jax.lax.dynamic_slice_in_dim(row, start, width)
+        def read(row, start):
+            return jax.lax.dynamic_slice_in_dim(row, start, width, axis - 1)
 
-    return jax.vmap(read)(buffer, start_B)
+        return jax.vmap(read)(buffer, start_B)
+    sizes = list(buffer.shape)
+    sizes[0], sizes[axis] = 1, width
+    rows = [
+        jax.lax.dynamic_slice(buffer, _starts(buffer, row, start_B, axis), sizes)
+        for row in range(buffer.shape[0])
+    ]
+    return _laid_out(jnp.concatenate(rows))
+
+
+def _starts(buffer: jax.Array, row: int, start_B: jax.Array, axis: int) -> list[jax.Array]:
+    """Where the window of a row begins."""
+    starts = [jnp.int32(0)] * buffer.ndim
+    starts[0], starts[axis] = jnp.int32(row), start_B[row]
+    return starts
+
+
+def _laid_out(array: jax.Array) -> jax.Array:
+    """The same array, in the order in memory that the form says."""
+    if forms().cache_layout == "chosen":
+        return array
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def keep_path(
     buffer: Shaped[Array, "B *rest"],
     start_B: Int[Array, "B"],
     index_BY: Int[Array, "B Y"],
+    width: int,
     *,
     axis: int,
 ) -> Shaped[Array, "B *rest"]:
@@ -176,12 +203,17 @@ def keep_path(
     Args:
         buffer: of any shape after the batch axis.
         start_B: int32.
-        index_BY: int32, 0 or more.
+        index_BY: int32, at least 0 and less than `width`.
+        width: `start + width` is at most the capacity.
         axis: counted with the batch axis.
     """
     shape = [1] * buffer.ndim
     shape[0], shape[axis] = index_BY.shape
-    kept = jnp.take_along_axis(buffer, (start_B[:, None] + index_BY).reshape(shape), axis=axis)
+    if forms().cache_layout == "chosen":
+        among, index_BY = buffer, start_B[:, None] + index_BY
+    else:
+        among = read_window(buffer, start_B, width, axis=axis)
+    kept = _laid_out(jnp.take_along_axis(among, index_BY.reshape(shape), axis=axis))
     # Read completely before anything is written: merged, the two would need a copy of the buffer.
     (written,) = write_caches((buffer,), (jax.lax.optimization_barrier(kept),), start_B, axis=axis)
     return written

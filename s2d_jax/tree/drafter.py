@@ -217,7 +217,7 @@ class TreeDrafter(SegmentedDrafter):
         self, state: SortedState, length_B: Int[Array, "B"], slot_BY: Int[Array, "B Y"]
     ) -> SortedState:
         """Keeps the path through these slots of the tree behind `length_B` tokens; see `Segments.keep_path`."""
-        return self.segments.keep_path(state, length_B, slot_BY)
+        return self.segments.keep_path(state, length_B, slot_BY, 1 + self.growth.num_slots)
 
 
 def _put(probs_BLU, new_BJU, slot):

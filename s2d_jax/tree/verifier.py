@@ -87,7 +87,7 @@ class TreeVerifier:
         slot_BY = jnp.where(on_path_BY, slot_BY, -1)
 
         return state.replace(
-            target_cache=state.target_cache.keep_path(root_B, path_BY),
+            target_cache=state.target_cache.keep_path(root_B, path_BY, tree.tokens_BM.shape[1]),
             draft_state=self.drafter.keep_path(state.draft_state, state.length_B, slot_BY),
         )
 

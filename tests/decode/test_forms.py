@@ -18,7 +18,7 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.config.tree import TreeShape
 from s2d_jax.decode import programs as compilation
 from s2d_jax.generation.decoder import SpeculativeDecoder
-from s2d_jax.model.kv_cache import keep_path, write_caches, write_window
+from s2d_jax.model.kv_cache import keep_path, read_window, write_caches, write_window
 from s2d_jax.sampling import SamplingArrays, probabilities, top_k
 
 OTHERS = pytest.mark.parametrize("platform", ["gpu", "tpu"])
@@ -76,9 +76,23 @@ def test_a_path_is_kept(platform, batch):
         expected[row, row : row + 3] = buffer[row, row + index_BY[row]]
 
     def keep(buffer, start_B, index_BY):
-        return keep_path(buffer, start_B, index_BY, axis=1)
+        return keep_path(buffer, start_B, index_BY, 6, axis=1)
 
     for found in _both(platform, keep, buffer, start_B, index_BY):
+        np.testing.assert_array_equal(found, expected)
+
+
+@OTHERS
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_window_is_read(platform, batch):
+    buffer = np.arange(batch * 2 * 7, dtype=np.float32).reshape(batch, 2, 7)
+    start_B = np.array([4, 0, 2], np.int32)[:batch]
+    expected = [buffer[row, :, start : start + 3] for row, start in enumerate(start_B)]
+
+    def read(buffer, start_B):
+        return read_window(buffer, start_B, 3, axis=2)
+
+    for found in _both(platform, read, buffer, start_B):
         np.testing.assert_array_equal(found, expected)
 
 

@@ -239,13 +239,14 @@ SHOWN = [
 ]
 # Rows, devices, groups of them: one row and eight on one chip, and the same eight on eight.
 _LAID_OUT = ((1, 1, 1), (8, 1, 1), (8, 8, 8), (8, 8, 2), (8, 8, 1))
-# The number says how many of these layouts. A draft of a TPU, and trees, take minutes.
+# The number says how many of these layouts.
 _ON_MESHES = (
     ("h100", "plain", 5),
     ("h100", "s2d", 5),
     ("h100", "tree", 5),
     ("v5p", "plain", 5),
     ("v5p", "s2d", 5),
+    ("v5p", "tree", 5),
 )
 MESHES = [
     *(

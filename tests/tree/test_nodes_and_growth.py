@@ -164,7 +164,7 @@ def _compacted(cache: KVCache, start_B, path_BY, rows):
     """The same for the first so many rows: how a cache is written depends on their number."""
     keys, values = ([x[:rows] for x in arrays] for arrays in (cache.keys, cache.values))
     few = KVCache(tuple(keys), tuple(values), cache.length_B[:rows])
-    return few.keep_path(start_B[:rows], path_BY[:rows])
+    return few.keep_path(start_B[:rows], path_BY[:rows], NODES)
 
 
 @each_forest
