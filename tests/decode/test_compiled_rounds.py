@@ -45,21 +45,11 @@ def _check(round: Round, row: dict) -> None:
     assert row["cache copies in a round"] == beyond.get("cache copies in a round", 0), row
     assert row["host transfers"] == 0, row
     boundaries = len(round.left_at) - 1
+    # The decoding loop, the drafting loop, at most two more, and two for each exit boundary, however deep the models are.
+    assert row["loops"] <= 4 + 2 * boundaries, row
+    assert row["cache copies in a call"] == beyond.get("cache copies in a call", 0), row
     if round.chip == "h100":
-        # The decoding loop, the drafting loop, at most two more, and two for each exit boundary, however deep the models are.
-        assert row["loops"] <= 4 + 2 * boundaries, row
-        assert row["cache copies in a call"] == 0, row
         assert row["command buffers"] == 1 or round.tensor > 1, row
-    else:
-        # One more for every layer whose only row is written. A tree writes the draft's twice, and moves its path in all. More
-        # than 16 rows are scattered: up to three loops for every layer, and two for the draft's when it drafts and catches up.
-        drafting = 0 if round.method == "plain" else round.left_at[-1]
-        writes = 0
-        if round.batch == round.data:
-            writes = (round.layers + drafting) * (5 if round.method == "tree" else 1)
-        elif round.batch // round.data > 16:
-            writes = 3 * round.layers + 4 * drafting
-        assert row["loops"] <= 4 + 2 * boundaries + writes, row
     # The blocks' sums, two in a layer and one of the embeddings, and one gathering of the logits: none inside of a filter.
     # An int8 table has scales, which are looked up as well.
     tables = (1, 2) if round.weight_format == "int8" else (1,)
