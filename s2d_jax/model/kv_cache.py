@@ -167,6 +167,8 @@ def read_window(
             return jax.lax.dynamic_slice_in_dim(row, start, width, axis - 1)
 
         return jax.vmap(read)(buffer, start_B)
+    # Without the barrier, the TPU compiler gathers a cache that is split over devices before it slices it.
+    buffer = jax.lax.optimization_barrier(buffer)
     sizes = list(buffer.shape)
     sizes[0], sizes[axis] = 1, width
     rows = [
