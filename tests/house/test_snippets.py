@@ -130,8 +130,16 @@ def test_the_lists_name_what_there_is():
         assert any(re.search(pattern, text) for text in run), pattern
 
 
+IN_TESTS = pytest.mark.exhaustive("a minute; tests/generation makes the README's calls")
+
+
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if any(b.language in PYTHON for b in blocks_in(n))]
+    "name",
+    [
+        pytest.param(n, marks=IN_TESTS if n == "README.md" else ())
+        for n in NAMES
+        if any(b.language in PYTHON for b in blocks_in(n))
+    ],
 )
 def test_python_runs_as_pasted(name, tmp_path, monkeypatch, capsys, settings_are_given_back):
     write_models(tmp_path)
