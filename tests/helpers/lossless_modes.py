@@ -97,7 +97,7 @@ class Mode:
 
 
 # Every drafter, way of drafting, filter, list of tokens and part, a rule that watches confidences and one that does not, chains
-# and both kinds of trees, in as few compiled programs as that takes: modes that differ in their rule or filter only share one.
+# and all kinds of trees, in as few compiled programs as that takes: modes that differ in their rule or filter only share one.
 # Formats are in tests/model/test_weight_formats.py: the tokens of int8 and bf16 targets and drafts.
 MODES = [
     Mode("none", sampling=FILTERED),
@@ -105,6 +105,7 @@ MODES = [
     Mode("thresholds"),
     Mode("thresholds", rule="heuristic"),
     Mode("thresholds", rule="expected_gain", guarded=True, parts=True),
+    Mode("thresholds", tree=BY_LEVEL),
     Mode("thresholds", tree=BY_NODE, sampling=FILTERED, trimmed=True, guarded=True, parts=True),
     Mode("independent", tree=GAPPED),
 ]
@@ -148,7 +149,6 @@ _MORE = [
     Mode("independent", False, tree=STATIC, sampling=FILTERED),
     Mode("fixed", tree=BY_LEVEL, sampling=FILTERED),
     Mode("fixed", False, tree=NARROW),
-    Mode("thresholds", tree=BY_LEVEL),
     Mode("thresholds", tree=BY_NODE, sampling=FILTERED, trimmed=True),
     Mode("thresholds", False, tree=BY_LEVEL, trimmed=True),
     Mode("thresholds", False, tree=STATIC_BY_NODE, target_format="int8", draft_format="int8"),

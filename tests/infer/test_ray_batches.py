@@ -78,7 +78,7 @@ def cluster():
     assert not alive
 
 
-def wait_until(found, seconds=60):
+def wait_until(found, seconds=200):
     patience = time.monotonic() + seconds
     while not (what := found()):
         assert time.monotonic() < patience

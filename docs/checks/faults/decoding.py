@@ -176,7 +176,7 @@ TREES = [
         "s2d_jax/tree/growth.py",
         "score_BJ[:, :, None] + best_BJk, -jnp.inf)",
         "score_BJ[:, :, None] + own_BJk, -jnp.inf)",
-        "decode/test_lossless.py -k follow_the_target[thresholds-sampled-tree] --all",
+        "decode/test_lossless.py -k follow_the_target[thresholds-sampled-tree]",
     ),
     Fault(
         "drawn-children-sorted",
@@ -184,7 +184,7 @@ TREES = [
         "s2d_jax/tree/growth.py",
         "index_BJk = draw(probs_BJU, key_B, self.shape.top_k)",
         "index_BJk = jnp.sort(draw(probs_BJU, key_B, self.shape.top_k), axis=-1)",
-        "decode/test_lossless.py -k follow_the_target[thresholds-sampled-tree] --all",
+        "decode/test_lossless.py -k follow_the_target[thresholds-sampled-tree]",
     ),
     Fault(
         "siblings-seen",
