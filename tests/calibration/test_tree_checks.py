@@ -131,6 +131,9 @@ def test_a_sweep_says_why_the_best_is_the_best():
     assert sweep.explain_best(rows[:3]) == []
 
 
+@pytest.mark.exhaustive(
+    "a script of the documentation; trees of every kind decode greedily in tests/tree"
+)
 def test_identity(models, questions, tmp_path, capsys):
     check = script("greedy_identity")
     args = check.Args(
@@ -173,7 +176,12 @@ def test_where_answers_part(models):
 @pytest.mark.parametrize(
     ("path", "changes", "names"),
     [
-        ("draft", {}, ["exit 1", "exit 2"]),
+        pytest.param(
+            "draft",
+            {},
+            ["exit 1", "exit 2"],
+            marks=pytest.mark.exhaustive("the other draft has all parts of a row"),
+        ),
         ("small", {"tree_leaving": "node"}, ["exit 1"]),
     ],
 )

@@ -182,7 +182,7 @@ LIKE_ANOTHER = pytest.mark.exhaustive("a case like another, of other size")
     "config",
     [
         pytest.param(with_tree(1, 8, 9, exits=(2,)), marks=LIKE_ANOTHER),
-        with_tree(4, 1, 5, exits=(4,)),
+        pytest.param(with_tree(4, 1, 5, exits=(4,)), marks=LIKE_ANOTHER),
         with_tree(2, 3, 13, exits=(2,)),
         with_tree(1, 4, 5, exits=(1, 2, 4), exit_thresholds=(0.6, 0.6, 0.0)),
         pytest.param(guarded(with_tree(2, 4, 21, exits=(4,))), marks=LIKE_ANOTHER),
@@ -199,6 +199,7 @@ def test_rounds_are_exact_where_other_paths_do_not_matter(target, draft, greedy,
     assert result.stats.accepted_tokens > (4 if config.guard else 20)
 
 
+@pytest.mark.exhaustive("a useless chain is given up in test_draft_length.py by the same rule")
 def test_a_useless_tree_costs_what_the_guard_allows(target):
     other = tiny_model(num_layers=4, spread=14.0, seed=5)
     useless = Draft(other.config, other.params, None, "random", DraftConfig((1, 2, 4)))
@@ -213,6 +214,7 @@ def test_a_useless_tree_costs_what_the_guard_allows(target):
     assert spent < 1.02 * stats.emitted_tokens + 4 * 2 * (0.5 + 3 * 0.4)
 
 
+@pytest.mark.exhaustive("other trees are replayed exactly, or to a tenth")
 def test_a_draft_that_is_the_target_is_accepted_as_far_as_its_tree_holds_it(target, itself):
     draft, (trace, sampling, _) = itself
     config = with_tree(5, 4, 16, exits=(4,))
@@ -225,7 +227,10 @@ def test_a_draft_that_is_the_target_is_accepted_as_far_as_its_tree_holds_it(targ
     ("config", "temperature"),
     [
         (with_tree(4, 4, 12, exits=(2,)), 0.0),
-        (with_tree(5, 2, 8, exits=(1, 2, 4), exit_thresholds=(0.4, 0.4, 0.0)), 0.0),
+        pytest.param(
+            *(with_tree(5, 2, 8, exits=(1, 2, 4), exit_thresholds=(0.4, 0.4, 0.0)), 0.0),
+            marks=LIKE_ANOTHER,
+        ),
         (with_tree(4, 8, 24, exits=(4,), draft_sampling="argmax"), 1.0),
     ],
     ids=["one exit", "three", "sampled"],

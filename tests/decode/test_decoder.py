@@ -71,7 +71,13 @@ POLICIES = {
 
 
 # Every policy, and both drafters in both batches; policies that share programs take no time.
-OTHER_BATCHES = [("sd@1", 4), ("argmax", 4), ("s2d two exits", 1), ("sd@2 wide", 1)]
+OTHER_BATCHES = [
+    ("sd@1", 4),
+    ("argmax", 4),
+    ("s2d two exits", 1),
+    ("sd@2 wide", 1),
+    ("s2d heuristic", 1),
+]
 exhaustive = pytest.mark.exhaustive(
     "this policy in the other batch, this batch with other policies"
 )
@@ -226,15 +232,15 @@ def test_drafts_whose_table_has_less_or_more_padding(small, vocab_size, rows):
     assert [ids[row] for row in greedy] == [expected[row] for row in greedy]
 
 
+sampled_loop = pytest.mark.exhaustive("test_draft_length.py and trees have sampled loops")
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
     ("policy", "greedy"),
     [
-        *(("s2d", True), ("s2d", False), ("independent", True)),
-        pytest.param(
-            *("independent", False),
-            marks=pytest.mark.exhaustive("test_draft_length has a sampled loop of this drafter"),
-        ),
+        *(("s2d", True), ("independent", True)),
+        *(pytest.param(policy, False, marks=sampled_loop) for policy in ("s2d", "independent")),
     ],
 )
 def test_no_cache_is_copied_in_the_compiled_round(target, draft, policy, greedy, batch):

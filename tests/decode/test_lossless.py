@@ -76,7 +76,7 @@ PROMPT = (3, 1, 4, 1, 5)
 def pytest_generate_tests(metafunc):
     if "mode" not in metafunc.fixturenames:
         return
-    reason = "a pair of features that the modes of every run have apart"
+    reason = "its features are apart in modes of every run, its formats in test_weight_formats.py"
     more = all_modes() if metafunc.config.getoption("--all-modes") else MORE_MODES
     marked = [
         pytest.param(mode, marks=pytest.mark.exhaustive(reason), id=str(mode))

@@ -62,7 +62,15 @@ def test_the_heuristic_adds_two_or_takes_one_per_row():
     np.testing.assert_array_equal(after, [6, 4, 2, 1, 5])
 
 
-@pytest.mark.parametrize(("rule", "batch"), [*((rule, 4) for rule in RULES), ("guarded gain", 1)])
+@pytest.mark.parametrize(
+    ("rule", "batch"),
+    [
+        *((rule, 4) for rule in RULES),
+        pytest.param(
+            "guarded gain", 1, marks=pytest.mark.exhaustive("four rows follow the same rules")
+        ),
+    ],
+)
 def test_greedy_tokens_are_those_of_plain_decoding(target, draft, monkeypatch, rule, batch):
     """With widths that change the logits differ in their last bits, yet on these models no token does."""
     monkeypatch.setattr(planner, "allowance", lambda *_: 4.0)
@@ -89,7 +97,13 @@ def test_with_one_width_the_reference_is_exact(target, draft, rule):
     assert decoder.generate(PROMPTS, GREEDY).token_ids == expected
 
 
-@pytest.mark.parametrize(("independent", "temperature"), [(True, 0.0), (False, 1.0)])
+@pytest.mark.parametrize(
+    ("independent", "temperature"),
+    [
+        (True, 0.0),
+        pytest.param(False, 1.0, marks=pytest.mark.exhaustive("the guard counts rounds alike")),
+    ],
+)
 def test_a_useless_draft_is_given_up(target, useless, independent, temperature):
     config = DecodeConfig(
         exits=(2,) if independent else None,
@@ -108,12 +122,14 @@ def test_a_useless_draft_is_given_up(target, useless, independent, temperature):
         assert result.token_ids == plain.token_ids
 
 
+one_exit = pytest.mark.exhaustive("several exits catch up with all that one has")
+
+
 @pytest.mark.parametrize(
     "exits",
     [
-        (2,),
         EXITS,
-        pytest.param((1,), marks=pytest.mark.exhaustive("the drafter that several exits have")),
+        *(pytest.param(exits, marks=one_exit) for exits in ((1,), (2,))),
     ],
     ids=str,
 )

@@ -80,7 +80,10 @@ def _replayed(prompt, emitted, read, exits, most) -> list[int | None]:
 @pytest.mark.parametrize(
     ("config", "sampling"),
     [
-        (DecodeConfig((1,), num_draft_tokens=3), GREEDY),
+        pytest.param(
+            *(DecodeConfig((1,), num_draft_tokens=3), GREEDY),
+            marks=pytest.mark.exhaustive("thresholds choose among several such"),
+        ),
         (CHAIN, GREEDY),
         (dataclasses.replace(CHAIN, initial_room=8), LONG),
     ],
@@ -100,14 +103,21 @@ def test_chains_equal_their_replay(target, draft, read, config, sampling):
             assert row.drafted_by == _replayed(prompt, row.token_ids, read, decoder.exits, 3)
 
 
+SAMPLED_TOO = pytest.mark.exhaustive("sampled trees and guarded chains record the same")
+
+
 @pytest.mark.parametrize(
     ("config", "sampling"),
     [
         (CHAIN, HOT),
-        (DecodeConfig(EXITS, tree=BY_NODE), GREEDY),
+        pytest.param(DecodeConfig(EXITS, tree=BY_NODE), GREEDY, marks=SAMPLED_TOO),
         (DecodeConfig(EXITS, tree=BY_NODE), HOT),
         (dataclasses.replace(CHAIN, guard=True, costs=LOSING), GREEDY),
-        (dataclasses.replace(CHAIN, draft_length_rule="expected_gain", costs=PAYING), GREEDY),
+        pytest.param(
+            dataclasses.replace(CHAIN, draft_length_rule="expected_gain", costs=PAYING),
+            GREEDY,
+            marks=SAMPLED_TOO,
+        ),
     ],
     ids=[
         "sampled chain",
@@ -137,6 +147,7 @@ def test_the_record_agrees_with_confidences_and_counts(target, draft, read, conf
     assert not config.guard or result.stats.plain_rounds > 0
 
 
+@pytest.mark.exhaustive("shows that the tests above mean something")
 def test_both_exits_are_accepted(target, draft):
     """The tests above would prove little if all tokens came from one exit."""
     for config in (CHAIN, DecodeConfig(EXITS, tree=BY_NODE)):

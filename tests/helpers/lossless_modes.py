@@ -96,22 +96,18 @@ class Mode:
         )
 
 
-# Every drafter, rule, way of drafting, filter, format, list of tokens and part, and most kinds of trees, in as few compiled
-# programs as that takes: modes that differ in their rule or filter only share one.
+# Every drafter, way of drafting, filter, list of tokens and part, a rule that watches confidences and one that does not, chains
+# and all kinds of trees, in as few compiled programs as that takes: modes that differ in their rule or filter only share one.
+# Formats are in tests/model/test_weight_formats.py: the tokens of int8 and bf16 targets and drafts.
 MODES = [
     Mode("none", sampling=FILTERED),
-    Mode("independent"),
     Mode("fixed", False, sampling=FILTERED, trimmed=True),
     Mode("thresholds"),
     Mode("thresholds", rule="heuristic"),
-    Mode("thresholds", False, sampling=FILTERED),
-    Mode("independent", False, "confidence"),
     Mode("thresholds", rule="expected_gain", guarded=True, parts=True),
-    Mode("thresholds", target_format="int8", draft_format="bf16", trimmed=True),
     Mode("thresholds", tree=BY_LEVEL),
     Mode("thresholds", tree=BY_NODE, sampling=FILTERED, trimmed=True, guarded=True, parts=True),
     Mode("independent", tree=GAPPED),
-    Mode("thresholds", False, tree=STATIC_BY_NODE, target_format="int8", draft_format="int8"),
 ]
 
 # What each of these adds to those above is a pair of features that occur there apart.
@@ -140,6 +136,7 @@ _MORE = [
     Mode("thresholds", rule="expected_gain", guarded=True),
     Mode("thresholds", sampled=False, rule="confidence", guarded=True, sampling=FILTERED),
     Mode("thresholds", target_format="int8", draft_format="bf16"),
+    Mode("thresholds", target_format="int8", draft_format="bf16", trimmed=True),
     Mode("independent", False, target_format="int8", draft_format="int8"),
     Mode("thresholds", sampling=FILTERED, draft_format="int8"),
     *(
@@ -152,7 +149,6 @@ _MORE = [
     Mode("independent", False, tree=STATIC, sampling=FILTERED),
     Mode("fixed", tree=BY_LEVEL, sampling=FILTERED),
     Mode("fixed", False, tree=NARROW),
-    Mode("thresholds", tree=BY_LEVEL),
     Mode("thresholds", tree=BY_NODE, sampling=FILTERED, trimmed=True),
     Mode("thresholds", False, tree=BY_LEVEL, trimmed=True),
     Mode("thresholds", False, tree=STATIC_BY_NODE, target_format="int8", draft_format="int8"),

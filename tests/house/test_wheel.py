@@ -64,6 +64,9 @@ def test_the_wheel_holds_configs_prompts_and_types(wheel):
     assert not any(name.startswith(("tests/", "docs/")) for name in names)
 
 
+@pytest.mark.exhaustive(
+    "half a minute of processes; what the wheel holds and each script calls is tested always"
+)
 def test_the_scripts_work_anywhere(installed, tmp_path):
     # Modules of the user's that have the names of ours.
     for name in ("train", "infer"):

@@ -18,7 +18,16 @@ from s2d_jax.cli.figures import COLOURS, drawable, exit_styles, line_styles
 BENCHES = [(1, 1, 1), (2, 1, 2), (12, 1, 3), (3, 3, 4), (12, 4, 5)]
 
 
-@pytest.mark.parametrize("size", BENCHES)
+@pytest.mark.parametrize(
+    "size",
+    [
+        *BENCHES[:-1],
+        pytest.param(
+            BENCHES[-1],
+            marks=pytest.mark.exhaustive("as many bars are tested, and several targets"),
+        ),
+    ],
+)
 def test_bars_and_lines_of_a_report_are_readable(size):
     rows = bench_rows(*size)
     assert faults(speedup_figure(rows)) == []

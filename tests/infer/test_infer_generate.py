@@ -156,6 +156,7 @@ def test_a_prompt_without_a_token_is_named(models, tmp_path, monkeypatch, capsys
         load_model(models.small).score(["b", ""])
 
 
+@pytest.mark.exhaustive("test_regenerate.py has the same, over several turns")
 def test_samples_do_not_depend_on_the_batch_size(models, tmp_path, monkeypatch):
     path = prompts_file(tmp_path, *({"prompt": p} for p in PROMPTS))
     answers = []

@@ -173,6 +173,7 @@ def test_mistakes_of_generate_get_one_line(models, monkeypatch, capsys, flags, m
     assert message in failing_run(generate.main, monkeypatch, capsys, *filled, *rest)
 
 
+@pytest.mark.exhaustive("the README's benchmark has a tree, and test_infer_bench.py chains")
 def test_bench_compares_chains_and_trees(models, questions, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     # Two methods of six positions a pass and two of ten: fewer references.

@@ -78,7 +78,7 @@ def cluster():
     assert not alive
 
 
-def wait_until(found, seconds=60):
+def wait_until(found, seconds=200):
     patience = time.monotonic() + seconds
     while not (what := found()):
         assert time.monotonic() < patience
@@ -259,7 +259,10 @@ def twice(monkeypatch):
     monkeypatch.setattr(journaled, "ray_engine", engine)
 
 
-@pytest.mark.parametrize("batches", [1, 5])
+@pytest.mark.parametrize(
+    "batches",
+    [pytest.param(1, marks=pytest.mark.exhaustive("several batches are answered always")), 5],
+)
 def test_prompts_are_answered_through_a_journal_as_without_one(
     models, source, tmp_path, monkeypatch, capsys, twice, batches
 ):

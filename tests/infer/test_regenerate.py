@@ -318,6 +318,9 @@ def test_a_journal_is_for_one_process_and_tells_where_it_is_damaged(tmp_path):
     assert json.loads(path.read_text()) == {"seed": 1}
 
 
+@pytest.mark.exhaustive(
+    "tests of `killed` die in both turns, and another test kills one of two processes"
+)
 @pytest.mark.parametrize(
     "moments",
     [

@@ -195,7 +195,9 @@ sys.exit(together.done_together(lambda: print("worked"), lambda: "", "start all 
 """
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    "index", [0, pytest.param(1, marks=pytest.mark.exhaustive("the first says the same"))]
+)
 def test_a_process_that_waits_for_another_in_vain_says_so_on_one_line(index):
     programs = ["pass", "pass"]
     programs[index] = IMPATIENT

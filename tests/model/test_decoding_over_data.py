@@ -25,6 +25,7 @@ CONFIGS = {"chain": DecodeConfig(), "tree": DecodeConfig(tree=TreeShape(depth=3,
 OTHERS = functools.partial(
     pytest.param, marks=pytest.mark.exhaustive("each value of every axis is in the rest")
 )
+BOTH_AXES = pytest.mark.exhaustive("a split draft is tested on both axes, the others on each")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def _mesh(data: int, tensor: int):
     ("method", "temperature", "data", "tensor"),
     [
         ("chain", 1.0, 8, 1),
-        ("chain", 0.0, 2, 4),
+        pytest.param("chain", 0.0, 2, 4, marks=BOTH_AXES),
         OTHERS("tree", 0.0, 8, 1),
         OTHERS("tree", 1.0, 8, 1),
         OTHERS("tree", 0.0, 2, 4),
@@ -131,6 +132,7 @@ def test_caches_grow_and_serve_the_next_turn(target, draft):
     check_next_turn(target, draft, _mesh(2, 1), PROMPTS[:3])
 
 
+@pytest.mark.exhaustive("streams of one device and rows of a mesh are tested apart")
 def test_a_stream_and_timed_rounds_give_the_same_tokens(target, draft):
     decoder = SpeculativeDecoder(split(target, _mesh(2, 1)), draft)
     sampling = SamplingParams(max_new_tokens=16)

@@ -147,11 +147,18 @@ def test_shapes_and_axes_of_parts():
     assert jax.tree.map(lambda x: x.sharding, begun) == shardings
 
 
+LESS = pytest.mark.exhaustive(
+    "s2d with int8 and a list has all parts; other drafters are read apart"
+)
+
+
 @pytest.mark.parametrize(
     ("policy", "trimmed", "weight_format"),
     [
-        *(("s2d", False, "f32"), ("s2d", True, "int8")),
-        *(("sd@2", True, "bf16"), ("independent", False, "f32")),
+        ("s2d", True, "int8"),
+        pytest.param("s2d", False, "f32", marks=LESS),
+        pytest.param("sd@2", True, "bf16", marks=LESS),
+        pytest.param("independent", False, "f32", marks=LESS),
         pytest.param(
             *("independent", False, "int8"),
             marks=pytest.mark.exhaustive("s2d has int8, and independent drafts have f32"),
@@ -196,9 +203,10 @@ def test_a_draft_as_target_reads_the_shared_head(draft):
     assert ids[0] == ids[1]
 
 
-@pytest.mark.parametrize(
-    "data", [1, pytest.param(2, marks=pytest.mark.exhaustive("groups split drafts without parts"))]
+@pytest.mark.exhaustive(
+    "test_decoding_over_data.py splits drafts without parts; axes of parts are above"
 )
+@pytest.mark.parametrize("data", [1, 2])
 def test_tokens_beside_a_sharded_target_equal_those_of_one_device(data):
     """Both with LoRA on the trunk as well; the list's size, 59, divides by no mesh."""
     sampling = [GREEDY, SAMPLED, SAMPLED, SAMPLED]
@@ -243,7 +251,13 @@ def test_costs_of_exits_with_parts_are_measured(target, draft):
         assert program() > 0
 
 
-@pytest.mark.parametrize("name", ["llama tied", "qwen2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama tied",
+        pytest.param("qwen2", marks=pytest.mark.exhaustive("test_export.py has every family")),
+    ],
+)
 def test_own_heads_are_the_heads_of_exported_models(name, tmp_path):
     draft, out = with_parts(make_draft(name), HEADS), tmp_path / "out"
     export_draft(draft, out, {})

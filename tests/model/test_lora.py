@@ -46,7 +46,9 @@ def logits_of(config, params, tokens_BT=random_tokens(64)):  # noqa: B008
     return np.asarray(apply({"params": params}, jnp.asarray(tokens_BT)))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2 tied"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama", marks=pytest.mark.exhaustive("qwen2 has more")), "qwen2 tied"]
+)
 def test_merged_equals_unmerged(name):
     config = dataclasses.replace(CASES[name], num_layers=2)
     params = tiny_params(config, spread=5.0)
@@ -240,7 +242,10 @@ def draft(base) -> Draft:
     return dataclasses.replace(draft, params=adapted(draft.params, LORA))
 
 
-@pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "weight_format",
+    ["bf16", "int8", pytest.param("f32", marks=pytest.mark.exhaustive("what others are made of"))],
+)
 def test_a_draft_on_a_base_is_the_whole_one(base, draft, weight_format, tmp_path):
     export_draft(draft, tmp_path / "whole", {})
     export_parts(

@@ -44,7 +44,16 @@ def test_every_depth_equals_numpy(llama):
         np.testing.assert_allclose(ours[0], logits(config, host, states[depth]), atol=1e-4)
 
 
-@pytest.mark.parametrize("make_config", [tiny_config, tiny_qwen2_config])
+@pytest.mark.parametrize(
+    "make_config",
+    [
+        tiny_config,
+        pytest.param(
+            tiny_qwen2_config,
+            marks=pytest.mark.exhaustive("test_load.py compares families with torch"),
+        ),
+    ],
+)
 def test_cached_windows_equal_one_pass(make_config):
     """Rows of different lengths, windows of different widths."""
     config = make_config(num_layers=2)

@@ -58,6 +58,7 @@ def assert_survives_saving(tokenizer: Tokenizer, directory, texts=TEXTS):
     check_same_tokenizer(tokenizer, reloaded)
 
 
+@pytest.mark.exhaustive("tiny tokenizers of every kind are compared with Hugging Face's")
 @pytest.mark.weights
 def test_smollm2(smollm2_path, tmp_path):
     ours = Tokenizer.from_gguf(GGUFFile(smollm2_path))

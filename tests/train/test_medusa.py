@@ -216,7 +216,7 @@ TOGETHER = pytest.mark.exhaustive("the axes and the accumulation are tested toge
     [
         pytest.param(MeshConfig(data=8), 1, marks=TOGETHER),
         pytest.param(MeshConfig(fsdp=8), 1, marks=TOGETHER),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 1),
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), 1, marks=TOGETHER),
         (MeshConfig(fsdp=2, tensor=4), 2),
         pytest.param(MeshConfig(), 4, marks=TOGETHER),
     ],

@@ -51,6 +51,7 @@ def rows(models):
     return run(arguments(models, "small", "large"))
 
 
+@pytest.mark.exhaustive("the figures of the table are compared with those of the compiler")
 def test_the_drafts_row_is_the_same_whatever_the_target(models, rows):
     alone = run(arguments(models, "large"))
     without_time = [dataclasses.replace(row[0], compile_seconds=0.0) for row in (rows, alone)]

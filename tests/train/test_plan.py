@@ -76,6 +76,7 @@ def test_a_plan_tells_bytes_and_collectives(run_yaml, tmp_path, capsys):
     assert " x all-gather" in text
 
 
+@pytest.mark.exhaustive("a plan of another mesh tells its collectives always")
 def test_copies_of_the_parameters_need_sums_of_gradients_only(run_yaml, tmp_path):
     plan = planned(run_yaml, tmp_path, "--devices", 8, "--mesh.data", 8)
     assert set(plan["collectives"]) == {"all-reduce"}

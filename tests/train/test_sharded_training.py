@@ -126,7 +126,9 @@ def relative_errors(got, expected) -> list[float]:
 
 def cases(*names: str) -> list:
     """All meshes; `make test` runs those named."""
-    left = pytest.mark.exhaustive("each axis is in `all axes`, and in another of these two tests")
+    left = pytest.mark.exhaustive(
+        "each axis is in `all axes`; test_processes.py has AdamW on a mesh"
+    )
     return [name if name in names else pytest.param(name, marks=left) for name in MESHES]
 
 
@@ -141,7 +143,7 @@ def test_gradients_and_plain_descent_equal_one_devices(descent_alone, name):
     assert losses[-1] < losses[0] - 0.01, "twenty steps that change nothing would prove nothing"
 
 
-@pytest.mark.parametrize("name", cases("fsdp"))
+@pytest.mark.parametrize("name", cases())
 def test_losses_of_twenty_steps_equal_one_devices(losses_alone, name):
     """f32, AdamW with clipping: to 1e-4."""
     parts = 2 if name == "accumulated" else 1

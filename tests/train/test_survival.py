@@ -61,6 +61,7 @@ def check_same_run(run_dir: Path, whole: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, load_run(whole).params)
 
 
+@pytest.mark.exhaustive("two processes are stopped so, and go on, in test_processes.py")
 def test_sigterm_saves_ends_with_its_own_status_and_the_rest_is_as_if_nothing_was(
     source, flags, whole, tmp_path
 ):
@@ -176,6 +177,7 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.exhaustive("test_data_cache.py damages rows in the same ways")
 def test_damaged_rows_are_named_before_a_run_goes_on(source, finished, capsys):
     file = next((finished / "rows").glob("*.arrow"))
     good, saved = file.read_bytes(), load_run(finished).params

@@ -77,6 +77,7 @@ def log_probs_of(model_config, params, exit_layers, entries=None):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+ALSO = pytest.mark.exhaustive("test_objectives.py compares every divergence with NumPy")
 DIVERGENCES = {
     "forward_kl": lambda p, q: (np.exp(p) * (p - q)).sum(-1),
     "reverse_kl": lambda p, q: (np.exp(q) * (q - p)).sum(-1),
@@ -95,7 +96,13 @@ def mean(values_EBT):
     return (values_EBT * weights).sum((1, 2)) / weights.sum()
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "forward_kl",
+        *(pytest.param(kind, marks=ALSO) for kind in ("reverse_kl", "tvd")),
+    ],
+)
 def test_distillation_is_the_mean_divergence_from_the_teachers_mixed_with_cross_entropy(kind):
     teachers = (teacher_params(5), teacher_params(6))
     ((metrics,), _) = metrics_of(distilling(divergence=kind), teachers=teachers)
@@ -110,6 +117,9 @@ def test_distillation_is_the_mean_divergence_from_the_teachers_mixed_with_cross_
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
 
 
+@pytest.mark.exhaustive(
+    "the divergence is compared with NumPy, and a run with a teacher tells its own"
+)
 def test_distilling_learns_the_teacher_and_leaves_it_alone():
     teacher = teacher_params()
     before = jax.device_get(teacher)
@@ -125,11 +135,6 @@ def top_k_of(log_p_BTV, K):
     return TopK(ids, np.take_along_axis(log_p_BTV, ids, -1).astype(np.float32))
 
 
-ALSO = pytest.mark.exhaustive(
-    "test_objectives.py compares every divergence of stored tokens with NumPy"
-)
-
-
 @pytest.mark.parametrize(
     "kind", ["forward_kl", *(pytest.param(kind, marks=ALSO) for kind in ("reverse_kl", "tvd"))]
 )
@@ -143,6 +148,7 @@ def test_stored_probabilities_of_all_tokens_equal_the_running_teacher(kind):
     np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-2)
 
 
+@pytest.mark.exhaustive("test_objectives.py compares stored tokens with NumPy")
 def test_fewer_stored_tokens_are_a_lower_bound():
     log_p = log_probs_of(TEACHER, teacher_params(), (2,))[0]
     values = []
@@ -178,6 +184,9 @@ PARTS = {
 }
 
 
+IN_A_RUN = pytest.mark.exhaustive("test_train_teachers.py has a run whose heads and adapters learn")
+
+
 def started(given: Config):
     params = init_exit_parts(MODEL, tiny_params(MODEL), given.draft.parts, jax.random.key(1))
     if given.model.lora_rank:
@@ -185,7 +194,13 @@ def started(given: Config):
     return params
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        "lora",
+        *(pytest.param(part, marks=IN_A_RUN) for part in ("exit_heads", "exit_adapters")),
+    ],
+)
 def test_only_the_named_part_learns(part):
     given = with_objective(**PARTS[part])
     assert given.learned_parts == (part,)

@@ -127,7 +127,17 @@ def test_a_terminal_shows_the_time_left_and_the_speed(monkeypatch):
     assert "loss 2.500 (6: 3.000, 12: 2.000)" in last
 
 
-@pytest.mark.parametrize(("num_layers", "exits"), [(3, ("1", "2", "3")), (None, ("1", "2", "4"))])
+@pytest.mark.parametrize(
+    ("num_layers", "exits"),
+    [
+        (3, ("1", "2", "3")),
+        pytest.param(
+            None,
+            ("1", "2", "4"),
+            marks=pytest.mark.exhaustive("other runs have the first layers, or chosen ones"),
+        ),
+    ],
+)
 def test_training_starts_from_the_weights_of_the_source(source, tmp_path, num_layers, exits):
     """The first layers, or the whole model; steps of no size leave them as they were."""
     run_dir = tmp_path / "run"
@@ -162,6 +172,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(source, finished, interrupte
     jax.tree.map(np.testing.assert_array_equal, load_run(run_dir).params, load_run(finished).params)
 
 
+@pytest.mark.exhaustive("one process goes on with what two have left in test_processes.py")
 def test_a_run_resumes_on_another_mesh(source, finished, interrupted):
     mesh = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
     assert launch(source, interrupted, "--train.resume", *mesh) == 0
@@ -265,6 +276,7 @@ def test_a_last_step_that_diverges_is_no_success(source, tmp_path, capsys):
     assert launch(source, run_dir, *flags) == 0
 
 
+@pytest.mark.exhaustive("test_checkpoint.py has a full disk in the background, and what it says")
 def test_a_disk_that_refuses_arrays_keeps_the_earlier_checkpoint(
     source, interrupted, capsys, caplog, monkeypatch
 ):
@@ -314,6 +326,7 @@ def test_a_config_that_cannot_be_written_leaves_nothing(source, tmp_path, capsys
 
 
 # Of several reads of a damaged checkpoint Orbax awaits one failure only; the others complain when they are collected.
+@pytest.mark.exhaustive("test_checkpoint.py and test_broken_runs.py name damaged checkpoints")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_when_a_run_resumes(source, finished, tmp_path, capsys):
     run_dir = Path(shutil.copytree(finished, tmp_path / "run"))

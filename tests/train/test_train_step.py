@@ -99,8 +99,10 @@ def one_device():
         pytest.param(config(mesh=MeshConfig(data=8)), id="data", marks=COMPARED),
         pytest.param(config(mesh=MeshConfig(fsdp=8)), id="fsdp", marks=COMPARED),
         pytest.param(config(mesh=MeshConfig(2, 2, 2)), id="all axes", marks=COMPARED),
-        pytest.param(config(mesh=SHARDED, accumulate=2), id="sharded and accumulated"),
-        pytest.param(config(accumulate=4), id="accumulated"),
+        pytest.param(
+            config(mesh=SHARDED, accumulate=2), id="sharded and accumulated", marks=COMPARED
+        ),
+        pytest.param(config(accumulate=4), id="accumulated", marks=COMPARED),
     ],
 )
 def test_losses_and_parameters_equal_one_devices(one_device, other):
@@ -110,6 +112,7 @@ def test_losses_and_parameters_equal_one_devices(one_device, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, one_device[1])
 
 
+@pytest.mark.exhaustive("test_remat.py compares every policy")
 def test_remat_changes_nothing(one_device):
     plain = config()
     remat = dataclasses.replace(plain, model=dataclasses.replace(plain.model, remat="block"))

@@ -112,6 +112,7 @@ def test_tensorboard_gets_the_same_numbers(distilled):
     assert found["loss_per_exit/2", 4] == pytest.approx(step["loss_per_exit"]["2"], rel=1e-5)
 
 
+@pytest.mark.exhaustive("two processes stop and go on with stored values in test_processes.py")
 @pytest.mark.parametrize(("fixture", "top_k"), [("distilled", 0), ("stored", 8)])
 def test_a_run_with_a_teacher_resumes_exactly(source, tmp_path, request, fixture, top_k):
     flags = teacher_flags(source, **{"--objective.teacher-top-k": top_k})

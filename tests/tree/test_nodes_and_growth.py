@@ -220,6 +220,7 @@ def _assert_places(places: list[float], trees: int) -> None:
     assert stats.kstest(places, "uniform").pvalue > ALPHA
 
 
+@pytest.mark.exhaustive("test_tree_acceptance.py has its law, and lossless chains and trees theirs")
 def test_target_only_acceptance():
     """A token outside the filters is never emitted; at temperature 0 the walk is the greedy one."""
     places = []
@@ -271,6 +272,7 @@ def _drawn_forest(forest: Forest, listed: np.ndarray | None):
     return drawn, q_BLU, q_BMV
 
 
+@pytest.mark.exhaustive("test_tree_acceptance.py has the law of whole and of trimmed heads")
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_acceptance_of_children_drawn_without_replacement(trimmed):
     """Half of the 10,000 trees each: with the q of a whole head, and with that of a trimmed one."""

@@ -46,12 +46,19 @@ from s2d_jax.config.sampling import SamplingParams
 from s2d_jax.sampling import SamplingArrays
 from s2d_jax.tree import acceptance as tree_acceptance
 
+APART = ("width 4", "width 3-filtered", "width 3-trimmed", "width 3-dropped")
+ALL_AT_ONCE = [pytest.mark.exhaustive("one case is wide, filtered, trimmed and dropped at once")]
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=ALL_AT_ONCE * (str(case) in APART)) for case in CASES],
+)
 def test_children_drawn_without_replacement_keep_the_targets_law(case):
     assert judged(case) > LEVEL
 
 
+@pytest.mark.exhaustive("shows only that the reference is right")
 def test_the_reference_walk_passes_the_same_test():
     assert judged(Case(opposed=True), reference_rule, rows=SAMPLES // 3) > LEVEL
 
@@ -73,6 +80,7 @@ def test_reranking_what_was_drawn_is_caught():
     assert judged(Case(2), draw=reranked) < LEVEL
 
 
+@pytest.mark.exhaustive("another fault is caught in every run")
 def test_children_in_another_order_than_drawn_are_caught():
     def sorted_by_q(rng, q, rows, count):
         drawn = drawn_without_replacement(rng, q, rows, count)
@@ -125,7 +133,13 @@ def test_a_greedy_walk_is_caught_at_temperature_one():
     assert _judged_target_only(PLAIN, greedy) < LEVEL
 
 
-@pytest.mark.parametrize("seed", range(FIXED_TREES))
+HALF = pytest.mark.exhaustive("half of the trees are judged always")
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(seed, marks=HALF if seed % 2 else ()) for seed in range(FIXED_TREES)],
+)
 def test_the_law_of_one_tree(seed):
     """Given the tree, node and token follow the law of the rule itself: another one of the same marginals would fail."""
     case = dataclasses.replace(CASES[seed % len(CASES)], dropped=False)

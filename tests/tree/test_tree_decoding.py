@@ -29,6 +29,9 @@ FIXED_OR_AT_A_LIMIT = ("sd@1", "independent static", "never early", "always firs
 WIDE_POLICY = "s2d wide, catching up one by one"
 
 single_rows = pytest.mark.exhaustive("a batch of one row writes the same caches under s2d")
+compared = pytest.mark.exhaustive("test_tree_rounds.py compares every round of other policies")
+s2d_stops = pytest.mark.exhaustive("rows end by the same rule under s2d")
+other_trees = pytest.mark.exhaustive("s2d writes the same caches, and more of them")
 one_segment = pytest.mark.exhaustive("a draft of one segment grows the same caches")
 
 
@@ -57,9 +60,9 @@ def plain(pair):
 @pytest.mark.parametrize(
     ("policy", "batch"),
     [
-        *((policy, 4) for policy in MIXED + FIXED_OR_AT_A_LIMIT),
-        ("s2d", 1),
-        *(pytest.param(policy, 1, marks=single_rows) for policy in MIXED[1:]),
+        ("s2d", 4),
+        *(pytest.param(p, 4, marks=compared) for p in MIXED[1:] + FIXED_OR_AT_A_LIMIT),
+        *(pytest.param(policy, 1, marks=single_rows) for policy in MIXED),
         pytest.param(WIDE_POLICY, 4, marks=pytest.mark.exhaustive("other widths differ in size")),
     ],
 )
@@ -81,6 +84,7 @@ def test_thresholds_at_their_limits(decoders):
     assert first.draft_forwards[2] == first.draft_forwards[3] == 0
 
 
+@pytest.mark.exhaustive("test_lossless.py has a guarded tree with plain rounds")
 def test_a_guarded_tree_pauses_and_returns(pair, plain):
     """Plain rounds are of width 1, so the reference has that width."""
     costs = RoundCosts((0.3, 0.5, 0.8), (1.0, 1.5, 1.6, 1.7), 0.05)
@@ -97,7 +101,17 @@ def _chain_shaped(depth: int) -> TreeShape:
     return TreeShape(depth=depth, top_k=1, nodes=depth + 1)
 
 
-@pytest.mark.parametrize("tree", [_chain_shaped(3), FULL], ids=["chain-shaped", "static"])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        pytest.param(
+            _chain_shaped(3),
+            marks=pytest.mark.exhaustive("chains of one's own are in test_decoder.py"),
+            id="chain-shaped",
+        ),
+        pytest.param(FULL, id="static"),
+    ],
+)
 def test_the_target_as_its_own_draft_is_always_accepted(pair, tree):
     """At temperature 1 too, where the one child of a node is drawn from the target's own law (p and q differ by rounding)."""
     decoder = SpeculativeDecoder(pair[0], pair[0], DecodeConfig(tree=tree))
@@ -111,7 +125,15 @@ def test_the_target_as_its_own_draft_is_always_accepted(pair, tree):
         assert decoder.generate(PROMPTS, hot).stats.mean_acceptance_length > 3.92
 
 
-@pytest.mark.parametrize("exits", [None, (3,)], ids=["s2d", "independent"])
+@pytest.mark.parametrize(
+    "exits",
+    [
+        pytest.param(None, id="s2d"),
+        pytest.param(
+            (3,), id="independent", marks=pytest.mark.exhaustive("several exits have what one has")
+        ),
+    ],
+)
 def test_a_tree_of_one_child_each_is_a_chain(pair, exits):
     chain = SpeculativeDecoder(*pair, DecodeConfig(exits, num_draft_tokens=3))
     tree = SpeculativeDecoder(*pair, DecodeConfig(exits, tree=_chain_shaped(3)))
@@ -121,6 +143,7 @@ def test_a_tree_of_one_child_each_is_a_chain(pair, exits):
         assert getattr(ours.stats, name) == getattr(theirs.stats, name)
 
 
+@pytest.mark.exhaustive("every round of a tree is compared with the slow reference")
 def test_a_tree_accepts_more_than_a_chain_of_its_depth(pair, decoders):
     chain = SpeculativeDecoder(*pair, DecodeConfig(num_draft_tokens=TREE.depth))
     ours, theirs = (d.generate(PROMPTS, GREEDY).stats for d in (decoders["s2d"], chain))
@@ -130,7 +153,7 @@ def test_a_tree_accepts_more_than_a_chain_of_its_depth(pair, decoders):
 # --- requests
 
 
-@pytest.mark.parametrize("policy", MIXED)
+@pytest.mark.parametrize("policy", ["s2d", *(pytest.param(p, marks=s2d_stops) for p in MIXED[1:])])
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 4])
 def test_few_new_tokens(decoders, plain, policy, new_tokens):
     sampling = dataclasses.replace(GREEDY, max_new_tokens=new_tokens)
@@ -139,7 +162,7 @@ def test_few_new_tokens(decoders, plain, policy, new_tokens):
     assert found == [ids[:new_tokens] for ids in whole]
 
 
-@pytest.mark.parametrize("policy", MIXED)
+@pytest.mark.parametrize("policy", ["s2d", *(pytest.param(p, marks=s2d_stops) for p in MIXED[1:])])
 def test_stop_tokens_end_a_row_and_are_kept(decoders, plain, policy):
     """Every token of a text in turn: at the root, inside an accepted path, as the bonus token."""
     whole = plain(POLICIES[policy].tree.nodes)
@@ -150,6 +173,7 @@ def test_stop_tokens_end_a_row_and_are_kept(decoders, plain, policy):
         assert decoders[policy].generate(PROMPTS, rows).token_ids == expected
 
 
+@pytest.mark.exhaustive("greedy trees stop at every place")
 def test_stop_tokens_of_sampled_trees(decoders):
     decoder = decoders["s2d by node"]
     free = decoder.generate(PROMPTS, HOT).token_ids
@@ -172,7 +196,13 @@ def test_generation_ends_at_the_context():
 
 @pytest.mark.parametrize(
     ("policy", "draft_sampling", "temperature"),
-    [("s2d", "sample", 0.0), ("s2d by node", "sample", 1.0), ("s2d static", "argmax", 1.0)],
+    [
+        ("s2d", "sample", 0.0),
+        ("s2d by node", "sample", 1.0),
+        pytest.param(
+            "s2d static", "argmax", 1.0, marks=pytest.mark.exhaustive("rows are apart in any tree")
+        ),
+    ],
 )
 def test_a_row_does_not_depend_on_its_neighbours(pair, policy, draft_sampling, temperature):
     """Same batch width, other neighbours: the same tokens."""
@@ -187,7 +217,15 @@ def test_a_row_does_not_depend_on_its_neighbours(pair, policy, draft_sampling, t
 
 
 @pytest.mark.parametrize(
-    ("policy", "draft_sampling"), [("s2d by node", "sample"), ("s2d static", "argmax")]
+    ("policy", "draft_sampling"),
+    [
+        ("s2d by node", "sample"),
+        pytest.param(
+            "s2d static",
+            "argmax",
+            marks=pytest.mark.exhaustive("rows have their own sampling in any tree"),
+        ),
+    ],
 )
 def test_rows_have_their_own_sampling(pair, plain, policy, draft_sampling):
     """A greedy row in a sampled batch is greedy; the seed decides the others."""
@@ -276,8 +314,9 @@ def _copies(text: str, kept: dict[str, str]) -> dict[str, list[str]]:
     ("policy", "temperature", "batch"),
     [
         *(("s2d", 0.0, batch) for batch in (4, 1)),
-        *(("s2d by node", 1.0, batch) for batch in (4, 1)),
-        *((policy, 0.0, 4) for policy in ("s2d static", "independent")),
+        ("s2d by node", 1.0, 4),
+        pytest.param("s2d by node", 1.0, 1, marks=single_rows),
+        *(pytest.param(p, 0.0, 4, marks=other_trees) for p in ("s2d static", "independent")),
         *(pytest.param(p, 0.0, 1, marks=single_rows) for p in ("s2d static", "independent")),
     ],
 )

@@ -174,15 +174,13 @@ def _assert_states(after, row, slow_target: Slow, slow_draft: Slow, exits) -> No
 
 
 # What they grow from is tested with other policies: paths and leaving by level, a single segment.
+TOGETHER = ("s2d", "s2d by node", "s2d static by node", "independent")
 COMBINED_ELSEWHERE = pytest.mark.exhaustive("paths, levels and single segments are tested apart")
 
 
 @pytest.mark.parametrize(
     "policy",
-    [
-        pytest.param(name, marks=[COMBINED_ELSEWHERE] * (name in ("s2d static", "sd@1")))
-        for name in POLICIES
-    ],
+    [pytest.param(name, marks=[COMBINED_ELSEWHERE] * (name not in TOGETHER)) for name in POLICIES],
 )
 def test_every_round_equals_the_slow_references(greedy_rounds, slow_target, slow_draft, policy):
     config, depths, top = POLICIES[policy], set(), slow_target.config.num_layers
@@ -217,10 +215,19 @@ def test_every_round_equals_the_slow_references(greedy_rounds, slow_target, slow
     assert depths >= {0, 1, 2}
 
 
+FILTERS = {"temperature": 0.8, "top_k": 5}
+OTHER_FILTERS = pytest.mark.exhaustive("either rule of leaving, filtered or not, is in the rest")
+
+
 @pytest.mark.parametrize(
-    "filters", [{}, {"temperature": 0.8, "top_k": 5}], ids=["plain", "filtered"]
+    ("tree", "filters"),
+    [
+        pytest.param(TREE, {}, id="by level-plain"),
+        pytest.param(BY_NODE, FILTERS, id="by node-filtered"),
+        pytest.param(BY_NODE, {}, id="by node-plain", marks=OTHER_FILTERS),
+        pytest.param(TREE, FILTERS, id="by level-filtered", marks=OTHER_FILTERS),
+    ],
 )
-@pytest.mark.parametrize("tree", [TREE, BY_NODE], ids=["by level", "by node"])
 def test_drawn_children_are_counted_before_they_are_drawn(pair, slow_draft, tree, filters):
     """Counts follow from q vectors and the nodes above; all that is drawn is verified; q is kept for acceptance."""
     config, sampling = DecodeConfig(tree=tree), dataclasses.replace(HOT, **filters)

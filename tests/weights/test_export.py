@@ -32,7 +32,16 @@ from s2d_jax.weights.model import Draft
 NAMES = ["llama tied", "llama wide heads", "llama3 short scaling", "qwen2", "qwen2 tied"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+SHAPES = [pytest.mark.exhaustive("test_load.py compares such shapes with torch")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=SHAPES * name.startswith(("llama wide", "llama3 short")))
+        for name in NAMES
+    ],
+)
 def test_every_exit_equals_torch(name, tmp_path):
     draft, out = make_draft(name), tmp_path / "out"
     export_draft(draft, out, {"run": "test"})
@@ -115,7 +124,15 @@ def test_torch_sees_the_dtype_of_the_parameters(tmp_path):
     assert hf_load(tmp_path / "out").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["llama tied", "qwen2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            "llama tied", marks=pytest.mark.exhaustive("logits of every kind are those of torch")
+        ),
+        "qwen2",
+    ],
+)
 def test_each_directory_assists_huggingface_generation(name, tmp_path):
     draft, out = make_draft(name), tmp_path / "out"
     export_draft(draft, out, {})
@@ -291,6 +308,7 @@ print(load_draft(sys.argv[2]).tokenizer.encode("ABC"), draft.tokenizer.encode("A
     assert done.stdout == "[32, 33, 34] [32, 33, 34]\n", done.stderr
 
 
+@pytest.mark.exhaustive("tiny drafts of every kind are compared with torch")
 @pytest.mark.weights
 def test_smollm2_draft_equals_torch_at_each_exit(smollm2_path, tmp_path, capsys):
     target = load_model(smollm2_path)

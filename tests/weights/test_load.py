@@ -62,7 +62,13 @@ def edit_weights(directory: Path, change) -> None:
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", CASES)
+ALONE = ("llama", "llama without groups", "llama one kv head", "llama3 short scaling", "qwen2")
+IN_OTHERS = [pytest.mark.exhaustive("others have what is special here, or more of it")]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=IN_OTHERS * (name in ALONE)) for name in CASES]
+)
 def test_logits_equal_torch(name, tmp_path):
     config = CASES[name]
     model = hf_model(config)

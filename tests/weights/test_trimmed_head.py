@@ -136,11 +136,15 @@ POLICIES = {
 }
 
 
+OTHERS = pytest.mark.exhaustive("each head is in the rest, with one exit and with several")
+
+
 @pytest.mark.parametrize(
     ("policy", "batch", "tied"),
     [
-        *(("s2d", 1, False), ("s2d", 4, True), ("s2d heuristic", 4, True)),
-        *(("sd@2", 4, False), ("independent", 4, False)),
+        *(("s2d", 4, True), ("independent", 4, False)),
+        *(pytest.param(*case, marks=OTHERS) for case in (("s2d", 1, False), ("sd@2", 4, False))),
+        pytest.param("s2d heuristic", 4, True, marks=OTHERS),
         pytest.param(
             *("s2d", 4, False),
             marks=pytest.mark.exhaustive("one row of it is there, and four that are tied"),
@@ -160,6 +164,7 @@ def test_greedy_equals_the_width_matched_reference(policy, batch, tied):
     assert batch == 1 or unlisted & {i for ids in result.token_ids for i in ids}
 
 
+@pytest.mark.exhaustive("lists of some tokens are tested by definition and by the tokens they give")
 def test_a_list_of_all_tokens_changes_nothing(small):
     target, draft = small
     sampling = [GREEDY, SAMPLED, SAMPLED, SAMPLED]
@@ -202,6 +207,7 @@ def test_a_trimmed_draft_as_target_keeps_its_whole_head(draft):
     assert trimmed.token_ids == plain.token_ids
 
 
+@pytest.mark.exhaustive("test_decoder.py has tables of both sizes without a list")
 @pytest.mark.parametrize("vocab_size", [56, 80])
 def test_vocabularies_that_are_padded_differently(vocab_size, monkeypatch):
     """Tiny models have no tokenizers that could show that only padding differs."""

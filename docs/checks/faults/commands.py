@@ -94,7 +94,7 @@ COMMANDS = [
         "infer/generate/engine.py",
         "if done.number in entries:",
         "if False:",
-        "infer/test_ray_batches.py -k through_a_journal",
+        "infer/test_ray_batches.py -k through_a_journal --all",
     ),
     Fault(
         "cut-off-called-finished",

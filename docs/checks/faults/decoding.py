@@ -48,7 +48,7 @@ ACCEPTANCE = [
             own_B = jnp.take_along_axis(probs_BU, index_B[:, None], axis=1)[:, 0]
             live_B = live_B & (own_B > 0.2)
         proposal = _append(proposal, i, token_B, exit_B, probs_BU, live_B)""",
-        "decode/test_lossless.py -k follow_the_target[independent-sampled-fixed]",
+        "decode/test_lossless.py -k follow_the_target[independent-sampled-fixed] --all",
     ),
     Fault(
         "rounds-share-random-numbers",
@@ -133,7 +133,7 @@ SAMPLING = [
         "s2d_jax/draft/logits.py",
         "return filled.at[..., ids_U].set(",
         "return filled.at[..., jnp.arange(len(ids_U))].set(",
-        "decode/test_lossless.py -k 'follow_the_target and thresholds-sampled-fixed-trimmed'",
+        "decode/test_lossless.py -k 'follow_the_target and thresholds-sampled-fixed-trimmed' --all",
     ),
 ]
 
@@ -201,8 +201,8 @@ TREES = [
         "neighbour-kept",
         "of an accepted path the caches keep the entries one place further on",
         "s2d_jax/model/kv_cache.py",
-        "(start_B[:, None] + index_BY).reshape(shape)",
-        "(start_B[:, None] + index_BY + (index_BY > 0)).reshape(shape)",
+        "among, index_BY = buffer, start_B[:, None] + index_BY",
+        "among, index_BY = buffer, start_B[:, None] + index_BY + (index_BY > 0)",
         "tree/test_nodes_and_growth.py -k paths",
     ),
     Fault(
@@ -247,7 +247,7 @@ DRAFTING = [
         "state, _ = segments.catch_up(params, state, 0, tokens_BC, end_B, self.return_width)",
         "state = state.replace(segments=(state.segments[0].advance_to(jnp.maximum(state.segments[0].length_B, "
         "end_B)), *state.segments[1:]))",
-        "draft/test_draft_length.py -k has_caught_up",
+        "draft/test_draft_length.py -k has_caught_up --all",
     ),
     Fault(
         "guard-forgets-drafting",

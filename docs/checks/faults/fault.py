@@ -1,7 +1,8 @@
 """The faults that `planted_faults.py` plants: wrong rules that run, each with the tests that must notice.
 
-`old` stands exactly once in `file`. `tests` is a file of `tests/`, with `-k` where a few of its tests say it sooner. What tests
-plant themselves (a rule, a gradient, a damaged file, a disk that refuses) has its counterpart here.
+`old` stands exactly once in `file`. `tests` is a file of `tests/`, with `-k` where a few of its tests say it sooner, and
+`--all` where `make test-all` alone runs them. What tests plant themselves (a rule, a gradient,
+a damaged file, a disk that refuses) has its counterpart here.
 """
 
 from __future__ import annotations

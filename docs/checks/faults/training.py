@@ -206,7 +206,7 @@ RUNS = [
         "train/run/loop.py",
         "if due or stopped:",
         "if due and not stopped:",
-        "train/test_survival.py -k sigterm",
+        "train/test_survival.py -k sigterm --all",
     ),
     Fault(
         "damage-untold",
