@@ -130,7 +130,9 @@ def test_the_lists_name_what_there_is():
         assert any(re.search(pattern, text) for text in run), pattern
 
 
-ON_A_MESH = pytest.mark.exhaustive("tests/model decodes on a mesh, and the README's Python always runs")
+ON_A_MESH = pytest.mark.exhaustive(
+    "tests/model decodes on a mesh, and the README's Python always runs"
+)
 
 
 @pytest.mark.parametrize(
