@@ -59,6 +59,7 @@ def cluster():
         # A token of its own: the user's is neither read nor made.
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+        patch.setenv("JAX_NUM_CPU_DEVICES", "2")  # of each worker
         command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block"]
         command += [f"--port={port}", f"--temp-dir={folder}", "--num-cpus=2"]
         command += ["--include-dashboard=false", "--disable-usage-stats", '--resources={"TPU": 8}']
@@ -211,9 +212,14 @@ def test_kill_9_of_a_driver_and_of_a_worker(models, cluster, source, tmp_path, m
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
     driver = subprocess.Popen(list(map(str, command)), env=environment)
     journal = journal_of(out)
-    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 1)
-    driver.kill()
-    driver.wait()
+    try:
+        wait_until(
+            lambda: driver.poll() or (journal.exists() and journal.read_bytes().count(b"\n") > 1)
+        )
+        assert driver.poll() is None
+    finally:
+        driver.kill()
+        driver.wait()
     first = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     with monkeypatch.context() as patch:
         second = watch_entries(patch, kill_a_worker(head))
