@@ -189,6 +189,8 @@ def _laid_out(array: jax.Array) -> jax.Array:
     """The same array, in the order in memory that the form says."""
     if forms().cache_layout == "chosen":
         return array
+    if array.shape[0] == 1:  # constrained with an axis of one entry, it would be gathered where it is split over devices
+        return with_layout_constraint(array[0], Layout(tuple(range(array.ndim - 1))))[None]
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
