@@ -266,6 +266,7 @@ QUICK = [
     Round("h100", "fixed", 32, weight_format="int8"),
     Round("h100", "s2d", 8, sampled=True, devices=8),
     *(Round("v5p", method) for method in METHODS[:3]),
+    Round("v5p", "plain", devices=8, layers=2),
     Round("v5p", "fixed", 8, devices=8),
     Round("h100", "plain", 8, devices=8, data=2, layers=2),
     Round("v5p", "fixed", 8, devices=8, data=8, layers=2),
