@@ -37,7 +37,7 @@ class Forms:
             one trip.
         unrolled_rows: up to how many rows of a cache are written one by one; more are written by a scatter.
         cache_layout: "chosen": XLA chooses in which order the axes of a cache lie in memory. "row_major": they stay in the
-            order that they come in, and windows of caches are read row by row.
+            order that they come in, and windows of up to `unrolled_rows` rows are read row by row.
         search_bits: how many bits of a filter's threshold are found in one pass over the probabilities.
         search: the passes are "unrolled" behind a condition, or a "loop" of no trips where no row filters.
         top_k: "blocks" searches the k blocks with the largest maxima only; "whole" is `jax.lax.top_k`.
@@ -136,7 +136,7 @@ TPU = Forms(
     weight_gradient="contract_rows",
     beside_int8=jnp.bfloat16,
     keeps_dtype=True,
-    # With the layout below, the compiler copies no cache for it.
+    # With the layout below, the compiler copies no cache for a plain write.
     one_row_write="plain",
     # A scatter is a loop here.
     unrolled_rows=32,

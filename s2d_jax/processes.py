@@ -6,6 +6,7 @@ Process 0 is the main process: it alone writes files, apart from checkpoints, wh
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The main process may tokenize for hours while the others wait.
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
 _GOOGLE_PCI_VENDOR = "0x1ae0"
-SECONDS_TO_MEET = 300
+SECONDS_TO_MEET = 300  # as JAX has it
 
 
 def start_processes(
@@ -43,18 +44,32 @@ def start_processes(
     jax.config.update("jax_enable_preemption_service", preemption)
     if (place := where_to_meet(environment)) is None:
         return
-    named = _named(environment) or (None, None, None)
+    named = _named(environment)
+    if named is not None and named[2] == 0:
+        _check_free(named[0])
     try:
-        jax.distributed.initialize(*named, initialization_timeout=SECONDS_TO_MEET)
-    except jax.errors.JaxRuntimeError as error:
+        jax.distributed.initialize(
+            *named or (None, None, None), initialization_timeout=SECONDS_TO_MEET
+        )
+    except RuntimeError as error:  # a pod's first host that has no address, too
         words = " ".join(str(error).split())[:160]
         raise UserError(
-            f"the processes cannot meet at {place} ({words}); give a free port of the first host"
+            f"the processes cannot meet at {place} ({words}); start all where it can be reached"
+        ) from error
+
+
+def _check_free(address: str) -> None:
+    """Raises UserError if something listens at the port already: JAX would end without a word."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS={address} is taken on this machine; give a port that is free"
         ) from error
 
 
 def where_to_meet(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Where the processes of this run find each other, in a few words; None for a run of one process.
+    """Where the processes of this run find each other, in a few words; None without variables that say it, and without a TPU.
 
     Raises:
         UserError: as `start_processes` does.

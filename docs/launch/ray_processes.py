@@ -56,8 +56,10 @@ def main() -> int:
     group = placement_group([amounts] * args.hosts, strategy="SPREAD")
     ready = group.ready()
     if not ray.wait([ready], timeout=10)[0]:  # a cluster may grow, so it is no error
-        has = ", ".join(f"{name} {amount:g}" for name, amount in ray.available_resources().items())
-        print(f"waiting for {args.hosts} times {args.resources}; free now: {has}", file=sys.stderr)
+        free = ray.available_resources()
+        asked = ",".join(f"{name}={amount:g}" for name, amount in amounts.items())
+        has = ",".join(f"{name}={free.get(name, 0):g}" for name in amounts)
+        print(f"waiting for {args.hosts} times {asked}; {has} are free", file=sys.stderr)
     ray.get(ready)
     named = {name: amount for name, amount in amounts.items() if name not in ("CPU", "GPU")}
     hosts = [
@@ -82,7 +84,7 @@ def main() -> int:
         (ended, *_), running = ray.wait(running)
         try:
             status = ray.get(ended)
-        except ray.exceptions.RayError:  # its machine is lost, or Ray's worker on it
+        except ray.exceptions.RayActorError:  # its machine is lost, or Ray's worker on it
             print(f"error: process {numbers[ended]} is lost; start all again", file=sys.stderr)
             status = 1
         first_failure = first_failure or status

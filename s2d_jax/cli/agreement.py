@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from s2d_jax.errors import UserError, printable
 from s2d_jax.processes import bytes_of_main_process, number_of_processes, text_of_main_process
 
-# Flags whose values may differ, since only the first process writes there, or each keeps something for itself.
-_OWN = ("out", "compile_cache", "cache_dir")
+# Flags whose values may differ, since only the first process writes there, or each does it for itself.
+_OWN = ("out", "compile_cache", "cache_dir", "num_proc")
 
 
 def several_processes() -> bool:

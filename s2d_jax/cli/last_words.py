@@ -1,6 +1,6 @@
-"""A program that passes on what another writes to stderr. What JAX's C++ writes when process 0 is gone becomes one line.
+"""A program that passes on what another writes to stderr. What JAX's C++ writes when it ends a process becomes one line.
 
-Its argument is that line. It is started with every process but the first, so it imports nothing that takes time.
+Its argument is that line. It is started beside processes that work together, so it imports nothing that takes time.
 """
 
 import re

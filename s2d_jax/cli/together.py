@@ -120,8 +120,8 @@ def _meeting() -> Iterator[None]:
         yield
         return
     line = (
-        f"the processes of this run did not find each other at {place} within {SECONDS_TO_MEET} s; start all of them, "
-        "where that address can be reached"
+        f"the processes of this run did not find each other at {place}; start all within {SECONDS_TO_MEET} s, where it can be "
+        "reached, with one number of processes and each with its own id"
     )
     notice = threading.Timer(
         _SECONDS_WITHOUT_A_WORD,

@@ -161,7 +161,7 @@ def read_window(
     buffer: Shaped[Array, "B *rest"], start_B: Int[Array, "B"], width: int, *, axis: int = 1
 ) -> Shaped[Array, "B ..."]:
     """The `width` entries of each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis)."""
-    if forms().cache_layout == "chosen":
+    if not _read_by_rows(buffer):
 
         def read(row, start):
             return jax.lax.dynamic_slice_in_dim(row, start, width, axis - 1)
@@ -178,6 +178,12 @@ def read_window(
     return _laid_out(jnp.concatenate(rows))
 
 
+def _read_by_rows(buffer: jax.Array) -> bool:
+    """Whether windows are read row by row, not gathered. More rows than are written so would only take long to compile."""
+    chosen = forms()
+    return chosen.cache_layout == "row_major" and buffer.shape[0] <= chosen.unrolled_rows
+
+
 def _starts(buffer: jax.Array, row: int, start_B: jax.Array, axis: int) -> list[jax.Array]:
     """Where the window of a row begins."""
     starts = [jnp.int32(0)] * buffer.ndim
@@ -189,7 +195,9 @@ def _laid_out(array: jax.Array) -> jax.Array:
     """The same array, in the order in memory that the form says."""
     if forms().cache_layout == "chosen":
         return array
-    if array.shape[0] == 1:  # constrained with an axis of one entry, it would be gathered where it is split over devices
+    if (
+        array.shape[0] == 1
+    ):  # constrained with an axis of one entry, it would be gathered where it is split over devices
         return with_layout_constraint(array[0], Layout(tuple(range(array.ndim - 1))))[None]
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
@@ -213,7 +221,7 @@ def keep_path(
     """
     shape = [1] * buffer.ndim
     shape[0], shape[axis] = index_BY.shape
-    if forms().cache_layout == "chosen":
+    if not _read_by_rows(buffer):
         among, index_BY = buffer, start_B[:, None] + index_BY
     else:
         among = read_window(buffer, start_B, width, axis=axis)

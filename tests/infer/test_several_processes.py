@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import sys
 import time
 
 import pytest
+from hf_tiny import expect_user_error
 from infer_tiny import run, save_tiny_models
 from run_tiny import finish, start_together
 
 from infer.generate import __main__ as generate
 from infer.generate.journal import journal_of
+from s2d_jax.processes import start_processes
 
 PROMPTS = ("one two", "three four five", "six")
 SHORT = ("--max-new-tokens", 8)
@@ -208,7 +211,20 @@ def test_a_process_that_waits_for_another_in_vain_says_so_on_one_line(index):
     waits, ends = told.splitlines()
     assert waits.startswith("waiting for the other processes at JAX_COORDINATOR_ADDRESS=127.0.0.1:")
     assert "did not find each other at JAX_COORDINATOR_ADDRESS=127.0.0.1:" in ends
-    assert ends.endswith("within 3 s; start all of them, where that address can be reached")
+    assert "; start all within 3 s, where it can be reached, with one number" in ends
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with expect_user_error(f"JAX_COORDINATOR_ADDRESS={address} is taken on this machine; give"):
+            start_processes(
+                {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": "0",
+                }
+            )
 
 
 @pytest.mark.exhaustive("generation is what benchmarks run, and is tested always")
