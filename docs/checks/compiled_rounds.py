@@ -143,12 +143,13 @@ def _sent(collectives: dict[str, int]) -> str:
 
 def _beyond(recorded: dict) -> list[str]:
     lines = [
-        _line(["round", "cache copies, round", "read over least"]),
-        _line(["---", "---:", "---"]),
+        _line(["round", "cache copies, round", "read over least", "collectives"]),
+        _line(["---", "---:", "---", "---"]),
     ]
     for name, found in recorded["beyond"].items():
         ratios = ", ".join(map(str, found.get("read over least", ()))) or "-"
-        lines.append(_line([name, str(found.get("cache copies in a round", 0)), ratios]))
+        copies, sent = found.get("cache copies in a round", 0), found.get("collectives", {})
+        lines.append(_line([name, str(copies), ratios, _sent(sent)]))
     return lines
 
 
