@@ -6,8 +6,9 @@ import dataclasses
 import json
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
+from s2d_jax.cli.parsing import goes_unnamed
 from s2d_jax.errors import UserError, printable
 from s2d_jax.processes import bytes_of_main_process, number_of_processes, text_of_main_process
 
@@ -48,8 +49,7 @@ def _flags(args: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(args):
         name, value = prefix + field.name.replace("_", "-"), getattr(args, field.name)
         if dataclasses.is_dataclass(value):
-            unnamed = typing.get_origin(hints[field.name]) is Annotated  # tyro.conf.OmitArgPrefixes
-            yield from _flags(value, prefix if unnamed else f"{name}.")
+            yield from _flags(value, prefix if goes_unnamed(hints[field.name]) else f"{name}.")
         elif field.name not in _OWN:
             yield name, value
 

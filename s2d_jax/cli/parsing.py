@@ -202,13 +202,18 @@ def _switches(flags: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """The switches of a dataclass of flags, with their `--no-` forms."""
     for field, hint in typing.get_type_hints(flags, include_extras=True).items():
         annotated = typing.get_origin(hint) is typing.Annotated
-        kind, *marks = typing.get_args(hint) if annotated else (hint,)
+        kind = typing.get_args(hint)[0] if annotated else hint
         name = field.replace("_", "-")
         if kind is bool:
             yield f"--{prefix}{name}", f"--{prefix}no-{name}"
         elif dataclasses.is_dataclass(kind):
-            unnamed = any(mark is _UNNAMED or getattr(mark, "name", None) == "" for mark in marks)
-            yield from _switches(kind, prefix if unnamed else f"{prefix}{name}.")
+            yield from _switches(kind, prefix if goes_unnamed(hint) else f"{prefix}{name}.")
+
+
+def goes_unnamed(hint: Any) -> bool:
+    """Whether the flags of a section with this annotation are typed without the section's name."""
+    marks = typing.get_args(hint)[1:]
+    return any(mark is _UNNAMED or getattr(mark, "name", None) == "" for mark in marks)
 
 
 def one_line(box: str) -> str:

@@ -161,21 +161,21 @@ def read_window(
     buffer: Shaped[Array, "B *rest"], start_B: Int[Array, "B"], width: int, *, axis: int = 1
 ) -> Shaped[Array, "B ..."]:
     """The `width` entries of each row of `buffer` from `start_B` on, along `axis` (counted with the batch axis)."""
-    if not _read_by_rows(buffer):
+    if _read_by_rows(buffer):
+        # Without the barrier, the TPU compiler gathers a cache that is split over devices before it slices it.
+        buffer = jax.lax.optimization_barrier(buffer)
+        sizes = list(buffer.shape)
+        sizes[0], sizes[axis] = 1, width
+        rows = [
+            jax.lax.dynamic_slice(buffer, _starts(buffer, row, start_B, axis), sizes)
+            for row in range(buffer.shape[0])
+        ]
+        return _laid_out(jnp.concatenate(rows))
 
-        def read(row, start):
-            return jax.lax.dynamic_slice_in_dim(row, start, width, axis - 1)
+    def read(row, start):
+        return jax.lax.dynamic_slice_in_dim(row, start, width, axis - 1)
 
-        return jax.vmap(read)(buffer, start_B)
-    # Without the barrier, the TPU compiler gathers a cache that is split over devices before it slices it.
-    buffer = jax.lax.optimization_barrier(buffer)
-    sizes = list(buffer.shape)
-    sizes[0], sizes[axis] = 1, width
-    rows = [
-        jax.lax.dynamic_slice(buffer, _starts(buffer, row, start_B, axis), sizes)
-        for row in range(buffer.shape[0])
-    ]
-    return _laid_out(jnp.concatenate(rows))
+    return jax.vmap(read)(buffer, start_B)
 
 
 def _read_by_rows(buffer: jax.Array) -> bool:
@@ -195,9 +195,8 @@ def _laid_out(array: jax.Array) -> jax.Array:
     """The same array, in the order in memory that the form says."""
     if forms().cache_layout == "chosen":
         return array
-    if (
-        array.shape[0] == 1
-    ):  # constrained with an axis of one entry, it would be gathered where it is split over devices
+    # Constrained with an axis of one entry, an array is gathered where it is split over devices.
+    if array.shape[0] == 1:
         return with_layout_constraint(array[0], Layout(tuple(range(array.ndim - 1))))[None]
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
@@ -221,10 +220,10 @@ def keep_path(
     """
     shape = [1] * buffer.ndim
     shape[0], shape[axis] = index_BY.shape
-    if not _read_by_rows(buffer):
-        among, index_BY = buffer, start_B[:, None] + index_BY
-    else:
+    if _read_by_rows(buffer):
         among = read_window(buffer, start_B, width, axis=axis)
+    else:
+        among, index_BY = buffer, start_B[:, None] + index_BY
     kept = _laid_out(jnp.take_along_axis(among, index_BY.reshape(shape), axis=axis))
     # Read completely before anything is written: merged, the two would need a copy of the buffer.
     (written,) = write_caches((buffer,), (jax.lax.optimization_barrier(kept),), start_B, axis=axis)
